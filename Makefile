@@ -1,0 +1,54 @@
+# Every target that needs an environment makes ./.venv first, and renews it when the packaging or the C++
+# changes. A change of PYTHON or TORCH needs a `make clean`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Installed before the package. On Linux a plain `torch==...` may be a CUDA build of several GB: pass pip the
+# options for an index of CPU builds in PIP_ARGS, or another build here.
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+DEMO_SECONDS ?= 120
+
+BIN := .venv/bin
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(CXX_FILES)
+
+.DEFAULT_GOAL := help
+.PHONY: help install test demo bench lint format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) '$(TORCH)'
+	touch $@
+
+.venv/installed: .venv/torch $(INSTALL_INPUTS)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	touch $@
+
+install: .venv/installed  ## make .venv with the package and all its tools
+
+test: .venv/installed  ## run the tests
+	$(BIN)/python -m pytest
+
+demo: .venv/installed  ## train the demo model for DEMO_SECONDS and show what it attends to
+	$(BIN)/attnext demo --seconds $(DEMO_SECONDS) --out demo-output
+
+bench: .venv/installed  ## measure the kernels against their peers
+	$(BIN)/attnext bench
+
+lint: .venv/installed  ## check style, types and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy attnext kernels build_backend
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: .venv/installed  ## put Python and C++ into the project's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+clean:  ## remove everything that was built
+	rm -rf .venv build dist demo-output *.egg-info attnext/_C.*.so attnext/_build.json
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,21 @@
+"""attnext: fused attention for encoder-decoder models, exact and memory-linear."""
+
+from __future__ import annotations
+
+from attnext.backends import Backend, backends, use_backend
+from attnext.functional import additive_attention, additive_scores
+from attnext.memory import Memory
+from attnext.modules import BahdanauAttention
+
+__all__ = [
+    "Backend",
+    "BahdanauAttention",
+    "Memory",
+    "__version__",
+    "additive_attention",
+    "additive_scores",
+    "backends",
+    "use_backend",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""``python -m attnext``: the same as the command ``attnext``."""
+
+from attnext.cli import main
+
+raise SystemExit(main())

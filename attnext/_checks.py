@@ -1,0 +1,109 @@
+"""Argument checks: each error names the argument, what it got and what it takes, before any kernel runs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def tensor(name: str, x: object, *ranks: int) -> Tensor:
+    """``x`` as a tensor of one of these ranks."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() not in ranks:
+        wanted = " or ".join(map(str, ranks))
+        raise ValueError(f"{name} must have {wanted} dimensions, got {x.dim()}: shape {tuple(x.shape)}")
+    return x
+
+
+def size(name: str, x: Tensor, dim: int, expected: int, of: str) -> None:
+    """Size ``dim`` of ``x`` agrees with that of another argument."""
+    if x.shape[dim] != expected:
+        raise ValueError(f"{name} must have size {expected} in dimension {dim}, as {of}, got shape {tuple(x.shape)}")
+
+
+def same_kind(query: Tensor, **others: Tensor) -> None:
+    """One floating dtype (or one that autocast will make of them) and one device."""
+    dtype, device = query.dtype, query.device
+    for name, x in {"query": query, **others}.items():
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+        if x.dtype != dtype and not _autocast_unites(x.dtype, dtype, device.type):
+            raise TypeError(f"{name} must have query's dtype {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on query's device {device}, got {x.device}")
+
+
+def _autocast_unites(a: torch.dtype, b: torch.dtype, device_type: str) -> bool:
+    return torch.float64 not in (a, b) and torch.is_autocast_enabled(device_type)
+
+
+def additive(query: object, key: object, score_weight: object) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of a score: query (B, [Tq,] D), key (B, Tk, D), score_weight (D,)."""
+    query = tensor("query", query, 2, 3)
+    key = tensor("key", key, 3)
+    score_weight = tensor("score_weight", score_weight, 1)
+    if query.shape[-1] == 0:
+        raise ValueError(f"query must have an attention size (last dimension) of at least 1, got {tuple(query.shape)}")
+    size("key", key, 0, query.shape[0], "query's batch")
+    size("key", key, 2, query.shape[-1], "query's last")
+    size("score_weight", score_weight, 0, query.shape[-1], "query's last dimension")
+    return query, key, score_weight
+
+
+def lengths(x: object, key: Tensor) -> Tensor | None:
+    """``lengths`` as int64 (B,), each from 0 to Tk. Their values are read on the CPU and outside compilation only."""
+    if x is None:
+        return None
+    x = tensor("lengths", x, 1)
+    batch, keys = key.shape[:2]
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"lengths must be a tensor of integers, got {x.dtype}")
+    size("lengths", x, 0, batch, "the batch")
+    if x.device != key.device:
+        raise ValueError(f"lengths must be on the device of the keys, {key.device}, got {x.device}")
+    if not torch.compiler.is_compiling() and x.device.type == "cpu":
+        values = x.tolist()
+        if values and not 0 <= min(values) <= max(values) <= keys:
+            bad = next(n for n in values if not 0 <= n <= keys)
+            raise ValueError(f"lengths must lie between 0 and the number of keys, {keys}, got {bad}")
+    return x.to(torch.int64)
+
+
+def mask(x: object, key: Tensor, queries: int | None) -> Tensor | None:
+    """``mask`` as bool (B, Tk) or, where there are queries, (B, Tq, Tk)."""
+    if x is None:
+        return None
+    x = tensor("mask", x, *((2,) if queries is None else (2, 3)))
+    if x.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, True where a key may be attended, got {x.dtype}")
+    size("mask", x, 0, key.shape[0], "the batch")
+    size("mask", x, -1, key.shape[1], "the number of keys")
+    if x.dim() == 3 and queries is not None:
+        size("mask", x, 1, queries, "the number of queries")
+    if x.device != key.device:
+        raise ValueError(f"mask must be on the device of the keys, {key.device}, got {x.device}")
+    return x
+
+
+def scale(x: object) -> float:
+    """A finite number."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(x).__name__}")
+    if not math.isfinite(x):
+        raise ValueError(f"scale must be finite, got {x}")
+    return float(x)
+
+
+def probability(name: str, x: object) -> float:
+    """A number from 0 to 1."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not 0.0 <= x <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {x}")
+    return float(x)

@@ -1,0 +1,122 @@
+"""The kernel families: which are there, why one is not, and which one serves a call.
+
+One file per family; none imports another. A family offers ``probe``, which says whether it can run on this machine,
+``device_types``, and (where it has kernels) an import that registers them with ``torch.ops.attnext``.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from attnext.backends import cpu, cuda, reference, triton
+from attnext.backends._base import Backend, Family
+
+__all__ = ["Backend", "backends", "choose", "use_backend"]
+
+_FAMILIES: dict[str, Family] = {
+    "reference": reference.FAMILY,
+    "cpu": cpu.FAMILY,
+    "triton": triton.FAMILY,
+    "cuda": cuda.FAMILY,
+}
+_AUTOMATIC = ("cpu", "cuda", "triton", "reference")
+"""The order of automatic choice: the first that is available and serves the device."""
+
+_chosen: dict[str, str] = {}
+"""Automatic choices so far, by device type."""
+_forced: str | None = None
+
+
+def backends() -> dict[str, Backend]:
+    """What each backend can do on this machine.
+
+    Returns:
+        For every backend name whether it is available, the device types it serves, and the reason: what it runs, or
+        why it can't and how to get it.
+    """
+    return {name: family.probe() for name, family in _FAMILIES.items()}
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Makes ``name`` the backend of every call inside that names none; None means automatic choice again.
+
+    The setting is the process's, not the thread's. The ``ATTNEXT_BACKEND`` environment variable, read when attnext is
+    imported, sets it for the whole run.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+    global _forced
+    if name is not None:
+        _require(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(name: str | None, device_type: str) -> str:
+    """The backend that serves a call on ``device_type``: the one asked for by name, or an automatic choice.
+
+    Raises:
+        ValueError: unknown backend, or one that doesn't serve that device.
+        RuntimeError: the backend is not available here.
+    """
+    name = name or _forced
+    if name is None:
+        return _chosen.get(device_type) or _choose_automatically(device_type)
+    family = _require(name)
+    if family.device_types and device_type not in family.device_types:
+        served = " and ".join(family.device_types)
+        raise ValueError(f"backend={name!r} serves {served} tensors, got tensors on {device_type!r}")
+    return name
+
+
+def _require(name: str) -> Family:
+    family = _FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, _FAMILIES))}, got {name!r}")
+    status = family.probe()
+    if not status.available:
+        raise RuntimeError(f"backend={name!r} is not available: {status.reason}")
+    return family
+
+
+def _choose_automatically(device_type: str) -> str:
+    for name in _AUTOMATIC:
+        family = _FAMILIES[name]
+        if family.device_types and device_type not in family.device_types:
+            continue
+        status = family.probe()
+        if status.broken:
+            raise RuntimeError(f"backend {name!r} is installed but broken: {status.reason}")
+        if status.available:
+            break
+    if name == "reference":
+        missing = "; ".join(
+            f"{n}: {f.probe().reason}" for n, f in _FAMILIES.items() if device_type in f.device_types
+        )
+        warnings.warn(
+            f"attnext has no kernels for {device_type!r} tensors here and uses its slow reference implementation "
+            f"({missing or 'no backend serves that device'})",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    _chosen[device_type] = name
+    return name
+
+
+def _forced_by_environment() -> str | None:
+    name = os.environ.get("ATTNEXT_BACKEND") or None
+    if name is not None and name not in _FAMILIES:
+        raise ValueError(f"ATTNEXT_BACKEND must be one of {', '.join(_FAMILIES)}, got {name!r}")
+    return name
+
+
+_forced = _forced_by_environment()

@@ -1,0 +1,29 @@
+"""What the registry knows of a kernel family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether a backend can serve on this machine.
+
+    Attributes:
+        available: it can.
+        reason: what it runs, or why it can't and what to do about it.
+        broken: it was installed and fails to load, so that automatic choice must not pass over it in silence.
+    """
+
+    available: bool
+    reason: str
+    broken: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kernel family: the device types it serves (none named: any), and the probe of this machine."""
+
+    device_types: tuple[str, ...]
+    probe: Callable[[], Backend]

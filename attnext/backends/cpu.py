@@ -1,0 +1,18 @@
+"""C++ kernels for the CPU, in the extension ``attnext._C``."""
+
+from __future__ import annotations
+
+from attnext import _extension
+from attnext.backends._base import Backend, Family
+
+
+def _probe() -> Backend:
+    status = _extension.status()
+    if not status.available:
+        return Backend(False, status.reason, broken=status.broken)
+    module = _extension.load()
+    assert module is not None
+    return Backend(True, f"C++ kernels, {module.instruction_set()} instructions")
+
+
+FAMILY = Family(("cpu",), _probe)

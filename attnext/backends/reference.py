@@ -1,0 +1,7 @@
+"""Plain PyTorch, on any device: slow, differentiable to any order."""
+
+from __future__ import annotations
+
+from attnext.backends._base import Backend, Family
+
+FAMILY = Family((), lambda: Backend(True, "plain PyTorch, any device"))

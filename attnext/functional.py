@@ -1,0 +1,176 @@
+"""The ops as functions: each checks its arguments and makes one op call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnext import _checks, reference
+from attnext.backends import choose
+from attnext.memory import Memory, Prepared
+from attnext.ops import operators
+
+__all__ = ["additive_attention", "additive_scores"]
+
+
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Additive attention: ``softmax_j(scale * v . tanh(query_i + key_j))`` and its weighted sum of the values.
+
+    Score, softmax and context in one pass, forward and backward, without the (B, Tq, Tk, D) tensor. From Bahdanau, Cho
+    and Bengio, "Neural machine translation by jointly learning to align and translate", 2015.
+
+    Args:
+        query: (B, Tq, D) or (B, D) projected queries, W h'. float32, float64, float16 or bfloat16, any strides; all
+            four tensors have one dtype and device (under autocast, its dtype). Half types are computed in float32.
+        key: (B, Tk, D) projected keys, U h.
+        value: (B, Tk, H) encoder states, h.
+        score_weight: (D,) the weight vector of the score, v.
+        lengths: (B,) integers: how many leading keys of each row are real.
+        mask: bool (B, Tk) or (B, Tq, Tk), True where a key may be attended. What stands in other slots, NaN included,
+            reaches neither a result nor a gradient.
+        scale: multiplies the scores (inverse temperature, "sharpening").
+        dropout_p: probability that a weight is dropped, the rest scaled by 1 / (1 - dropout_p); drawn from torch's
+            generator, and the same on every backend.
+        need_weights: also return the weights.
+        backend: None chooses by device; "reference", "cpu", "triton" or "cuda" is exactly that one, or an error.
+
+    Returns:
+        The context, (B, Tq, H) or (B, H), and the weights, (B, Tq, Tk) or (B, Tk), or None. The weights are those that
+        made the context, after dropout, and differentiable. A row without a key to attend has context and weights 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it.
+        RuntimeError: the backend asked for is not available. Also when a second derivative is taken of a backend other
+            than "reference".
+    """
+    query, key, score_weight = _checks.additive(query, key, score_weight)
+    value = _checks.tensor("value", value, 3)
+    _checks.size("value", value, 0, key.shape[0], "key")
+    _checks.size("value", value, 1, key.shape[1], "key")
+    _checks.same_kind(query, key=key, value=value, score_weight=score_weight)
+    memory = Memory(
+        key,
+        value,
+        _checks.lengths(lengths, key),
+        _checks.mask(mask, key, _queries(query)),
+        score_weight,
+        None,
+    )
+    return attend(query, memory, _checks.scale(scale), _checks.probability("dropout_p", dropout_p), need_weights, backend)
+
+
+def attend(
+    query: Tensor, memory: Memory, scale: float, dropout_p: float, need_weights: bool, backend: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Additive attention of checked arguments, on a memory that may be prepared."""
+    family = choose(backend, query.device.type)
+    seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0.0 else None
+    if family == "reference":
+        return reference.additive_attention(
+            *_autocast(query, memory.key, memory.value, memory.score_weight),
+            lengths=memory.lengths,
+            mask=memory.mask,
+            scale=scale,
+            dropout_p=dropout_p,
+            need_weights=need_weights,
+            seed=seed,
+        )
+    single = query.dim() == 2
+    prepared = memory.prepared if memory.prepared is not None and memory.prepared.backend == family else None
+    context, weights, _ = _call(
+        operators[family].attention,
+        (query.unsqueeze(1) if single else query, memory.key, memory.value, memory.score_weight),
+        prepared.exp_key if prepared else None,
+        prepared.key_limit if prepared else None,
+        memory.lengths,
+        memory.mask,
+        seed,
+        scale,
+        dropout_p,
+        need_weights,
+    )
+    if single:
+        return context.squeeze(1), weights.squeeze(1) if need_weights else None
+    return context, weights if need_weights else None
+
+
+def additive_scores(
+    query: Tensor,
+    key: Tensor,
+    score_weight: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The scores of additive attention before the softmax: logits over the keys.
+
+    For pointer networks (Vinyals, Fortunato and Jaitly, 2015). Arguments as in :func:`additive_attention`. The kernels'
+    error is absolute, about 1e-7 of ``scale * sum |v|`` in float32, also where the score is tiny.
+
+    Returns:
+        (B, Tq, Tk), or (B, Tk) for a query of shape (B, D); minus infinity in masked slots, whose incoming gradient is
+        not read.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it.
+        RuntimeError: the backend asked for is not available.
+    """
+    query, key, score_weight = _checks.additive(query, key, score_weight)
+    _checks.same_kind(query, key=key, score_weight=score_weight)
+    lengths = _checks.lengths(lengths, key)
+    mask = _checks.mask(mask, key, _queries(query))
+    scale = _checks.scale(scale)
+    family = choose(backend, query.device.type)
+    if family == "reference":
+        query, key, score_weight = _autocast(query, key, score_weight)
+        return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
+    single = query.dim() == 2
+    inputs = (query.unsqueeze(1) if single else query, key, score_weight)
+    scores: Tensor = _call(operators[family].scores, inputs, lengths, mask, scale)
+    return scores.squeeze(1) if single else scores
+
+
+def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:
+    """What the backend computes of the keys ahead of the steps; None where it has no use for that."""
+    family = choose(backend, key.device.type)
+    if family not in operators:
+        return None
+    with torch.no_grad():
+        return Prepared(family, *operators[family].prepare(key.detach(), lengths, mask))
+
+
+def _queries(query: Tensor) -> int:
+    return 1 if query.dim() == 2 else query.shape[1]
+
+
+def _call(op: Any, inputs: tuple[Tensor, ...], *options: Any) -> Any:
+    """Calls an operator; where no gradient can be asked for, past autograd, which costs more than a small step."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return op(*inputs, *options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs, *options)
+
+
+def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The dtypes that autocast makes of the inputs, for the reference; the operators have their own rule for it."""
+    device_type = inputs[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return inputs
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)

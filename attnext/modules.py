@@ -1,0 +1,149 @@
+"""Attention modules: parameters around the functions of :mod:`attnext.functional`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attnext import _checks, functional
+from attnext.memory import Memory
+
+__all__ = ["BahdanauAttention"]
+
+
+class BahdanauAttention(nn.Module):
+    """Additive attention over encoder states: ``v . tanh(W query + U state + b)``, softmax, weighted sum.
+
+    Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate", 2015. With
+    ``normalize`` it is the weight-normalised form of Google's neural machine translation system: v becomes g v / |v|
+    with a learnt gain g, and b is there.
+
+    Args:
+        query_size: size Q of a query (a decoder state).
+        memory_size: size H of an encoder state.
+        attention_size: size D of the space in which both are compared.
+        bias: add a learnt b inside the tanh.
+        normalize: weight-normalised v and a bias.
+        dropout: probability that a weight is dropped in training.
+
+    Shapes:
+        query (B, Q) or (B, Tq, Q); encoder states (B, Tk, H); context (B, H) or (B, Tq, H); weights (B, Tk) or
+        (B, Tq, Tk).
+
+    Example:
+        >>> attn = BahdanauAttention(512, 1024, 256)
+        >>> memory = attn.prepare(encoder_states, lengths)   # once a sentence
+        >>> context, weights = attn(state, memory, need_weights=True)   # at every step
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        attention_size: int,
+        *,
+        bias: bool = False,
+        normalize: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("query_size", query_size),
+            ("memory_size", memory_size),
+            ("attention_size", attention_size),
+        ):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        self.query_size, self.memory_size, self.attention_size = query_size, memory_size, attention_size
+        self.dropout = _checks.probability("dropout", dropout)
+        # The bias of the tanh enters with the query: one addition a query, none a key.
+        self.query_projection = nn.Linear(query_size, attention_size, bias=bias or normalize)
+        self.memory_projection = nn.Linear(memory_size, attention_size, bias=False)
+        self.score_weight = nn.Parameter(torch.empty(attention_size))
+        self.gain = nn.Parameter(torch.empty(())) if normalize else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew: uniform projections, v uniform within 1/sqrt(D), g of 1/sqrt(D), b of 0."""
+        self.query_projection.reset_parameters()
+        self.memory_projection.reset_parameters()
+        bound = self.attention_size**-0.5
+        nn.init.uniform_(self.score_weight, -bound, bound)
+        if self.gain is not None:
+            nn.init.constant_(self.gain, bound)
+        if self.query_projection.bias is not None:
+            nn.init.zeros_(self.query_projection.bias)
+
+    def prepare(
+        self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> Memory:
+        """Projects encoder states once, for many steps.
+
+        Args:
+            encoder_states: (B, Tk, H).
+            lengths: (B,) integers, how many leading states of each row are real.
+            mask: bool (B, Tk), True where a state may be attended.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        memory = self._project(encoder_states, lengths, mask, queries=None)
+        prepared = functional.prepare(memory.key, memory.lengths, memory.mask, None)
+        return Memory(memory.key, memory.value, memory.lengths, memory.mask, memory.score_weight, prepared)
+
+    def forward(
+        self,
+        query: Tensor,
+        memory: Memory | Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends a prepared memory, or encoder states with their lengths and mask, all in one call.
+
+        Args:
+            query: (B, Q) or (B, Tq, Q).
+            memory: what :meth:`prepare` returned, or encoder states (B, Tk, H).
+            lengths: (B,) integers; only with encoder states, as a prepared memory has its own.
+            mask: bool (B, Tk) or (B, Tq, Tk); likewise.
+            need_weights: also return the weights.
+
+        Returns:
+            context (B, H) or (B, Tq, H), and weights (B, Tk) or (B, Tq, Tk) or None.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        query = _checks.tensor("query", query, 2, 3)
+        _checks.size("query", query, -1, self.query_size, "query_size")
+        if not isinstance(memory, Memory):
+            queries = 1 if query.dim() == 2 else query.shape[1]
+            memory = self._project(memory, lengths, mask, queries)
+        elif lengths is not None or mask is not None:
+            name = "lengths" if lengths is not None else "mask"
+            raise ValueError(f"{name} must be None with a prepared memory: pass it to prepare() instead")
+        _checks.size("memory", memory.key, 0, query.shape[0], "query's batch")
+        query = self.query_projection(query)
+        _checks.same_kind(query, memory=memory.key)
+        return functional.attend(query, memory, 1.0, self.dropout if self.training else 0.0, need_weights, None)
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.gain is not None}, dropout={self.dropout}"
+
+    def _project(
+        self, encoder_states: Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
+    ) -> Memory:
+        states = _checks.tensor("encoder_states", encoder_states, 3)
+        _checks.size("encoder_states", states, 2, self.memory_size, "memory_size")
+        key = self.memory_projection(states)
+        # Under autocast the projection has its dtype: cast the states with it, once instead of at every step.
+        value, score_weight = states.to(key.dtype), self._normalized_weight().to(key.dtype)
+        return Memory(
+            key, value, _checks.lengths(lengths, key), _checks.mask(mask, key, queries), score_weight, None
+        )
+
+    def _normalized_weight(self) -> Tensor:
+        if self.gain is None:
+            return self.score_weight
+        return self.gain * self.score_weight / torch.linalg.vector_norm(self.score_weight)

@@ -1,0 +1,175 @@
+"""The operators' contracts with PyTorch: schema, fake (shapes without data), autograd and autocast.
+
+Every kernel family has the same operators under its own suffix, ``attnext::additive_attention_cpu`` and so on; the
+family's own code only registers the kernels. Kernels take query (B, Tq, D), key (B, Tk, D), value (B, Tk, H) and
+score_weight (D,) in one dtype, on one device, with checked arguments (:mod:`attnext.functional`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+__all__ = ["FEATURE_BLOCK", "Operators", "operators"]
+
+FEATURE_BLOCK = 32
+"""Features of a prepared memory are padded to a multiple of this many (``kFeatureBlock`` in C++)."""
+
+_library = torch.library.Library("attnext", "DEF")
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor score_weight, "
+_SCORE_INPUTS = "Tensor query, Tensor key, Tensor score_weight, "
+_SLOTS = "Tensor? lengths, Tensor? mask, "
+_OPTIONS = "Tensor? exp_key, Tensor? key_limit, " + _SLOTS + "Tensor? seed, float scale, float dropout_p"
+_SCHEMAS = {
+    "additive_prepare": "(Tensor key, Tensor? lengths, Tensor? mask) -> (Tensor exp_key, Tensor key_limit)",
+    "additive_attention": f"({_INPUTS}{_OPTIONS}, bool need_weights)"
+    " -> (Tensor context, Tensor weights, Tensor log_sum_exp)",
+    "additive_attention_backward": f"(Tensor? grad_context, Tensor? grad_weights, {_INPUTS}{_OPTIONS},"
+    " Tensor context, Tensor weights, Tensor log_sum_exp) -> (Tensor, Tensor, Tensor, Tensor)",
+    "additive_scores": f"({_SCORE_INPUTS}{_SLOTS}float scale) -> Tensor",
+    "additive_scores_backward": f"(Tensor grad, {_SCORE_INPUTS}{_SLOTS}float scale) -> (Tensor, Tensor, Tensor)",
+}
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The operators of one kernel family, as ``torch.ops`` callables."""
+
+    prepare: Callable[..., tuple[Tensor, Tensor]]
+    attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    scores: Callable[..., Tensor]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_prepare(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator(key.dtype)
+    batch, keys, size = key.shape
+    padded = (size + FEATURE_BLOCK - 1) // FEATURE_BLOCK * FEATURE_BLOCK
+    return key.new_empty(batch, keys, padded, dtype=dtype), key.new_empty(batch, keys, dtype=dtype)
+
+
+def _fake_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, queries, _ = query.shape
+    need_weights: bool = options[-1]
+    weights = query.new_empty((batch, queries, key.shape[1]) if need_weights else (0,))
+    log_sum_exp = query.new_empty(batch, queries, dtype=_accumulator(query.dtype))
+    return query.new_empty(batch, queries, value.shape[2]), weights, log_sum_exp
+
+
+def _fake_attention_backward(
+    grad_context: Tensor | None, grad_weights: Tensor | None, *inputs: Any
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:4])
+
+
+def _fake_scores(query: Tensor, key: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], key.shape[1])
+
+
+def _fake_scores_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:3])
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "additive_prepare": _fake_prepare,
+    "additive_attention": _fake_attention,
+    "additive_attention_backward": _fake_attention_backward,
+    "additive_scores": _fake_scores,
+    "additive_scores_backward": _fake_scores_backward,
+}
+
+
+def _attention_autograd(family: str) -> None:
+    backward_op = getattr(torch.ops.attnext, f"additive_attention_backward_{family}").default
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, scale, dropout_p, need_weights = inputs
+        ctx.options = (scale, dropout_p)
+        ctx.need_weights = need_weights
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None, _: None) -> tuple[Any, ...]:
+        grad_weights = grad_weights if ctx.need_weights else None
+        *tensors, context, weights, log_sum_exp = ctx.saved_tensors
+        if grad_context is None and grad_weights is None:
+            return (None,) * (len(tensors) + 3)
+        grads = backward_op(
+            grad_context, grad_weights, *tensors, *ctx.options, context, weights, log_sum_exp
+        )
+        return (*grads, *(None,) * (len(tensors) - 4 + 3))
+
+    torch.library.register_autograd(
+        f"attnext::additive_attention_{family}", backward, setup_context=save, lib=_library
+    )
+
+
+def _scores_autograd(family: str) -> None:
+    backward_op = getattr(torch.ops.attnext, f"additive_scores_backward_{family}").default
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return (*backward_op(grad, *ctx.saved_tensors, ctx.scale), None, None, None)
+
+    torch.library.register_autograd(
+        f"attnext::additive_scores_{family}", backward, setup_context=save, lib=_library
+    )
+
+
+def _refuse_second_derivative(name: str) -> None:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            "attnext's kernels have no second derivative: call the op with backend='reference', which follows "
+            "autograd to any order"
+        )
+
+    torch.library.register_autograd(f"attnext::{name}", backward, lib=_library)
+
+
+def _cast_under_autocast(name: str, tensors: int, device_type: str) -> None:
+    """Under autocast, the first ``tensors`` arguments take its dtype, as those of a matrix product would."""
+    op = getattr(torch.ops.attnext, name).default
+
+    def kernel(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:tensors])
+        with torch.autocast(device_type, enabled=False):
+            return op(*cast, *args[tensors:])
+
+    _library.impl(name, kernel, f"Autocast{device_type.upper()}")
+
+
+def _define(family: str, device_type: str) -> Operators:
+    for name, schema in _SCHEMAS.items():
+        _library.define(f"{name}_{family}{schema}")
+        torch.library.register_fake(f"attnext::{name}_{family}", _FAKES[name], lib=_library)
+    _attention_autograd(family)
+    _scores_autograd(family)
+    for name in ("additive_attention", "additive_scores"):
+        _refuse_second_derivative(f"{name}_backward_{family}")
+    _cast_under_autocast(f"additive_attention_{family}", 4, device_type)
+    _cast_under_autocast(f"additive_scores_{family}", 3, device_type)
+    ops = torch.ops.attnext
+    return Operators(
+        prepare=getattr(ops, f"additive_prepare_{family}").default,
+        attention=getattr(ops, f"additive_attention_{family}").default,
+        scores=getattr(ops, f"additive_scores_{family}").default,
+    )
+
+
+operators: dict[str, Operators] = {"cpu": _define("cpu", "cpu")}
+"""The operators of each kernel family, by backend name."""

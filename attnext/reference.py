@@ -1,0 +1,107 @@
+"""Every op in plain PyTorch: the definition of right.
+
+Written to be read, and to be exact in any dtype. It keeps the (B, Tq, Tk, D) tensor that the kernels avoid, follows
+autograd to any order, and imports nothing of the project. Shapes: B batch, Tq queries, Tk keys, D attention size,
+H value size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["additive_attention", "additive_scores", "dropout_keep", "valid_slots"]
+
+_U32 = 0xFFFFFFFF
+
+
+def additive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Additive attention (Bahdanau et al., 2015); see :func:`attnext.additive_attention` for the arguments.
+
+    ``seed`` (a scalar int64 tensor) fixes which weights dropout removes.
+    """
+    if query.dim() == 2:
+        context, weights = additive_attention(
+            query.unsqueeze(1), key, value, score_weight, lengths=lengths, mask=mask, scale=scale,
+            dropout_p=dropout_p, need_weights=need_weights, seed=seed,
+        )  # fmt: skip
+        return context.squeeze(1), None if weights is None else weights.squeeze(1)
+    valid = valid_slots(query, key, lengths, mask)
+    scores = additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
+    # An empty row would be softmax of nothing: give it finite scores, then weights of 0.
+    empty = ~valid.any(-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~valid, 0.0)
+    if dropout_p > 0.0:
+        if seed is None:
+            seed = torch.randint(2**62, (), device=query.device)
+        keep = dropout_keep(seed, weights.shape, dropout_p)
+        weights = weights * keep / (1.0 - dropout_p) if dropout_p < 1.0 else weights * 0.0
+    if valid.shape[1] == 1:
+        context = weights @ value.masked_fill(~valid.transpose(1, 2), 0.0)
+    else:  # a value may be real to one query and masked, NaN even, to the next
+        visible = torch.where(valid.unsqueeze(-1), value.unsqueeze(1), 0.0)
+        context = (weights.unsqueeze(2) @ visible).squeeze(2)
+    return context, weights if need_weights else None
+
+
+def additive_scores(
+    query: Tensor,
+    key: Tensor,
+    score_weight: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """``scale * v . tanh(query_i + key_j)``, minus infinity in masked slots; see :func:`attnext.additive_scores`."""
+    if query.dim() == 2:
+        query = query.unsqueeze(1)
+        return additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale).squeeze(1)
+    valid = valid_slots(query, key, lengths, mask)
+    # Masked before the tanh, so that a NaN in a masked slot reaches neither the result nor a gradient.
+    total = (query.unsqueeze(2) + key.unsqueeze(1)).masked_fill(~valid.unsqueeze(-1), 0.0)
+    return (scale * (total.tanh() @ score_weight)).masked_fill(~valid, -torch.inf)
+
+
+def valid_slots(query: Tensor, key: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Which keys each query may attend: bool, (B, 1, Tk), or (B, Tq, Tk) for a mask of that shape."""
+    batch, keys = key.shape[:2]
+    valid = torch.ones(batch, 1, keys, dtype=torch.bool, device=query.device)
+    if lengths is not None:
+        valid = valid & (torch.arange(keys, device=query.device) < lengths.view(-1, 1, 1))
+    if mask is not None:
+        valid = valid & (mask if mask.dim() == 3 else mask.unsqueeze(1))
+    return valid
+
+
+def dropout_keep(seed: Tensor, shape: tuple[int, ...] | torch.Size, dropout_p: float) -> Tensor:
+    """Which weights dropout keeps: bool of ``shape`` (B, Tq, Tk), a pure function of the seed and the position.
+
+    A counter-based hash, so that a kernel recomputes the same choice in the backward pass and stores nothing, and every
+    backend drops the same weights. Position (b, i, j) is kept where ``mix(mix(j) ^ row) >= dropout_p * 2**32``.
+    """
+    batch, queries, keys = shape
+    row = torch.arange(batch * queries, device=seed.device)
+    row_hash = _mix((_mix((row & _U32) ^ (seed & _U32)) + (row >> 32)) & _U32 ^ (seed >> 32 & _U32))
+    column_hash = _mix(torch.arange(keys, device=seed.device) & _U32)
+    bits = _mix(row_hash.unsqueeze(1) ^ column_hash)
+    return (bits >= int(dropout_p * 2**32)).view(batch, queries, keys)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (multiply and xor-shift; constants of C. Wellons' lowbias32), in int64 arithmetic."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _U32
+    x = (x ^ (x >> 15)) * 0x846CA68B & _U32
+    return x ^ (x >> 16)

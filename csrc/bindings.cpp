@@ -1,0 +1,38 @@
+// The Python module attnext._C: what the extension is and which instructions it uses. Tensors go through torch.ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include <torch/headeronly/version.h>
+
+#include "cpu/instruction_set.h"
+
+namespace {
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"torch", TORCH_VERSION},
+#if defined(__clang__)
+      {"compiler", std::string("clang ") + __clang_version__},
+#elif defined(__GNUC__)
+      {"compiler", std::string("gcc ") + __VERSION__},
+#endif
+#if defined(_OPENMP)
+      {"openmp", std::to_string(_OPENMP)},
+#endif
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "attnext's C++ kernels: build information and settings";
+  m.def("build_info", &build_info, "Compiler and torch version of the build.");
+  m.def("instruction_set", [] { return std::string(attnext::cpu::instruction_set().name); },
+        "The instruction set whose kernels run.");
+  m.def("instruction_sets", &attnext::cpu::instruction_sets, "Those that this machine can run, best first.");
+  m.def("set_instruction_set", &attnext::cpu::set_instruction_set, pybind11::arg("name"),
+        "Chooses the kernels of one instruction set; ValueError for one that this machine lacks.");
+}

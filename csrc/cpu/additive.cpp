@@ -1,0 +1,423 @@
+// The CPU operators: from tensors to problems, scratch memory and parallel tasks. Shapes and dtypes have been checked in
+// Python; what would read or write outside a tensor is checked again here, as compiled graphs come straight to this place.
+#include "cpu/additive.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "cpu/instruction_set.h"
+#include "ops.h"
+
+namespace attnext::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+// Backward tasks of one call: a constant, so that results don't depend on the number of threads.
+constexpr int64_t kBackwardTasks = 32;
+// Score elements below which a second thread costs more than it gives.
+constexpr int64_t kElementsPerThread = 1 << 16;
+
+// Uninitialised memory on cache-line boundaries.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n)
+      : data_(static_cast<T*>(::operator new(size_t(std::max<int64_t>(n, 1)) * sizeof(T), kAlignment))) {}
+  ~Buffer() { ::operator delete(data_, kAlignment); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  T* data_;
+};
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::kFloat;
+    case ScalarType::Double: return Type::kDouble;
+    case ScalarType::Half: return Type::kHalf;
+    case ScalarType::BFloat16: return Type::kBFloat16;
+    default: STD_TORCH_CHECK(false, "attnext: unsupported dtype"); return Type::kFloat;
+  }
+}
+
+Rows rows_of(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), type_of(x)};
+}
+
+Rows rows_of(const Optional& x) { return x ? rows_of(*x) : Rows{}; }
+
+void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(x.dim() == int64_t(shape.size()), "attnext: ", name, " has ", x.dim(), " dimensions");
+  int64_t k = 0;
+  for (const int64_t n : shape) {
+    STD_TORCH_CHECK(x.size(k) == n, "attnext: ", name, " has size ", x.size(k), " in dimension ", k, ", needs ", n);
+    ++k;
+  }
+}
+
+template <class T>
+constexpr ScalarType kScalar = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+// The padded constants that stand for the score weight.
+template <class T>
+struct Weights {
+  Weights(const Tensor& score_weight, double scale, int64_t padded) : times(padded), gain(padded) {
+    const int64_t n = score_weight.size(0), stride = score_weight.stride(0);
+    double total = 0;
+    for (int64_t d = 0; d < padded; ++d) {
+      const double v = d < n ? scale * read(score_weight, d * stride) : 0.;
+      total += v;
+      times.get()[d] = T(-2 * v);
+      gain.get()[d] = T(4 * v);
+    }
+    sum = T(total);
+  }
+
+  static double read(const Tensor& x, int64_t at) {
+    const void* data = x.data_ptr();
+    switch (x.scalar_type()) {
+      case ScalarType::Float: return static_cast<const float*>(data)[at];
+      case ScalarType::Double: return static_cast<const double*>(data)[at];
+      case ScalarType::Half: return float(static_cast<const torch::headeronly::Half*>(data)[at]);
+      default: return float(static_cast<const torch::headeronly::BFloat16*>(data)[at]);
+    }
+  }
+
+  Buffer<T> times;  // -2 scale v
+  Buffer<T> gain;   // 4 scale v
+  T sum;            // scale * sum v
+};
+
+Mask mask_of(const Optional& mask) {
+  if (!mask) return {};
+  const bool* data = static_cast<const bool*>(mask->data_ptr());
+  if (mask->dim() == 2) return {data, mask->stride(0), 0, mask->stride(1)};
+  return {data, mask->stride(0), mask->stride(1), mask->stride(2)};
+}
+
+const int64_t* lengths_of(const Optional& lengths, int64_t batch, int64_t keys, Optional& keep) {
+  if (!lengths) return nullptr;
+  STD_TORCH_CHECK(lengths->scalar_type() == ScalarType::Long, "attnext: lengths must be int64");
+  check_shape(*lengths, "lengths", {batch});
+  keep = torch::stable::contiguous(*lengths);
+  const int64_t* data = static_cast<const int64_t*>(keep->data_ptr());
+  for (int64_t b = 0; b < batch; ++b)
+    STD_TORCH_CHECK(data[b] >= 0 && data[b] <= keys, "attnext: lengths must lie between 0 and the number of keys, ", keys,
+                    ", got ", data[b]);
+  return data;
+}
+
+// Runs work(begin, end) over [0, tasks) on torch's threads, on one where the elements are few.
+template <class Work>
+void parallel(int64_t tasks, int64_t elements, const Work& work) {
+  if (tasks == 0) return;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread * tasks / std::max<int64_t>(elements, 1));
+  if (grain >= tasks) {
+    work(0, tasks);
+  } else {
+    torch::stable::parallel_for(0, tasks, grain, work);
+  }
+}
+
+template <class T>
+void exponentials(const Rows& input, int64_t batch, int64_t rows, int64_t features, int64_t padded,
+                  const int64_t* lengths, const Mask& mask, T* output, T* limit) {
+  const Exponentials<T> e{input, batch, rows, features, padded, lengths, mask, output, limit};
+  const auto& kernels = kernels_of<T>();
+  parallel(batch * rows, batch * rows * padded, [&](int64_t begin, int64_t end) { kernels.exponentials(e, begin, end); });
+}
+
+// What forward, backward and scores have in common: the sizes, the score weight, F and who may attend what.
+template <class T>
+struct Setup {
+  Setup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight, const Optional& exp_key,
+        const Optional& key_limit, const Optional& lengths, const Optional& mask, double scale)
+      : padded(round_up(query.size(2), kFeatureBlock)), weights(score_weight, scale, padded) {
+    const int64_t batch = query.size(0), queries = query.size(1), keys = key.size(1), features = query.size(2);
+    check_shape(key, "key", {batch, keys, features});
+    check_shape(score_weight, "score_weight", {features});
+    STD_TORCH_CHECK(key.scalar_type() == query.scalar_type(), "attnext: key has another dtype than query");
+    if (value) {
+      check_shape(*value, "value", {batch, keys, value->size(2)});
+      STD_TORCH_CHECK(value->scalar_type() == query.scalar_type(), "attnext: value has another dtype than query");
+    }
+    problem.batch = batch, problem.queries = queries, problem.keys = keys;
+    problem.features = features, problem.padded = padded;
+    problem.values = value ? value->size(2) : 0;
+    problem.padded_values = round_up(problem.values, kValueBlock);
+    problem.query = rows_of(query), problem.key = rows_of(key);
+    if (value) problem.value = rows_of(*value);
+    problem.weight = weights.times.get();
+    problem.lengths = lengths_of(lengths, batch, keys, contiguous_lengths);
+    check_mask(mask);
+    problem.mask = mask_of(mask);
+    problem.keep_scale = 1, problem.keep_threshold = 0, problem.seed = 0;
+    take_exponentials(exp_key, key_limit);
+  }
+
+  void check_mask(const Optional& mask) const {
+    if (!mask) return;
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "attnext: mask must be bool");
+    if (mask->dim() == 2) {
+      check_shape(*mask, "mask", {problem.batch, problem.keys});
+    } else {
+      check_shape(*mask, "mask", {problem.batch, problem.queries, problem.keys});
+    }
+  }
+
+  // F as it was prepared, or made now.
+  void take_exponentials(const Optional& exp_key, const Optional& key_limit) {
+    const int64_t rows = problem.batch * problem.keys;
+    if (exp_key && key_limit) {
+      check_shape(*exp_key, "exp_key", {problem.batch, problem.keys, padded});
+      check_shape(*key_limit, "key_limit", {problem.batch, problem.keys});
+      STD_TORCH_CHECK(exp_key->is_contiguous() && key_limit->is_contiguous() && exp_key->scalar_type() == kScalar<T> &&
+                          key_limit->scalar_type() == kScalar<T>,
+                      "attnext: the prepared keys are not as prepare made them");
+      problem.exp_key = static_cast<const T*>(exp_key->data_ptr());
+      problem.key_limit = static_cast<const T*>(key_limit->data_ptr());
+      return;
+    }
+    made_keys.emplace(rows * padded);
+    made_limit.emplace(rows);
+    const Mask by_key = problem.mask.query == 0 ? problem.mask : Mask{};
+    exponentials<T>(problem.key, problem.batch, problem.keys, problem.features, padded, problem.lengths, by_key,
+                    made_keys->get(), made_limit->get());
+    problem.exp_key = made_keys->get(), problem.key_limit = made_limit->get();
+  }
+
+  void set_dropout(double dropout_p, const Optional& seed) {
+    if (dropout_p <= 0.) return;
+    STD_TORCH_CHECK(seed.has_value(), "attnext: dropout needs a seed");
+    problem.seed = uint64_t(*static_cast<const int64_t*>(seed->data_ptr()));
+    problem.keep_threshold = uint64_t(dropout_p * 0x1p32);
+    problem.keep_scale = dropout_p < 1. ? T(1. / (1. - dropout_p)) : T(0);
+  }
+
+  int64_t query_tasks() const { return problem.batch * ((problem.queries + kQueryBlock - 1) / kQueryBlock); }
+  int64_t elements() const { return problem.batch * problem.queries * problem.keys * (padded + problem.padded_values); }
+
+  int64_t padded;
+  Weights<T> weights;
+  Problem<T> problem{};
+  Optional contiguous_lengths;
+  std::optional<Buffer<T>> made_keys, made_limit;
+};
+
+template <class T>
+std::tuple<Tensor, Tensor> prepare_as(const Tensor& key, const Optional& lengths, const Optional& mask) {
+  const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2), padded = round_up(features, kFeatureBlock);
+  Tensor exp_key = torch::stable::new_empty(key, {batch, keys, padded}, kScalar<T>);
+  Tensor limit = torch::stable::new_empty(key, {batch, keys}, kScalar<T>);
+  Optional kept;
+  if (mask) check_shape(*mask, "mask", {batch, keys});
+  exponentials<T>(rows_of(key), batch, keys, features, padded, lengths_of(lengths, batch, keys, kept), mask_of(mask),
+                  static_cast<T*>(exp_key.data_ptr()), static_cast<T*>(limit.data_ptr()));
+  return {exp_key, limit};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> attention_as(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                const Tensor& score_weight, const Optional& exp_key,
+                                                const Optional& key_limit, const Optional& lengths, const Optional& mask,
+                                                const Optional& seed, double scale, double dropout_p, bool need_weights) {
+  Setup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
+  setup.set_dropout(dropout_p, seed);
+  const Problem<T>& p = setup.problem;
+  Tensor context = torch::stable::new_empty(query, {p.batch, p.queries, p.values});
+  Tensor weights = need_weights ? torch::stable::new_empty(query, {p.batch, p.queries, p.keys})
+                                : torch::stable::new_empty(query, {0});
+  Tensor log_sum_exp = torch::stable::new_empty(query, {p.batch, p.queries}, kScalar<T>);
+  const Forward<T> f{p, rows_of(context), need_weights ? rows_of(weights) : Rows{},
+                     static_cast<T*>(log_sum_exp.data_ptr())};
+  const auto& kernels = kernels_of<T>();
+  parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
+    const Buffer<T> scratch(forward_scratch(p, need_weights));
+    for (int64_t task = begin; task < end; ++task) kernels.forward(f, task, scratch.get());
+  });
+  return {context, weights, log_sum_exp};
+}
+
+template <class T>
+Tensor scores_as(const Tensor& query, const Tensor& key, const Tensor& score_weight, const Optional& lengths,
+                 const Optional& mask, double scale) {
+  const Setup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
+  const Problem<T>& p = setup.problem;
+  Tensor result = torch::stable::new_empty(query, {p.batch, p.queries, p.keys});
+  const Scores<T> s{p, setup.weights.sum, rows_of(result)};
+  const auto& kernels = kernels_of<T>();
+  parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
+    const Buffer<T> scratch(forward_scratch(p, false));
+    for (int64_t task = begin; task < end; ++task) kernels.scores(s, task, scratch.get());
+  });
+  return result;
+}
+
+// The backward pass of both: of attention where there is a context, of scores otherwise.
+template <class T>
+struct Gradients {
+  Gradients(Setup<T>& setup, const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
+            double scale)
+      : setup(setup),
+        exp_query(setup.problem.batch * setup.problem.queries * setup.padded),
+        query_limit(setup.problem.batch * setup.problem.queries),
+        grad_query(torch::stable::new_empty(query, query.sizes())),
+        grad_key(torch::stable::new_empty(key, key.sizes())),
+        grad_value(torch::stable::new_empty(value ? *value : key, value ? value->sizes() : key.sizes())),
+        grad_weight(torch::stable::new_empty(score_weight, score_weight.sizes())) {
+    const Problem<T>& p = setup.problem;
+    g.problem = p;
+    // Few batch rows are split by keys, each part with its own sums for the queries.
+    const int64_t wanted = (kBackwardTasks + std::max<int64_t>(p.batch, 1) - 1) / std::max<int64_t>(p.batch, 1);
+    const int64_t tiles = std::max<int64_t>(1, (p.keys + kGradKeyTile - 1) / kGradKeyTile);
+    const int64_t tiles_each = (tiles + wanted - 1) / wanted;
+    g.split_keys = tiles_each * kGradKeyTile;
+    g.splits = (tiles + tiles_each - 1) / tiles_each;
+    g.scale = T(scale);
+    g.gain = setup.weights.gain.get();
+    exponentials<T>(p.query, p.batch, p.queries, p.features, p.padded, nullptr, {}, exp_query.get(), query_limit.get());
+    g.exp_query = exp_query.get(), g.query_limit = query_limit.get();
+    g.grad_key = rows_of(grad_key);
+    if (value) g.grad_value = rows_of(grad_value);
+  }
+
+  void run() {
+    const Problem<T>& p = g.problem;
+    const auto& kernels = kernels_of<T>();
+    const int64_t tasks = p.batch * g.splits, rows = p.batch * p.queries;
+    const Buffer<T> partial_query(g.splits * rows * p.padded), partial_weight(tasks * p.padded);
+    g.grad_query = partial_query.get(), g.grad_weight = partial_weight.get();
+    parallel(tasks, 3 * setup.elements(), [&](int64_t begin, int64_t end) {
+      const Buffer<T> scratch(backward_scratch(p));
+      for (int64_t task = begin; task < end; ++task) kernels.backward(g, task, scratch.get());
+    });
+    const Rows out = rows_of(grad_query);
+    parallel(rows, rows * p.padded * g.splits, [&](int64_t begin, int64_t end) {
+      const Buffer<T> scratch(p.padded);
+      kernels.finish_query(g, out, scratch.get(), begin, end);
+    });
+    finish_weight(tasks);
+  }
+
+  void finish_weight(int64_t tasks) {
+    const Problem<T>& p = g.problem;
+    for (int64_t d = 0; d < p.features; ++d) {
+      double sum = 0;
+      for (int64_t task = 0; task < tasks; ++task) sum += double(g.grad_weight[task * p.padded + d]);
+      sum *= double(g.scale);
+      void* data = grad_weight.data_ptr();
+      switch (grad_weight.scalar_type()) {
+        case ScalarType::Float: static_cast<float*>(data)[d] = float(sum); break;
+        case ScalarType::Double: static_cast<double*>(data)[d] = sum; break;
+        case ScalarType::Half: static_cast<torch::headeronly::Half*>(data)[d] = float(sum); break;
+        default: static_cast<torch::headeronly::BFloat16*>(data)[d] = float(sum); break;
+      }
+    }
+  }
+
+  Setup<T>& setup;
+  Backward<T> g{};
+  Buffer<T> exp_query, query_limit;
+  Tensor grad_query, grad_key, grad_value, grad_weight;
+};
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_as(
+    const Optional& grad_context, const Optional& grad_weights, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& score_weight, const Optional& exp_key, const Optional& key_limit, const Optional& lengths,
+    const Optional& mask, const Optional& seed, double scale, double dropout_p, const Tensor& context,
+    const Tensor& weights, const Tensor& log_sum_exp) {
+  Setup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
+  setup.set_dropout(dropout_p, seed);
+  const Problem<T>& p = setup.problem;
+  check_shape(context, "context", {p.batch, p.queries, p.values});
+  check_shape(log_sum_exp, "log_sum_exp", {p.batch, p.queries});
+  STD_TORCH_CHECK(log_sum_exp.scalar_type() == kScalar<T> && log_sum_exp.is_contiguous(),
+                  "attnext: log_sum_exp is not as the forward pass made it");
+  if (grad_context) check_shape(*grad_context, "grad_context", {p.batch, p.queries, p.values});
+  if (grad_weights) {
+    check_shape(*grad_weights, "grad_weights", {p.batch, p.queries, p.keys});
+    check_shape(weights, "weights", {p.batch, p.queries, p.keys});
+  }
+  Gradients<T> gradients(setup, query, key, &value, score_weight, scale);
+  const int64_t rows = p.batch * p.queries;
+  const Buffer<T> padded_grad(rows * p.padded_values), delta(rows);
+  const auto& kernels = kernels_of<T>();
+  parallel(rows, rows * p.padded_values, [&](int64_t begin, int64_t end) {
+    kernels.delta(p, rows_of(context), rows_of(grad_context), grad_weights ? rows_of(weights) : Rows{},
+                  rows_of(grad_weights), padded_grad.get(), delta.get(), begin, end);
+  });
+  gradients.g.from_scores = false;
+  gradients.g.grad_weights = rows_of(grad_weights);
+  gradients.g.grad_context = padded_grad.get();
+  gradients.g.log_sum_exp = static_cast<const T*>(log_sum_exp.data_ptr());
+  gradients.g.delta = delta.get();
+  gradients.run();
+  return {gradients.grad_query, gradients.grad_key, gradients.grad_value, gradients.grad_weight};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> scores_backward_as(const Tensor& grad, const Tensor& query, const Tensor& key,
+                                                      const Tensor& score_weight, const Optional& lengths,
+                                                      const Optional& mask, double scale) {
+  Setup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
+  check_shape(grad, "grad", {setup.problem.batch, setup.problem.queries, setup.problem.keys});
+  Gradients<T> gradients(setup, query, key, nullptr, score_weight, scale);
+  gradients.g.from_scores = true;
+  gradients.g.grad_weights = rows_of(grad);
+  gradients.run();
+  return {gradients.grad_query, gradients.grad_key, gradients.grad_weight};
+}
+
+bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> additive_prepare(Tensor key, Optional lengths, Optional mask) {
+  return is_double(key) ? prepare_as<double>(key, lengths, mask) : prepare_as<float>(key, lengths, mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor> additive_attention(Tensor query, Tensor key, Tensor value, Tensor score_weight,
+                                                      Optional exp_key, Optional key_limit, Optional lengths,
+                                                      Optional mask, Optional seed, double scale, double dropout_p,
+                                                      bool need_weights) {
+  const auto run = is_double(query) ? attention_as<double> : attention_as<float>;
+  return run(query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed, scale, dropout_p, need_weights);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
+    Optional grad_context, Optional grad_weights, Tensor query, Tensor key, Tensor value, Tensor score_weight,
+    Optional exp_key, Optional key_limit, Optional lengths, Optional mask, Optional seed, double scale, double dropout_p,
+    Tensor context, Tensor weights, Tensor log_sum_exp) {
+  const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
+  return run(grad_context, grad_weights, query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed, scale,
+             dropout_p, context, weights, log_sum_exp);
+}
+
+Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional lengths, Optional mask, double scale) {
+  const auto run = is_double(query) ? scores_as<double> : scores_as<float>;
+  return run(query, key, score_weight, lengths, mask, scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor query, Tensor key, Tensor score_weight,
+                                                            Optional lengths, Optional mask, double scale) {
+  const auto run = is_double(query) ? scores_backward_as<double> : scores_backward_as<float>;
+  return run(grad, query, key, score_weight, lengths, mask, scale);
+}
+
+}  // namespace attnext::cpu

@@ -1,0 +1,124 @@
+// What the launcher hands to the kernels of one instruction set. B batch, Tq queries, Tk keys, D features, H value size.
+#pragma once
+
+#include <cstdint>
+
+namespace attnext::cpu {
+
+enum class Type : int8_t { kFloat, kDouble, kHalf, kBFloat16 };
+
+// Exponentials are padded with zeros to a multiple of this many features (FEATURE_BLOCK in ops.py): two of the widest
+// float vectors, so that features always come in pairs of vectors.
+constexpr int64_t kFeatureBlock = 32;
+// Value rows are padded to the widest vector, in either type.
+constexpr int64_t kValueBlock = 16;
+constexpr int64_t kQueryBlock = 16;  // queries of one forward task, and of one step of a backward task
+constexpr int64_t kKeyTile = 64;     // keys scored at a time
+constexpr int64_t kGradKeyTile = 32;  // the same in backward, which keeps four tiles in the cache
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// A (B, T, n) tensor of any strides, in elements.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch = 0, row = 0, element = 0;
+  Type type = Type::kFloat;
+};
+
+// A (B, Tq, Tk) bool tensor; the query stride is 0 for a (B, Tk) mask.
+struct Mask {
+  const bool* data = nullptr;
+  int64_t batch = 0, query = 0, key = 0;
+};
+
+// T is the arithmetic: float, or double for double inputs.
+template <class T>
+struct Problem {
+  int64_t batch, queries, keys, features, padded, values, padded_values;
+  Rows query, key, value;
+  const T* weight;     // (padded): -2 scale v, zero in the padding
+  const T* exp_key;    // (B, Tk, padded): F = exp(2 k)
+  const T* key_limit;  // (B, Tk): max |k|, infinity where a row is not finite
+  const int64_t* lengths;
+  Mask mask;
+  T keep_scale;           // 1 / (1 - dropout)
+  uint64_t keep_threshold;  // a weight is kept where its 32 random bits are at least this; 0 is no dropout
+  uint64_t seed;
+};
+
+template <class T>
+struct Forward {
+  Problem<T> problem;
+  Rows context, weights;  // weights.data may be null
+  T* log_sum_exp;         // (B, Tq), of the scores less their constant scale * sum v
+};
+
+template <class T>
+struct Scores {
+  Problem<T> problem;
+  T constant;  // scale * sum v
+  Rows scores;
+};
+
+// A task of the backward pass owns the keys [k0, k1) of one batch row, so that no two tasks add to one number.
+template <class T>
+struct Backward {
+  Problem<T> problem;
+  int64_t splits, split_keys;  // tasks a batch row, keys a task
+  bool from_scores;            // the incoming gradient is that of the scores
+  Rows grad_weights;           // or of the scores; data may be null
+  const T* exp_query;          // (B, Tq, padded): E = exp(2 q)
+  const T* query_limit;        // (B, Tq): max |q|
+  const T* grad_context;       // (B, Tq, padded_values), zero-padded; null with from_scores
+  const T* log_sum_exp;        // (B, Tq); null with from_scores
+  const T* delta;              // (B, Tq): sum_j p dp; null with from_scores
+  T scale;
+  const T* gain;  // (padded): 4 v, zero in the padding
+  Rows grad_key, grad_value;
+  T* grad_query;   // (splits, B, Tq, padded) partial sums, not yet times 4 v
+  T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r)
+};
+
+// The rows [begin, end) of a (B, T, n) tensor, counted over B and T, made into exponentials; hidden rows become 0.
+template <class T>
+struct Exponentials {
+  Rows input;
+  int64_t batch, rows, features, padded;
+  const int64_t* lengths;  // may be null
+  Mask mask;               // (B, 1, T); data may be null
+  T* output;               // (B, T, padded)
+  T* limit;                // (B, T)
+};
+
+template <class T>
+struct Kernels {
+  void (*exponentials)(const Exponentials<T>&, int64_t begin, int64_t end);
+  void (*forward)(const Forward<T>&, int64_t task, T* scratch);
+  void (*scores)(const Scores<T>&, int64_t task, T* scratch);
+  void (*backward)(const Backward<T>&, int64_t task, T* scratch);
+  // delta, grad_context in T and zero-padded, from the rows of the output and its gradient.
+  void (*delta)(const Problem<T>&, const Rows& context, const Rows& grad_context, const Rows& weights,
+                const Rows& grad_weights, T* padded_grad, T* delta, int64_t begin, int64_t end);
+  void (*finish_query)(const Backward<T>&, const Rows& grad_query, T* scratch, int64_t begin, int64_t end);
+};
+
+// Elements of T that one task needs as scratch.
+template <class T>
+int64_t forward_scratch(const Problem<T>& p, bool weights) {
+  const int64_t rows = kQueryBlock * (p.padded + p.padded_values + kKeyTile + (weights ? round_up(p.keys, kKeyTile) : 0));
+  return rows + kKeyTile * p.padded_values + 4 * kQueryBlock + 2 * p.padded;
+}
+template <class T>
+int64_t backward_scratch(const Problem<T>& p) {
+  return 2 * kGradKeyTile * (p.padded + p.padded_values) + 4 * kQueryBlock * kGradKeyTile + 2 * p.padded;
+}
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  Kernels<float> of_float;
+  Kernels<double> of_double;
+};
+extern const InstructionSet kV4, kV3, kPortable;
+
+}  // namespace attnext::cpu

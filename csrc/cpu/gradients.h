@@ -1,0 +1,226 @@
+// The backward pass for one instruction set; included after kernels.h. r is recomputed, never stored. v enters at the
+// end of each sum: tanh' = 4 r (1 - r), so with u = ds r (1 - r): dq = 4 v sum_j u, dk = 4 v sum_i u, dv = sum ds (1 - 2r).
+
+// sum over keys of a (row of a) * (row of b), where b is not 0: a weight of 0 hides what its gradient holds.
+template <class T>
+inline T row_dot(Rows a, Rows b, int64_t batch, int64_t t, int64_t n) {
+  T x[kKeyTile], y[kKeyTile], sum = 0;
+  for (int64_t k = 0; k < n; k += kKeyTile) {
+    const int64_t width = n - k < kKeyTile ? n - k : kKeyTile;
+    load_row(a, batch, t, width, width, x);
+    load_row(b, batch, t, width, width, y);
+    for (int64_t j = 0; j < width; ++j) sum += y[j] == 0 ? T(0) : x[j] * y[j];
+    a.data = static_cast<char*>(a.data) + kKeyTile * a.element * bytes(a.type);
+    b.data = static_cast<char*>(b.data) + kKeyTile * b.element * bytes(b.type);
+  }
+  return sum;
+}
+
+// delta_i = sum_j p dp = dC . C + sum_j dA A, which needs no pass over the keys but that of dA.
+template <class T>
+void delta(const Problem<T>& p, const Rows& context, const Rows& grad_context, const Rows& weights,
+           const Rows& grad_weights, T* padded_grad, T* delta, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / p.queries, i = row % p.queries;
+    T* grad = padded_grad + row * p.padded_values;
+    delta[row] = 0;
+    if (grad_context.data) {
+      load_row(grad_context, b, i, p.values, p.padded_values, grad);
+      delta[row] = row_dot<T>(grad_context, context, b, i, p.values);
+    } else {
+      for (int64_t h = 0; h < p.padded_values; ++h) grad[h] = 0;
+    }
+    if (grad_weights.data) delta[row] += row_dot<T>(grad_weights, weights, b, i, p.keys);
+  }
+}
+
+// Sums of u and of t = ds r for J keys and all queries of a tile, two vectors of features at a time in registers.
+template <class T, int J, bool Capped>
+inline void feature_sums(const Tile<T>& t, int64_t padded, int64_t j, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
+  constexpr int W = kLanes<T>;
+  for (int64_t d = 0; d < padded; d += 2 * W) {
+    Vec<T> f0[J], f1[J], key0[J] = {}, key1[J] = {}, weight0 = {}, weight1 = {};
+    for (int k = 0; k < J; ++k) {
+      f0[k] = load(t.f + (j + k) * padded + d);
+      f1[k] = load(t.f + (j + k) * padded + d + W);
+    }
+    for (int64_t i = 0; i < t.ni; ++i) {
+      const Vec<T> e0 = load(t.e + i * padded + d), e1 = load(t.e + i * padded + d + W);
+      const T* ds_row = ds + i * kGradKeyTile + j;
+      Vec<T> query0 = {}, query1 = {};
+      for (int k = 0; k < J; ++k) {
+        const Vec<T> x0 = one_plus<T, Capped>(e0, f0[k]), x1 = one_plus<T, Capped>(e1, f1[k]);
+        const Vec<T> inverse = T(1) / (x0 * x1);
+        const Vec<T> r0 = inverse * x1, r1 = inverse * x0;
+        const Vec<T> t0 = ds_row[k] * r0, t1 = ds_row[k] * r1;
+        const Vec<T> u0 = t0 - t0 * r0, u1 = t1 - t1 * r1;
+        query0 += u0, query1 += u1;
+        key0[k] += u0, key1[k] += u1;
+        weight0 += t0, weight1 += t1;
+      }
+      add_to<T>(grad_query + i * padded + d, query0);
+      add_to<T>(grad_query + i * padded + d + W, query1);
+    }
+    for (int k = 0; k < J; ++k) {
+      add_to<T>(grad_key + (j + k) * padded + d, key0[k]);
+      add_to<T>(grad_key + (j + k) * padded + d + W, key1[k]);
+    }
+    add_to<T>(grad_weight + d, weight0);
+    add_to<T>(grad_weight + d + W, weight1);
+  }
+}
+
+template <class T, bool Capped>
+inline void near_gradients(const Tile<T>& t, int64_t padded, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
+  constexpr int J = kRegisters / 8;
+  int64_t j = 0;
+  for (; j + J <= t.nj; j += J) feature_sums<T, J, Capped>(t, padded, j, ds, grad_query, grad_key, grad_weight);
+  for (; j < t.nj; ++j) feature_sums<T, 1, Capped>(t, padded, j, ds, grad_query, grad_key, grad_weight);
+}
+
+// Slot by slot, and only where ds is not 0: a hidden slot may hold a NaN.
+template <class T>
+inline void far_gradients(const Problem<T>& p, const Tile<T>& t, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
+  T *q = t.row, *k = t.row + p.padded;
+  for (int64_t j = 0; j < t.nj; ++j) {
+    load_row(p.key, t.b, t.j0 + j, p.features, p.padded, k);
+    for (int64_t i = 0; i < t.ni; ++i) {
+      const T slot = ds[i * kGradKeyTile + j];
+      if (slot == 0) continue;
+      load_row(p.query, t.b, t.i0 + i, p.features, p.padded, q);
+      for (int64_t d = 0; d < p.padded; d += kLanes<T>) {
+        const Vec<T> r = far_r(q + d, k + d), part = slot * r, u = part - part * r;
+        add_to<T>(grad_query + i * p.padded + d, u);
+        add_to<T>(grad_key + j * p.padded + d, u);
+        add_to<T>(grad_weight + d, part);
+      }
+    }
+  }
+}
+
+template <class T>
+struct BackwardTiles {  // what a task keeps for one tile of keys
+  T *grad_key, *grad_value, *values, *scores, *ds, *weights, *grads;
+};
+
+// From the scores of a tile: ds, and in tiles.weights what multiplies the incoming gradient in grad_value.
+template <class T>
+inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value, const BackwardTiles<T>& tiles) {
+  const Problem<T>& p = g.problem;
+  constexpr int64_t row = kGradKeyTile;
+  if (!g.from_scores)
+    product_transposed<T>(g.grad_context + (t.b * p.queries + t.i0) * p.padded_values, p.padded_values, t.ni, value.data,
+                          value.row, t.nj, p.padded_values, tiles.grads, row);
+  for (int64_t i = 0; i < t.ni; ++i) {
+    T *s = tiles.scores + i * row, *ds = tiles.ds + i * row, *weights = tiles.weights + i * row, *grad = tiles.grads + i * row;
+    if (g.grad_weights.data) {
+      Rows incoming = g.grad_weights;
+      incoming.data = static_cast<char*>(incoming.data) + t.j0 * incoming.element * bytes(incoming.type);
+      load_row(incoming, t.b, t.i0 + i, t.nj, t.nj, g.from_scores ? grad : ds);
+      if (!g.from_scores)
+        for (int64_t j = 0; j < t.nj; ++j) grad[j] += ds[j];
+    }
+    if (g.from_scores) {
+      for (int64_t j = 0; j < t.nj; ++j) ds[j] = s[j] == kHidden<T> ? T(0) : grad[j];
+      continue;
+    }
+    const int64_t at = t.b * p.queries + t.i0 + i;
+    const T shift = g.log_sum_exp[at] == kHidden<T> ? -kHidden<T> : g.log_sum_exp[at], delta = g.delta[at];
+    for (int64_t j = t.nj; j < row; ++j) s[j] = kHidden<T>;
+    for (int64_t j = 0; j < row; j += kLanes<T>) store<T>(s + j, exp<T>(load(s + j) - shift));  // p
+    for (int64_t j = 0; j < t.nj; ++j) weights[j] = 1;
+    if (p.keep_threshold) drop(p, t.b, t.i0 + i, t.j0, t.nj, weights);
+    for (int64_t j = 0; j < t.nj; ++j) {
+      ds[j] = s[j] == 0 ? T(0) : s[j] * (weights[j] * grad[j] - delta);
+      weights[j] *= s[j];
+    }
+  }
+}
+
+// Adds what the queries [i0, i0 + ni) give to a tile of keys, and takes what they get from it.
+template <class T>
+inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value, const BackwardTiles<T>& tiles,
+                          T* grad_query, T* grad_weight, T& ds_sum) {
+  const Problem<T>& p = g.problem;
+  score_tile(p, t, tiles.scores, kGradKeyTile);
+  score_gradients(g, t, value, tiles);
+  if (g.from_scores) {
+    for (int64_t i = 0; i < t.ni; ++i)
+      for (int64_t j = 0; j < t.nj; ++j) ds_sum += tiles.ds[i * kGradKeyTile + j];
+  } else {
+    const T* grad_context = g.grad_context + (t.b * p.queries + t.i0) * p.padded_values;
+    product<T>({tiles.grad_value, p.padded_values, tiles.weights, 1, kGradKeyTile, grad_context, p.padded_values, t.ni}, 0,
+               t.nj, p.padded_values);
+  }
+  switch (t.range) {
+    case Range::kPlain: near_gradients<T, false>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight); break;
+    case Range::kCapped: near_gradients<T, true>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight); break;
+    case Range::kFar: far_gradients(p, t, tiles.ds, grad_query, tiles.grad_key, grad_weight); break;
+  }
+}
+
+template <class T>
+inline void zero(T* x, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) x[k] = 0;
+}
+
+template <class T>
+void backward(const Backward<T>& g, int64_t task, T* scratch) {
+  const Problem<T>& p = g.problem;
+  const int64_t b = task / g.splits, split = task % g.splits, k0 = split * g.split_keys;
+  const int64_t k1 = k0 + g.split_keys < p.keys ? k0 + g.split_keys : p.keys;
+  const int64_t length = length_of(p, b), visible_end = length < k1 ? length : k1;
+  constexpr int64_t tile = kQueryBlock * kGradKeyTile;
+  BackwardTiles<T> tiles;
+  tiles.grad_key = scratch;
+  tiles.grad_value = tiles.grad_key + kGradKeyTile * p.padded;
+  tiles.values = tiles.grad_value + kGradKeyTile * p.padded_values;
+  tiles.scores = tiles.values + kGradKeyTile * p.padded_values;
+  tiles.ds = tiles.scores + tile, tiles.weights = tiles.ds + tile, tiles.grads = tiles.weights + tile;
+  T* row = tiles.grads + tile;  // 2 padded
+  T* grad_query = g.grad_query + (split * p.batch + b) * p.queries * p.padded;
+  T* grad_weight = g.grad_weight + task * p.padded;
+  zero(grad_query, p.queries * p.padded);
+  zero(grad_weight, p.padded);
+  T ds_sum = 0;
+  for (int64_t j0 = k0; j0 < visible_end; j0 += kGradKeyTile) {
+    const int64_t nj = visible_end - j0 < kGradKeyTile ? visible_end - j0 : kGradKeyTile, at = b * p.keys + j0;
+    zero(tiles.grad_key, nj * p.padded);
+    zero(tiles.grad_value, nj * p.padded_values);
+    const ValueTile<T> value = g.from_scores ? ValueTile<T>{} : value_tile(p, b, j0, nj, tiles.values);
+    const T key_limit = largest(p.key_limit + at, nj);
+    for (int64_t i0 = 0; i0 < p.queries; i0 += kQueryBlock) {
+      const int64_t ni = p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock, query = b * p.queries + i0;
+      const Range range = range_of(largest(g.query_limit + query, ni), key_limit);
+      const Tile<T> t{b, i0, ni, j0, nj, g.exp_query + query * p.padded, p.exp_key + at * p.padded, range, row};
+      backward_tile(g, t, value, tiles, grad_query + i0 * p.padded, grad_weight, ds_sum);
+    }
+    for (int64_t j = 0; j < nj; ++j) {
+      T* grad = tiles.grad_key + j * p.padded;
+      for (int64_t d = 0; d < p.features; ++d) grad[d] *= g.gain[d];
+      store_row(g.grad_key, b, j0 + j, p.features, grad);
+      if (!g.from_scores) store_row(g.grad_value, b, j0 + j, p.values, tiles.grad_value + j * p.padded_values);
+    }
+  }
+  zero(row, 2 * p.padded);
+  zero(tiles.grad_value, p.padded_values);
+  for (int64_t j = visible_end > k0 ? visible_end : k0; j < k1; ++j) {
+    store_row(g.grad_key, b, j, p.features, row);
+    if (!g.from_scores) store_row(g.grad_value, b, j, p.values, tiles.grad_value);
+  }
+  for (int64_t d = 0; d < p.padded; ++d) grad_weight[d] = ds_sum - 2 * grad_weight[d];
+}
+
+// Adds the splits of grad_query rows [begin, end) in their order and multiplies 4 v in.
+template <class T>
+void finish_query(const Backward<T>& g, const Rows& grad_query, T* scratch, int64_t begin, int64_t end) {
+  const Problem<T>& p = g.problem;
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t d = 0; d < p.padded; ++d) {
+      T sum = 0;
+      for (int64_t s = 0; s < g.splits; ++s) sum += g.grad_query[(s * p.batch * p.queries + row) * p.padded + d];
+      scratch[d] = sum * g.gain[d];
+    }
+    store_row(grad_query, row / p.queries, row % p.queries, p.features, scratch);
+  }
+}

@@ -1,0 +1,63 @@
+// Compiles the kernels for the instruction set that the including file names. The target is set for the whole file, below
+// the standard headers, and the kernels call no template of the standard library: a function that the linker shares
+// between files must not come out of this one with instructions that the machine may lack.
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "cpu/additive.h"
+
+// Vectors are passed between functions of this file alone, so that their calling convention concerns nobody.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#if defined(__x86_64__) && ATTNEXT_VECTOR_BYTES > 16
+#define ATTNEXT_TARGETED 1
+#if defined(__clang__)
+#if ATTNEXT_VECTOR_BYTES == 64
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#else
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#endif
+#elif ATTNEXT_VECTOR_BYTES == 64
+#pragma GCC target("arch=x86-64-v4")
+#else
+#pragma GCC target("arch=x86-64-v3")
+#endif
+#endif
+
+namespace attnext::cpu {
+namespace ATTNEXT_ISA {
+namespace {
+constexpr int kVectorBytes = ATTNEXT_VECTOR_BYTES, kRegisters = ATTNEXT_REGISTERS;
+
+#include "cpu/vec.h"
+// vec.h first: the others use its vectors.
+#include "cpu/gemm.h"
+#include "cpu/rows.h"
+// rows.h before the kernels that load with it.
+#include "cpu/kernels.h"
+// gradients.h builds on kernels.h.
+#include "cpu/gradients.h"
+
+template <class T>
+constexpr Kernels<T> kernels() {
+  return {exponentials<T>, forward<T>, scores<T>, backward<T>, delta<T>, finish_query<T>};
+}
+
+bool supported() {
+#if defined(ATTNEXT_TARGETED)
+  return __builtin_cpu_supports(ATTNEXT_ISA_NAME);
+#else
+  return ATTNEXT_VECTOR_BYTES == 16;
+#endif
+}
+}  // namespace
+}  // namespace ATTNEXT_ISA
+
+extern const InstructionSet ATTNEXT_ISA_SYMBOL = {ATTNEXT_ISA_NAME, ATTNEXT_ISA::supported,
+                                                  ATTNEXT_ISA::kernels<float>(), ATTNEXT_ISA::kernels<double>()};
+}  // namespace attnext::cpu
+
+#if defined(__clang__) && defined(ATTNEXT_TARGETED)
+#pragma clang attribute pop
+#endif

@@ -1,0 +1,104 @@
+// Rows of tensors of any dtype and stride, as contiguous T and back.
+
+// The bits of a half as a float: the exponent is rebased by a multiplication, which also makes subnormals right.
+inline float half_to_float(uint16_t half) {
+  const uint32_t magnitude = (uint32_t(half) & 0x7fffu) << 13, sign = (uint32_t(half) & 0x8000u) << 16;
+  float scaled;
+  __builtin_memcpy(&scaled, &magnitude, 4);
+  scaled *= 0x1p112f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &scaled, 4);
+  bits |= sign | ((half & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u);
+  float result;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline float bfloat16_to_float(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Round to nearest even, in integers; NaN stays NaN.
+inline uint16_t float_to_bfloat16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fc0;
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline uint16_t float_to_half(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (bits < 0x38800000u) {  // below 2^-14: added to a number whose last place is that of a subnormal half
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    uint32_t rounded;
+    __builtin_memcpy(&rounded, &magnitude, 4);
+    return uint16_t(sign | (rounded - 0x3f000000u));
+  }
+  return uint16_t(sign | ((bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13));
+}
+
+template <class T, class Stored, class Convert>
+inline void load_as(const void* data, int64_t stride, int64_t n, T* out, const Convert& convert) {
+  const Stored* x = static_cast<const Stored*>(data);
+  if (stride == 1) {
+    for (int64_t k = 0; k < n; ++k) out[k] = T(convert(x[k]));
+  } else {
+    for (int64_t k = 0; k < n; ++k) out[k] = T(convert(x[k * stride]));
+  }
+}
+
+inline int64_t bytes(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+
+inline char* row_address(const Rows& rows, int64_t b, int64_t t) {
+  return static_cast<char*>(rows.data) + (b * rows.batch + t * rows.row) * bytes(rows.type);
+}
+
+// Row (b, t) as n numbers of T, zeros up to padded.
+template <class T>
+inline void load_row(const Rows& rows, int64_t b, int64_t t, int64_t n, int64_t padded, T* out) {
+  const void* data = row_address(rows, b, t);
+  switch (rows.type) {
+    case Type::kFloat: load_as<T, float>(data, rows.element, n, out, [](float x) { return x; }); break;
+    case Type::kDouble: load_as<T, double>(data, rows.element, n, out, [](double x) { return x; }); break;
+    case Type::kHalf: load_as<T, uint16_t>(data, rows.element, n, out, half_to_float); break;
+    case Type::kBFloat16: load_as<T, uint16_t>(data, rows.element, n, out, bfloat16_to_float); break;
+  }
+  for (int64_t k = n; k < padded; ++k) out[k] = 0;
+}
+
+// n numbers to row (b, t), whose elements are contiguous: outputs are always made so.
+template <class T>
+inline void store_row(const Rows& rows, int64_t b, int64_t t, int64_t n, const T* x) {
+  void* data = row_address(rows, b, t);
+  switch (rows.type) {
+    case Type::kFloat:
+      for (int64_t k = 0; k < n; ++k) static_cast<float*>(data)[k] = float(x[k]);
+      break;
+    case Type::kDouble:
+      for (int64_t k = 0; k < n; ++k) static_cast<double*>(data)[k] = double(x[k]);
+      break;
+    case Type::kHalf:
+      for (int64_t k = 0; k < n; ++k) static_cast<uint16_t*>(data)[k] = float_to_half(float(x[k]));
+      break;
+    case Type::kBFloat16:
+      for (int64_t k = 0; k < n; ++k) static_cast<uint16_t*>(data)[k] = float_to_bfloat16(float(x[k]));
+      break;
+  }
+}
+
+template <class T>
+inline bool all_finite(const T* x, int64_t n) {
+  bool finite = true;
+  for (int64_t k = 0; k < n; ++k) finite &= __builtin_fabs(x[k]) <= Limits<T>::largest;
+  return finite;
+}

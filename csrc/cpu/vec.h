@@ -1,0 +1,105 @@
+// Vectors of one instruction set, as GCC's and Clang's vector extension. Included once an instruction set, inside its
+// namespace; kVectorBytes and kRegisters are defined there.
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef float unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef double unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
+}
+template <class T>
+inline void store(T* p, Vec<T> x) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = x;
+}
+template <class T>
+inline void add_to(T* p, Vec<T> x) {
+  store<T>(p, load(p) + x);
+}
+
+// Constants of the arithmetic. A product of four x = 1 + E F stays finite while x <= 2^30 (2^250 in double), a product
+// of two while x <= 2^60 (2^500); exponentials are normal numbers within max_argument.
+template <class T>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float plain = 10.39f, max_argument = 43.f, cap = 0x1p60f;
+  static constexpr float exp_low = -86.f, exp_high = 88.f, magic = 0x1.8p23f;
+  static constexpr float ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f, log2e = 0x1.715476p0f;
+  static constexpr float largest = 0x1.fffffep127f;
+  static constexpr int mantissa = 23, degree = 7;
+};
+template <>
+struct Limits<double> {
+  static constexpr double plain = 86.6, max_argument = 350., cap = 0x1p500;
+  static constexpr double exp_low = -707., exp_high = 709., magic = 0x1.8p52;
+  static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33,
+                          log2e = 0x1.71547652b82fep0;
+  static constexpr double largest = 0x1.fffffffffffffp1023;
+  static constexpr int mantissa = 52, degree = 13;
+};
+
+// 1/k!: the Taylor series of exp on [-ln2/2, ln2/2] is below an ulp at degree 7 in float and 13 in double.
+constexpr double inverse_factorial(int k) { return k < 2 ? 1. : inverse_factorial(k - 1) / k; }
+template <class T, int K>
+inline Vec<T> exp_series(Vec<T> x) {
+  constexpr T coefficient = T(inverse_factorial(K));
+  if constexpr (K == Limits<T>::degree) {
+    return Vec<T>{} + coefficient;
+  } else {
+    return exp_series<T, K + 1>(x) * x + coefficient;
+  }
+}
+
+// exp(x) to about an ulp; 0 below exp_low, saturated above exp_high, NaN for NaN.
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  using L = Limits<T>;
+  using Bits = typename VecOf<T>::bits;
+  const Vec<T> low = Vec<T>{} + L::exp_low, high = Vec<T>{} + L::exp_high;
+  const auto vanishes = x < low;
+  x = vanishes ? low : x;
+  x = x > high ? high : x;
+  const Vec<T> shifted = x * L::log2e + L::magic;  // the integer part of x / ln2 stands in the low bits
+  const Vec<T> n = shifted - L::magic;
+  const Vec<T> rest = x - n * L::ln2_high - n * L::ln2_low;
+  const Vec<T> series = exp_series<T, 0>(rest);
+  const Vec<T> result = (Vec<T>)((Bits)series + ((Bits)shifted << L::mantissa));
+  return vanishes ? Vec<T>{} : x == x ? result : x;
+}
+
+// From vectors of sums, in groups of G lanes, the vector whose groups are half as wide: those of x, then those of y.
+template <class T, int G, int... L>
+inline Vec<T> halve(Vec<T> x, Vec<T> y, std::integer_sequence<int, L...>) {
+  constexpr int W = kLanes<T>, H = W / 2;
+#define LANE(l) ((l) < H ? 0 : W) + ((l) % H) / (G / 2) * G + ((l) % H) % (G / 2)
+  return __builtin_shufflevector(x, y, (LANE(L))...) + __builtin_shufflevector(x, y, (LANE(L) + G / 2)...);
+#undef LANE
+}
+
+// Lane k of the result is the sum of all lanes of x[k]: N - 1 additions for N sums. x is used up.
+template <class T, int G = kLanes<T>>
+inline Vec<T> lane_sums(Vec<T>* x) {
+  if constexpr (G == 1) {
+    return x[0];
+  } else {
+    for (int k = 0; k < G / 2; ++k) x[k] = halve<T, G>(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kLanes<T>>{});
+    return lane_sums<T, G / 2>(x);
+  }
+}

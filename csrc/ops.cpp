@@ -1,0 +1,13 @@
+// Registers the kernels with the operators that attnext/ops.py defines.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_IMPL(attnext, CPU, m) {
+  using namespace attnext::cpu;
+  m.impl("additive_prepare_cpu", TORCH_BOX(&additive_prepare));
+  m.impl("additive_attention_cpu", TORCH_BOX(&additive_attention));
+  m.impl("additive_attention_backward_cpu", TORCH_BOX(&additive_attention_backward));
+  m.impl("additive_scores_cpu", TORCH_BOX(&additive_scores));
+  m.impl("additive_scores_backward_cpu", TORCH_BOX(&additive_scores_backward));
+}

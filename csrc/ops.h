@@ -1,0 +1,34 @@
+// The CPU operators; their schemas stand in attnext/ops.py.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace attnext::cpu {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> additive_prepare(Tensor key, std::optional<Tensor> lengths, std::optional<Tensor> mask);
+
+std::tuple<Tensor, Tensor, Tensor> additive_attention(Tensor query, Tensor key, Tensor value, Tensor score_weight,
+                                                      std::optional<Tensor> exp_key, std::optional<Tensor> key_limit,
+                                                      std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                                                      std::optional<Tensor> seed, double scale, double dropout_p,
+                                                      bool need_weights);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_weights, Tensor query, Tensor key, Tensor value,
+    Tensor score_weight, std::optional<Tensor> exp_key, std::optional<Tensor> key_limit, std::optional<Tensor> lengths,
+    std::optional<Tensor> mask, std::optional<Tensor> seed, double scale, double dropout_p, Tensor context, Tensor weights,
+    Tensor log_sum_exp);
+
+Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, std::optional<Tensor> lengths,
+                       std::optional<Tensor> mask, double scale);
+
+std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor query, Tensor key, Tensor score_weight,
+                                                            std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                                                            double scale);
+
+}  // namespace attnext::cpu
