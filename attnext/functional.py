@@ -74,11 +74,18 @@ def additive_attention(
 
 
 def attend(
-    query: Tensor, memory: Memory, scale: float, dropout_p: float, need_weights: bool, backend: str | None
+    query: Tensor,
+    memory: Memory,
+    scale: float,
+    dropout_p: float,
+    need_weights: bool,
+    backend: str | None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Additive attention of checked arguments, on a memory that may be prepared."""
+    """Additive attention of checked arguments, on a memory that may be prepared; dropout draws its own seed for None."""
     family = choose(backend, query.device.type)
-    seed = torch.randint(2**62, (), device=query.device) if dropout_p > 0.0 else None
+    if dropout_p > 0.0 and seed is None:
+        seed = torch.randint(2**62, (), device=query.device)
     if family == "reference":
         return reference.additive_attention(
             *_autocast(query, memory.key, memory.value, memory.score_weight),

@@ -43,12 +43,13 @@ def render() -> str:
 
 
 def _extension_facts() -> dict[str, str]:
-    module, status, record = _extension.load(), _extension.status(), _extension.build_record()
+    module, status, built = _extension.load(), _extension.status(), _extension.build_record()
     facts = {"C++": "loaded" if status.available else status.reason}
     if module is not None:
-        facts["instructions"] = str(module.instruction_set())
-        facts.update({key: str(value) for key, value in module.build_info().items()})
-    facts.update({f"built with {key}": value for key, value in record.items() if value and key != "reason"})
+        facts["instructions"] = module.instruction_set()
+        # What the library says of itself is surer than the record beside it.
+        built |= module.build_info()
+    facts.update({f"built with {key}": value for key, value in built.items() if value and key != "reason"})
     return facts
 
 

@@ -175,7 +175,7 @@ def _openmp(compiler: list[str]) -> list[str]:
 
 
 def _run(command: list[str]) -> str:
-    """What the command printed; it goes to the build's log too. A failure's first error is the CompileError."""
+    """What the command printed, which the build's log shows too. A failure raises its first error."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(shlex.join(command), done.stdout, sep="\n", flush=True)
     if done.returncode == 0:

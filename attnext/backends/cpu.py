@@ -15,4 +15,6 @@ def _probe() -> Backend:
     return Backend(True, f"C++ kernels, {module.instruction_set()} instructions")
 
 
+# Now, not at the first call: a program that was exported and loaded again calls torch.ops.attnext directly.
+_extension.load()
 FAMILY = Family(("cpu",), _probe)

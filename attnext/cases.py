@@ -1,0 +1,304 @@
+"""Holds a backend to the float64 reference: the cases, their inputs and the tolerances.
+
+The tests, the benchmarks and the command draw their inputs and judge their results here. An error is given in units of a
+tolerance that follows from arithmetic: the unit roundoff of the computation, the sizes of the terms in each sum, their
+number, and the rounding of the result to its dtype. Nothing in it was fitted to what a kernel happens to give.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attnext import functional, reference
+from attnext.memory import Memory
+
+__all__ = ["CASES", "DTYPES", "Case", "Inputs", "compare", "draw", "random_cases"]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INPUTS = ("query", "key", "value", "score_weight")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to verify: its sizes and what is special about its inputs."""
+
+    op: Literal["attention", "step", "scores"] = "attention"
+    """``step`` attends a prepared memory."""
+    batch: int = 2
+    queries: int = 3
+    keys: int = 7
+    features: int = 12
+    values: int = 10
+    dtype: torch.dtype = torch.float32
+    lengths: bool = False
+    mask: Literal["", "keys", "slots"] = ""
+    """``keys`` is (B, Tk), ``slots`` (B, Tq, Tk)."""
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    weights: bool = False
+    magnitude: float = 1.0
+    """Standard deviation of queries and keys."""
+    strided: bool = False
+    """Inputs with a last stride that is not 1, and incoming gradients expanded from one element."""
+    poison: bool = False
+    """NaN in keys and values that no query may attend."""
+
+    def __str__(self) -> str:
+        sizes = f"({self.batch}, {self.queries}, {self.keys}, {self.features}, {self.values})"
+        flags = (name for name in ("lengths", "mask", "weights", "strided", "poison") if getattr(self, name))
+        numbers = (
+            f"{name}={getattr(self, name):g}"
+            for name in ("scale", "dropout_p", "magnitude")
+            if getattr(self, name) != getattr(Case, name)
+        )
+        return " ".join([self.op, sizes, str(self.dtype).removeprefix("torch."), *flags, *numbers])
+
+
+CASES: tuple[Case, ...] = (
+    Case(),
+    Case(batch=1, queries=1, keys=1, features=1, values=1, weights=True),
+    Case(batch=3, queries=17, keys=67, features=31, values=65, lengths=True, weights=True),
+    Case(batch=2, queries=33, keys=131, features=128, values=48, mask="keys", scale=0.5),
+    Case(batch=2, queries=19, keys=97, features=100, values=16, mask="slots", weights=True, poison=True),
+    Case(batch=1, queries=5, keys=200, features=257, values=37, lengths=True, mask="slots", scale=2.0),
+    Case(batch=2, queries=16, keys=64, features=64, values=64, dropout_p=0.3, weights=True),
+    Case(batch=2, queries=18, keys=66, features=96, values=33, dropout_p=0.9, mask="keys", lengths=True),
+    Case(batch=2, queries=7, keys=40, features=40, values=24, strided=True, weights=True),
+    Case(batch=2, queries=7, keys=70, features=40, values=16, lengths=True, mask="keys", poison=True, strided=True),
+    Case(batch=2, queries=9, keys=50, features=70, values=20, magnitude=8.0, weights=True),
+    Case(batch=2, queries=9, keys=50, features=70, values=20, magnitude=100.0, mask="slots", poison=True),
+    Case(batch=1, queries=4, keys=20, features=16, values=8, magnitude=1e4, weights=True),
+    Case(batch=0),
+    Case(queries=0),
+    Case(keys=0, weights=True),
+    Case(values=0, weights=True),
+    Case("step", batch=5, queries=1, keys=131, features=96, values=80, lengths=True),
+    Case("step", batch=2, queries=1, keys=30, features=33, values=70, mask="keys", poison=True, weights=True),
+    Case("step", batch=3, queries=4, keys=20, features=64, values=32, magnitude=20.0, dropout_p=0.2),
+    Case("scores", batch=3, queries=17, keys=67, features=31, lengths=True),
+    Case("scores", batch=2, queries=5, keys=130, features=65, mask="slots", scale=-1.5, strided=True),
+    Case("scores", batch=2, queries=6, keys=20, features=40, mask="keys", poison=True, magnitude=50.0),
+    Case("scores", keys=0),
+)
+"""The fixed table; every backend runs it in every dtype."""
+
+
+def random_cases(count: int, seed: int) -> Iterator[Case]:
+    """``count`` cases with sizes, dtypes and options drawn from ``seed``."""
+    draw_from = random.Random(seed)
+    sizes = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 100, 129)
+    for _ in range(count):
+        yield Case(
+            op=draw_from.choice(("attention", "attention", "step", "scores")),
+            batch=draw_from.choice((1, 1, 2, 3, 5)),
+            queries=draw_from.choice(sizes[:11]),
+            keys=draw_from.choice((*sizes, 200)),
+            features=draw_from.choice((*sizes, 257)),
+            values=draw_from.choice(sizes),
+            dtype=draw_from.choice(DTYPES),
+            lengths=draw_from.random() < 0.5,
+            mask=draw_from.choice(("", "keys", "slots")),
+            scale=draw_from.choice((1.0, 1.0, 0.3, 3.0)),
+            dropout_p=draw_from.choice((0.0, 0.0, 0.0, 0.1, 0.5)),
+            weights=draw_from.random() < 0.5,
+            magnitude=draw_from.choice((1.0, 1.0, 0.01, 6.0, 30.0, 1e3)),
+            strided=draw_from.random() < 0.3,
+            poison=draw_from.random() < 0.3,
+        )
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case: in its dtype, gradients of the results included."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    score_weight: Tensor
+    lengths: Tensor | None
+    mask: Tensor | None
+    seed: Tensor
+    grads: dict[str, Tensor]
+
+
+def draw(case: Case, seed: int, device: str = "cpu") -> Inputs:
+    """Fresh random inputs of a case."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    batch, queries, keys = case.batch, case.queries, case.keys
+    lengths = torch.randint(0, keys + 1, (batch,), generator=rng) if case.lengths else None
+    mask = _draw_mask(case, rng)
+    key = normal(batch, keys, case.features) * case.magnitude
+    value = normal(batch, keys, case.values)
+    query = normal(batch, queries, case.features) * case.magnitude
+    if case.poison:
+        hidden = ~reference.valid_slots(query, key, lengths, mask).any(1)
+        key[hidden], value[hidden] = torch.nan, torch.nan
+    grads = {"context": normal(batch, queries, case.values), "weights": normal(batch, queries, keys)}
+    if case.op == "scores":
+        grads = {"scores": grads["weights"]}
+    elif not case.weights:
+        del grads["weights"]
+    place = _placed_strided if case.strided else _placed
+    return Inputs(
+        place(query, case.dtype, device),
+        place(key, case.dtype, device),
+        place(value, case.dtype, device),
+        (normal(case.features) / case.features**0.5).to(case.dtype).to(device),
+        None if lengths is None else lengths.to(device),
+        None if mask is None else mask.to(device),
+        torch.randint(2**62, (), generator=rng).to(device),
+        {
+            name: (grad.flatten()[:1].expand(grad.shape) if case.strided and grad.numel() else grad)
+            .to(case.dtype)
+            .to(device)
+            for name, grad in grads.items()
+        },
+    )
+
+
+def _draw_mask(case: Case, rng: torch.Generator) -> Tensor | None:
+    if not case.mask:
+        return None
+    shape = (case.batch, case.keys) if case.mask == "keys" else (case.batch, case.queries, case.keys)
+    mask = torch.rand(shape, generator=rng) < 0.7
+    mask[..., :1] = False  # so that there is a key nobody attends,
+    mask[:1, :1] = False  # and, with a mask by slots, a query that attends nobody
+    return mask
+
+
+def _placed(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    return x.to(dtype).to(device)
+
+
+def _placed_strided(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """The same numbers with the last two dimensions swapped in memory."""
+    return x.to(dtype).to(device).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def compare(case: Case, backend: str, seed: int, device: str = "cpu") -> dict[str, float]:
+    """The worst error of each result and gradient of a case on a backend, in units of its tolerance.
+
+    Infinity stands for a result that is NaN or infinite where the reference's is not, or the other way round.
+    """
+    inputs = draw(case, seed, device)
+    expected = _run(case, inputs, torch.float64, _reference(case))
+    actual = _run(case, inputs, case.dtype, _backend(case, backend))
+    bounds = tolerances(case, inputs)
+    return {name: _worst(actual[name], expected[name], bounds[name]) for name in expected}
+
+
+def _worst(actual: Tensor, expected: Tensor, bound: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    if actual.numel() == 0:
+        return 0.0
+    actual = actual.double()
+    error = (actual - expected).abs() / bound
+    error = torch.where(actual == expected, 0.0, error)  # infinities of scores
+    return float(error.nan_to_num(nan=torch.inf).max())
+
+
+Call = Callable[[Inputs, list[Tensor]], Mapping[str, Tensor | None]]
+
+
+def _reference(case: Case) -> Call:
+    def call(inputs: Inputs, x: list[Tensor]) -> Mapping[str, Tensor | None]:
+        options = {"lengths": inputs.lengths, "mask": inputs.mask, "scale": case.scale}
+        if case.op == "scores":
+            return {"scores": reference.additive_scores(x[0], x[1], x[3], **options)}
+        context, weights = reference.additive_attention(
+            *x, **options, dropout_p=case.dropout_p, need_weights=case.weights, seed=inputs.seed
+        )
+        return {"context": context, "weights": weights}
+
+    return call
+
+
+def _backend(case: Case, backend: str) -> Call:
+    def call(inputs: Inputs, x: list[Tensor]) -> Mapping[str, Tensor | None]:
+        if case.op == "scores":
+            scores = functional.additive_scores(
+                x[0], x[1], x[3], lengths=inputs.lengths, mask=inputs.mask, scale=case.scale, backend=backend
+            )
+            return {"scores": scores}
+        by_key = case.op == "step" and case.mask != "slots"
+        prepared = functional.prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
+        memory = Memory(x[1], x[2], inputs.lengths, inputs.mask, x[3], prepared)
+        context, weights = functional.attend(
+            x[0], memory, case.scale, case.dropout_p, case.weights, backend, seed=inputs.seed
+        )
+        return {"context": context, "weights": weights}
+
+    return call
+
+
+def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str, Tensor]:
+    """Results of a call in ``dtype`` and the gradients of its inputs, by name."""
+    names = [name for name in INPUTS if case.op != "scores" or name != "value"]
+    x = {name: getattr(inputs, name).to(dtype).detach().requires_grad_() for name in INPUTS}
+    results = {name: y for name, y in call(inputs, list(x.values())).items() if y is not None}
+    outputs = {name: y for name, y in results.items() if name in inputs.grads}
+    grads = torch.autograd.grad(
+        list(outputs.values()),
+        [x[name] for name in names],
+        [inputs.grads[name].to(dtype) for name in outputs],
+    )
+    found = {name: y.detach() for name, y in results.items()}
+    return found | {f"grad {name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+def tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """How far each result may lie from the exact one, element by element.
+
+    ``u`` is the unit roundoff of the arithmetic (float32 for the half types), ``out`` that of the result's dtype. A sum
+    of n rounded terms of size m may be off by about sqrt(n) u m, and each term by a few u: the constants count the
+    roundings of the formula (exp twice, product, sum, division; then softmax; then the products of the chain rule).
+    """
+    u = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps / 2
+    info = torch.finfo(case.dtype)
+    out, least = info.eps / 2, info.smallest_normal * info.eps
+    query, key, value, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
+    options = {"lengths": inputs.lengths, "mask": inputs.mask}
+    root = {name: n**0.5 for name, n in vars(case).items() if name in ("queries", "keys", "features", "values")}
+    score_error = (16 + root["features"]) * u * abs(case.scale) * float(v.abs().sum())
+
+    if case.op == "scores":
+        scores = reference.additive_scores(query, key, v, scale=case.scale, **options)
+        ds = inputs.grads["scores"].double().abs().masked_fill(scores.isinf(), 0.0)
+        result = {"scores": scores.nan_to_num(neginf=0.0).abs() * out + score_error + least}
+        ds_error = 4 * u
+    else:
+        p = reference.additive_attention(query, key, value, v, scale=case.scale, need_weights=True, **options)[1]
+        assert p is not None
+        keep = reference.dropout_keep(inputs.seed, p.shape, case.dropout_p).double()
+        kept = p * keep / (1 - case.dropout_p)
+        p_error = 2 * score_error + (8 + root["keys"]) * u
+        grad_context = inputs.grads["context"].double().abs()
+        dp = grad_context @ value.abs().transpose(1, 2)
+        if case.weights:
+            dp = dp + inputs.grads["weights"].double().abs()
+        ds = keep / (1 - case.dropout_p) * p * dp + p * (kept * dp).sum(-1, keepdim=True)
+        # delta is a product with results that were rounded to their dtype.
+        ds_error = 2 * p_error + (8 + root["values"] + root["keys"]) * u + out
+        result = {
+            "context": kept @ value.abs() * (p_error + (4 + root["keys"]) * u + out) + least,
+            "weights": kept * (p_error + out) + least,
+            "grad value": kept.transpose(1, 2) @ grad_context * (p_error + (4 + root["queries"]) * u + out) + least,
+        }
+    ds = ds * abs(case.scale)
+    terms = (case.batch * case.queries * case.keys) ** 0.5
+    return result | {
+        "grad query": ds.sum(2, keepdim=True) * v.abs() * (ds_error + (24 + root["keys"]) * u + out) + least,
+        "grad key": ds.sum(1).unsqueeze(-1) * v.abs() * (ds_error + (24 + root["queries"]) * u + out) + least,
+        "grad score_weight": ds.sum() * (ds_error + (12 + terms) * u + out) + least,
+    }
