@@ -95,7 +95,7 @@ def scale(x: object) -> float:
     """A finite number."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"scale must be a number, got {type(x).__name__}")
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:
         raise ValueError(f"scale must be finite, got {x}")
     return float(x)
 

@@ -6,10 +6,13 @@ One file per family; none imports another. A family offers ``probe``, which says
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 from attnext.backends import cpu, cuda, reference, triton
 from attnext.backends._base import Backend, Family
@@ -25,8 +28,6 @@ _FAMILIES: dict[str, Family] = {
 _AUTOMATIC = ("cpu", "cuda", "triton", "reference")
 """The order of automatic choice: the first that is available and serves the device."""
 
-_chosen: dict[str, str] = {}
-"""Automatic choices so far, by device type."""
 _forced: str | None = None
 
 
@@ -68,9 +69,14 @@ def choose(name: str | None, device_type: str) -> str:
         ValueError: unknown backend, or one that doesn't serve that device.
         RuntimeError: the backend is not available here.
     """
-    name = name or _forced
+    return _resolve(name if name is not None else _forced, device_type)
+
+
+# A constant to the compiler: what this machine has doesn't change while it runs. What does, _forced, is read outside.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _resolve(name: str | None, device_type: str) -> str:
     if name is None:
-        return _chosen.get(device_type) or _choose_automatically(device_type)
+        return _choose_automatically(device_type)
     family = _require(name)
     if family.device_types and device_type not in family.device_types:
         served = " and ".join(family.device_types)
@@ -88,6 +94,7 @@ def _require(name: str) -> Family:
     return family
 
 
+@functools.cache
 def _choose_automatically(device_type: str) -> str:
     for name in _AUTOMATIC:
         family = _FAMILIES[name]
@@ -106,9 +113,8 @@ def _choose_automatically(device_type: str) -> str:
             f"attnext has no kernels for {device_type!r} tensors here and uses its slow reference implementation "
             f"({missing or 'no backend serves that device'})",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
-    _chosen[device_type] = name
     return name
 
 

@@ -110,7 +110,7 @@ int64_t forward_scratch(const Problem<T>& p, bool weights) {
 }
 template <class T>
 int64_t backward_scratch(const Problem<T>& p) {
-  return 2 * kGradKeyTile * (p.padded + p.padded_values) + 4 * kQueryBlock * kGradKeyTile + 2 * p.padded;
+  return 2 * kGradKeyTile * (p.padded + p.padded_values) + 4 * kQueryBlock * kGradKeyTile + 4 * p.padded;
 }
 
 struct InstructionSet {

@@ -1,6 +1,11 @@
 // The backward pass for one instruction set; included after kernels.h. r is recomputed, never stored. v enters at the
 // end of each sum: tanh' = 4 r (1 - r), so with u = ds r (1 - r): dq = 4 v sum_j u, dk = 4 v sum_i u, dv = sum ds (1 - 2r).
 
+template <class T>
+inline void zero(T* x, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) x[k] = 0;
+}
+
 // sum over keys of a (row of a) * (row of b), where b is not 0: a weight of 0 hides what its gradient holds.
 template <class T>
 inline T row_dot(Rows a, Rows b, int64_t batch, int64_t t, int64_t n) {
@@ -81,9 +86,10 @@ inline void near_gradients(const Tile<T>& t, int64_t padded, const T* ds, T* gra
 // Slot by slot, and only where ds is not 0: a hidden slot may hold a NaN.
 template <class T>
 inline void far_gradients(const Problem<T>& p, const Tile<T>& t, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
-  T *q = t.row, *k = t.row + p.padded;
+  T *q = t.row, *k = t.row + p.padded, *sums = t.row + 2 * p.padded;
   for (int64_t j = 0; j < t.nj; ++j) {
     load_row(p.key, t.b, t.j0 + j, p.features, p.padded, k);
+    zero(sums, p.padded);
     for (int64_t i = 0; i < t.ni; ++i) {
       const T slot = ds[i * kGradKeyTile + j];
       if (slot == 0) continue;
@@ -92,9 +98,10 @@ inline void far_gradients(const Problem<T>& p, const Tile<T>& t, const T* ds, T*
         const Vec<T> r = far_r(q + d, k + d), part = slot * r, u = part - part * r;
         add_to<T>(grad_query + i * p.padded + d, u);
         add_to<T>(grad_key + j * p.padded + d, u);
-        add_to<T>(grad_weight + d, part);
+        add_to<T>(sums + d, part);
       }
     }
+    for (int64_t d = 0; d < p.padded; ++d) grad_weight[d] += sums[d];
   }
 }
 
@@ -145,8 +152,13 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTil
   score_tile(p, t, tiles.scores, kGradKeyTile);
   score_gradients(g, t, value, tiles);
   if (g.from_scores) {
-    for (int64_t i = 0; i < t.ni; ++i)
-      for (int64_t j = 0; j < t.nj; ++j) ds_sum += tiles.ds[i * kGradKeyTile + j];
+    T tile_sum = 0;
+    for (int64_t i = 0; i < t.ni; ++i) {
+      T row_sum = 0;
+      for (int64_t j = 0; j < t.nj; ++j) row_sum += tiles.ds[i * kGradKeyTile + j];
+      tile_sum += row_sum;
+    }
+    ds_sum += tile_sum;
   } else {
     const T* grad_context = g.grad_context + (t.b * p.queries + t.i0) * p.padded_values;
     product<T>({tiles.grad_value, p.padded_values, tiles.weights, 1, kGradKeyTile, grad_context, p.padded_values, t.ni}, 0,
@@ -157,11 +169,6 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTil
     case Range::kCapped: near_gradients<T, true>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight); break;
     case Range::kFar: far_gradients(p, t, tiles.ds, grad_query, tiles.grad_key, grad_weight); break;
   }
-}
-
-template <class T>
-inline void zero(T* x, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) x[k] = 0;
 }
 
 template <class T>
@@ -177,7 +184,9 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
   tiles.values = tiles.grad_value + kGradKeyTile * p.padded_values;
   tiles.scores = tiles.values + kGradKeyTile * p.padded_values;
   tiles.ds = tiles.scores + tile, tiles.weights = tiles.ds + tile, tiles.grads = tiles.weights + tile;
-  T* row = tiles.grads + tile;  // 2 padded
+  T* row = tiles.grads + tile;  // 3 padded
+  // Summed tile by tile first: one long sum of like terms would lose a bit with every doubling of its length.
+  T* tile_weight = row + 3 * p.padded;
   T* grad_query = g.grad_query + (split * p.batch + b) * p.queries * p.padded;
   T* grad_weight = g.grad_weight + task * p.padded;
   zero(grad_query, p.queries * p.padded);
@@ -185,6 +194,7 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
   T ds_sum = 0;
   for (int64_t j0 = k0; j0 < visible_end; j0 += kGradKeyTile) {
     const int64_t nj = visible_end - j0 < kGradKeyTile ? visible_end - j0 : kGradKeyTile, at = b * p.keys + j0;
+    zero(tile_weight, p.padded);
     zero(tiles.grad_key, nj * p.padded);
     zero(tiles.grad_value, nj * p.padded_values);
     const ValueTile<T> value = g.from_scores ? ValueTile<T>{} : value_tile(p, b, j0, nj, tiles.values);
@@ -193,8 +203,9 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
       const int64_t ni = p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock, query = b * p.queries + i0;
       const Range range = range_of(largest(g.query_limit + query, ni), key_limit);
       const Tile<T> t{b, i0, ni, j0, nj, g.exp_query + query * p.padded, p.exp_key + at * p.padded, range, row};
-      backward_tile(g, t, value, tiles, grad_query + i0 * p.padded, grad_weight, ds_sum);
+      backward_tile(g, t, value, tiles, grad_query + i0 * p.padded, tile_weight, ds_sum);
     }
+    for (int64_t d = 0; d < p.padded; ++d) grad_weight[d] += tile_weight[d];
     for (int64_t j = 0; j < nj; ++j) {
       T* grad = tiles.grad_key + j * p.padded;
       for (int64_t d = 0; d < p.features; ++d) grad[d] *= g.gain[d];

@@ -122,7 +122,7 @@ struct Tile {
   const T* e;  // (ni, padded)
   const T* f;  // (nj, padded)
   Range range;
-  T* row;  // scratch, 2 padded: a query and a key as they are, for Range::kFar
+  T* row;  // scratch for Range::kFar: a query and a key as they are, and in backward a sum
 };
 
 template <class T, bool Capped>

@@ -1,0 +1,128 @@
+"""Every kernel family and instruction set against the float64 reference."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attnext
+from attnext import _extension
+from attnext.cases import CASES, DTYPES, Case, compare, random_cases
+
+EXTENSION = _extension.load()
+assert EXTENSION is not None, _extension.status().reason
+INSTRUCTION_SETS = EXTENSION.instruction_sets()
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert EXTENSION is not None
+    before = EXTENSION.instruction_set()
+    EXTENSION.set_instruction_set(request.param)
+    yield request.param
+    EXTENSION.set_instruction_set(before)
+
+
+def check(case: Case, seed: int) -> None:
+    errors = compare(case, "cpu", seed)
+    off = {name: error for name, error in errors.items() if not error <= 1.0}
+    assert not off, f"in units of the tolerance, seed {seed}: {off}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("instruction_set")
+def test_table(case: Case, dtype: torch.dtype) -> None:
+    check(replace(case, dtype=dtype), secrets.randbits(32))
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_random_cases() -> None:
+    seed = secrets.randbits(32)
+    for number, case in enumerate(random_cases(150, seed)):
+        check(case, seed + number)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    assert EXTENSION is not None
+    with pytest.raises(ValueError, match="one that this machine has"):
+        EXTENSION.set_instruction_set("x86-64-v9")
+
+
+def run_both_ways(threads: int) -> list[torch.Tensor]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(3)
+    x = [torch.randn(s, requires_grad=True) for s in ((3, 40, 70), (3, 150, 70), (3, 150, 65), (70,))]
+    context, weights = attnext.additive_attention(*x, need_weights=True, dropout_p=0.2, backend="cpu")
+    assert weights is not None
+    return [context, weights, *torch.autograd.grad((context.sin().sum() + weights.cos().sum()), x)]
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_same_inputs_give_the_same_bits_on_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        runs = [run_both_ways(threads) for threads in (1, 2, 2, 5)]
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_one_query_may_not_see_reaches_only_the_others(bad: float) -> None:
+    query, key, value, v = (torch.randn(s) for s in ((1, 20, 33), (1, 70, 33), (1, 70, 17), (33,)))
+    key[0, 66], value[0, 66] = bad, bad
+    mask = torch.ones(1, 20, 70, dtype=torch.bool)
+    mask[0, ::2, 66] = False
+    x = [t.requires_grad_() for t in (query, key, value, v)]
+    context, weights = attnext.additive_attention(*x, mask=mask, need_weights=True, backend="cpu")
+    assert weights is not None
+    assert context[0, ::2].isfinite().all()
+    assert weights[0, ::2].isfinite().all()
+    assert not context[0, 1::2].isfinite().any()
+    grad_query = torch.autograd.grad(context.sum() + weights.square().sum(), x)[0]
+    assert grad_query[0, ::2].isfinite().all()
+    assert not grad_query[0, 1::2].isfinite().any()
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("name", ["query", "key", "value", "score_weight"])
+def test_nan_in_a_visible_slot_is_not_hidden(name: str) -> None:
+    x = {"query": (1, 3, 40), "key": (1, 9, 40), "value": (1, 9, 5), "score_weight": (40,)}
+    tensors = {key: torch.randn(shape) for key, shape in x.items()}
+    tensors[name].view(-1)[0] = torch.nan
+    context, _ = attnext.additive_attention(**tensors, backend="cpu")
+    assert context[0, 0].isnan().any()
+
+
+def test_a_row_with_nothing_to_attend_is_zero_and_so_are_its_gradients() -> None:
+    x = [torch.randn(s, requires_grad=True) for s in ((2, 3, 8), (2, 5, 8), (2, 5, 4), (8,))]
+    lengths = torch.tensor([0, 5])
+    context, weights = attnext.additive_attention(*x, lengths=lengths, need_weights=True, backend="cpu")
+    assert weights is not None
+    assert (context[0] == 0).all()
+    assert (weights[0] == 0).all()
+    query, key, value, _ = torch.autograd.grad(context.sum() + weights.square().sum(), x)
+    for grad in (query, key, value):
+        assert (grad[0] == 0).all()
+        assert (grad[1] != 0).any()
+
+
+def test_offsets_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # 8 GB must stay untouched
+    stride = 2**30 + 8
+    huge = torch.empty(2 * stride + 64, dtype=torch.float16)
+    key = huge.as_strided((1, 3, 40), (0, stride, 1))
+    key.copy_(torch.randn(1, 3, 40))
+    value = huge.as_strided((1, 3, 16), (0, stride, 1), 40)
+    value.copy_(torch.randn(1, 3, 16))
+    query, v = torch.randn(1, 2, 40).half(), torch.randn(40).half()
+    context, _ = attnext.additive_attention(query, key, value, v, backend="cpu")
+    expected, _ = attnext.additive_attention(query, key.clone(), value.clone(), v, backend="cpu")
+    assert torch.equal(context, expected)
