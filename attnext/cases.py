@@ -1,6 +1,6 @@
 """Holds a backend to the float64 reference: the cases, their inputs and the tolerances.
 
-The tests, the benchmarks and the command draw their inputs and judge their results here. An error is given in units of a
+The tests and ``attnext verify`` draw their inputs and judge their results here. An error is given in units of a
 tolerance that follows from arithmetic: the unit roundoff of the computation, the sizes of the terms in each sum, their
 number, and the rounding of the result to its dtype. Nothing in it was fitted to what a kernel happens to give.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,7 +70,17 @@ CASES: tuple[Case, ...] = (
     Case(batch=2, queries=16, keys=64, features=64, values=64, dropout_p=0.3, weights=True),
     Case(batch=2, queries=18, keys=66, features=96, values=33, dropout_p=0.9, mask="keys", lengths=True),
     Case(batch=2, queries=7, keys=40, features=40, values=24, strided=True, weights=True),
-    Case(batch=2, queries=7, keys=70, features=40, values=16, lengths=True, mask="keys", poison=True, strided=True),
+    Case(
+        batch=2,
+        queries=7,
+        keys=70,
+        features=40,
+        values=16,
+        lengths=True,
+        mask="keys",
+        poison=True,
+        strided=True,
+    ),
     Case(batch=2, queries=9, keys=50, features=70, values=20, magnitude=8.0, weights=True),
     Case(batch=2, queries=9, keys=50, features=70, values=20, magnitude=100.0, mask="slots", poison=True),
     Case(batch=1, queries=4, keys=20, features=16, values=8, magnitude=1e4, weights=True),
@@ -213,7 +223,7 @@ Call = Callable[[Inputs, list[Tensor]], Mapping[str, Tensor | None]]
 
 def _reference(case: Case) -> Call:
     def call(inputs: Inputs, x: list[Tensor]) -> Mapping[str, Tensor | None]:
-        options = {"lengths": inputs.lengths, "mask": inputs.mask, "scale": case.scale}
+        options: dict[str, Any] = {"lengths": inputs.lengths, "mask": inputs.mask, "scale": case.scale}
         if case.op == "scores":
             return {"scores": reference.additive_scores(x[0], x[1], x[3], **options)}
         context, weights = reference.additive_attention(
@@ -268,7 +278,7 @@ def tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     info = torch.finfo(case.dtype)
     out, least = info.eps / 2, info.smallest_normal * info.eps
     query, key, value, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
-    options = {"lengths": inputs.lengths, "mask": inputs.mask}
+    options: dict[str, Any] = {"lengths": inputs.lengths, "mask": inputs.mask}
     root = {name: n**0.5 for name, n in vars(case).items() if name in ("queries", "keys", "features", "values")}
     score_error = (16 + root["features"]) * u * abs(case.scale) * float(v.abs().sum())
 

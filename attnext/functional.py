@@ -70,7 +70,14 @@ def additive_attention(
         score_weight,
         None,
     )
-    return attend(query, memory, _checks.scale(scale), _checks.probability("dropout_p", dropout_p), need_weights, backend)
+    return attend(
+        query,
+        memory,
+        _checks.scale(scale),
+        _checks.probability("dropout_p", dropout_p),
+        need_weights,
+        backend,
+    )
 
 
 def attend(
@@ -82,7 +89,7 @@ def attend(
     backend: str | None,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Additive attention of checked arguments, on a memory that may be prepared; dropout draws its own seed for None."""
+    """Additive attention of checked arguments; the memory may be prepared, and dropout draws its own seed for None."""
     family = choose(backend, query.device.type)
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)

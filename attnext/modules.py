@@ -74,9 +74,7 @@ class BahdanauAttention(nn.Module):
         if self.query_projection.bias is not None:
             nn.init.zeros_(self.query_projection.bias)
 
-    def prepare(
-        self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None
-    ) -> Memory:
+    def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
         """Projects encoder states once, for many steps.
 
         Args:
@@ -139,11 +137,10 @@ class BahdanauAttention(nn.Module):
         key = self.memory_projection(states)
         # Under autocast the projection has its dtype: cast the states with it, once instead of at every step.
         value, score_weight = states.to(key.dtype), self._normalized_weight().to(key.dtype)
-        return Memory(
-            key, value, _checks.lengths(lengths, key), _checks.mask(mask, key, queries), score_weight, None
-        )
+        return Memory(key, value, _checks.lengths(lengths, key), _checks.mask(mask, key, queries), score_weight, None)
 
     def _normalized_weight(self) -> Tensor:
         if self.gain is None:
             return self.score_weight
-        return self.gain * self.score_weight / torch.linalg.vector_norm(self.score_weight)
+        length: Tensor = torch.linalg.vector_norm(self.score_weight)
+        return self.gain * self.score_weight / length

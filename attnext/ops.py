@@ -105,14 +105,10 @@ def _attention_autograd(family: str) -> None:
         *tensors, context, weights, log_sum_exp = ctx.saved_tensors
         if grad_context is None and grad_weights is None:
             return (None,) * (len(tensors) + 3)
-        grads = backward_op(
-            grad_context, grad_weights, *tensors, *ctx.options, context, weights, log_sum_exp
-        )
+        grads = backward_op(grad_context, grad_weights, *tensors, *ctx.options, context, weights, log_sum_exp)
         return (*grads, *(None,) * (len(tensors) - 4 + 3))
 
-    torch.library.register_autograd(
-        f"attnext::additive_attention_{family}", backward, setup_context=save, lib=_library
-    )
+    torch.library.register_autograd(f"attnext::additive_attention_{family}", backward, setup_context=save, lib=_library)
 
 
 def _scores_autograd(family: str) -> None:
@@ -125,9 +121,7 @@ def _scores_autograd(family: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return (*backward_op(grad, *ctx.saved_tensors, ctx.scale), None, None, None)
 
-    torch.library.register_autograd(
-        f"attnext::additive_scores_{family}", backward, setup_context=save, lib=_library
-    )
+    torch.library.register_autograd(f"attnext::additive_scores_{family}", backward, setup_context=save, lib=_library)
 
 
 def _refuse_second_derivative(name: str) -> None:

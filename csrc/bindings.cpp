@@ -1,4 +1,5 @@
-// The Python module attnext._C: what the extension is and which instructions it uses. Tensors go through torch.ops.
+// The Python module attnext._C: what the extension is and which instructions it uses. Tensors go through
+// torch.ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,8 +31,9 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "attnext's C++ kernels: build information and settings";
   m.def("build_info", &build_info, "Compiler and torch version of the build.");
-  m.def("instruction_set", [] { return std::string(attnext::cpu::instruction_set().name); },
-        "The instruction set whose kernels run.");
+  m.def(
+      "instruction_set", [] { return std::string(attnext::cpu::instruction_set().name); },
+      "The instruction set whose kernels run.");
   m.def("instruction_sets", &attnext::cpu::instruction_sets, "Those that this machine can run, best first.");
   m.def("set_instruction_set", &attnext::cpu::set_instruction_set, pybind11::arg("name"),
         "Chooses the kernels of one instruction set; ValueError for one that this machine lacks.");

@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention(Tensor query, Tensor key, 
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     std::optional<Tensor> grad_context, std::optional<Tensor> grad_weights, Tensor query, Tensor key, Tensor value,
     Tensor score_weight, std::optional<Tensor> exp_key, std::optional<Tensor> key_limit, std::optional<Tensor> lengths,
-    std::optional<Tensor> mask, std::optional<Tensor> seed, double scale, double dropout_p, Tensor context, Tensor weights,
-    Tensor log_sum_exp);
+    std::optional<Tensor> mask, std::optional<Tensor> seed, double scale, double dropout_p, Tensor context,
+    Tensor weights, Tensor log_sum_exp);
 
 Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, std::optional<Tensor> lengths,
                        std::optional<Tensor> mask, double scale);

@@ -1,4 +1,4 @@
-"""The operators' contract with PyTorch: opcheck, gradcheck, compile, export, autocast, no-grad, second derivatives."""
+"""The operators' contract with PyTorch: opcheck, gradients, compilation, export and autocast."""
 
 from __future__ import annotations
 
@@ -236,5 +236,5 @@ class TestAutocast:
 
     def test_without_it_mixed_dtypes_are_refused(self) -> None:
         query, key, value, v = inputs()
-        with pytest.raises(TypeError, match="key must have query's dtype torch.float32, got torch.bfloat16"):
+        with pytest.raises(TypeError, match=r"key must have query's dtype torch\.float32, got torch\.bfloat16"):
             attnext.additive_attention(query, key.bfloat16(), value, v)

@@ -69,7 +69,8 @@ def choose(name: str | None, device_type: str) -> str:
         ValueError: unknown backend, or one that doesn't serve that device.
         RuntimeError: the backend is not available here.
     """
-    return _resolve(name if name is not None else _forced, device_type)
+    family: str = _resolve(name if name is not None else _forced, device_type)
+    return family
 
 
 # A constant to the compiler: what this machine has doesn't change while it runs. What does, _forced, is read outside.
@@ -106,9 +107,7 @@ def _choose_automatically(device_type: str) -> str:
         if status.available:
             break
     if name == "reference":
-        missing = "; ".join(
-            f"{n}: {f.probe().reason}" for n, f in _FAMILIES.items() if device_type in f.device_types
-        )
+        missing = "; ".join(f"{n}: {f.probe().reason}" for n, f in _FAMILIES.items() if device_type in f.device_types)
         warnings.warn(
             f"attnext has no kernels for {device_type!r} tensors here and uses its slow reference implementation "
             f"({missing or 'no backend serves that device'})",

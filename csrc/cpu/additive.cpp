@@ -1,5 +1,6 @@
-// The CPU operators: from tensors to problems, scratch memory and parallel tasks. Shapes and dtypes have been checked in
-// Python; what would read or write outside a tensor is checked again here, as compiled graphs come straight to this place.
+// The CPU operators: from tensors to problems, scratch memory and parallel tasks. Shapes and dtypes have been
+// checked in Python; what would read or write outside a tensor is checked again here, as compiled graphs come
+// straight to this place.
 #include "cpu/additive.h"
 
 #include <algorithm>
@@ -47,17 +48,21 @@ class Buffer {
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::kFloat;
-    case ScalarType::Double: return Type::kDouble;
-    case ScalarType::Half: return Type::kHalf;
-    case ScalarType::BFloat16: return Type::kBFloat16;
-    default: STD_TORCH_CHECK(false, "attnext: unsupported dtype"); return Type::kFloat;
+    case ScalarType::Float:
+      return Type::kFloat;
+    case ScalarType::Double:
+      return Type::kDouble;
+    case ScalarType::Half:
+      return Type::kHalf;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "attnext: unsupported dtype");
+      return Type::kFloat;
   }
 }
 
-Rows rows_of(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), type_of(x)};
-}
+Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), type_of(x)}; }
 
 Rows rows_of(const Optional& x) { return x ? rows_of(*x) : Rows{}; }
 
@@ -91,10 +96,14 @@ struct Weights {
   static double read(const Tensor& x, int64_t at) {
     const void* data = x.data_ptr();
     switch (x.scalar_type()) {
-      case ScalarType::Float: return static_cast<const float*>(data)[at];
-      case ScalarType::Double: return static_cast<const double*>(data)[at];
-      case ScalarType::Half: return float(static_cast<const torch::headeronly::Half*>(data)[at]);
-      default: return float(static_cast<const torch::headeronly::BFloat16*>(data)[at]);
+      case ScalarType::Float:
+        return static_cast<const float*>(data)[at];
+      case ScalarType::Double:
+        return static_cast<const double*>(data)[at];
+      case ScalarType::Half:
+        return float(static_cast<const torch::headeronly::Half*>(data)[at]);
+      default:
+        return float(static_cast<const torch::headeronly::BFloat16*>(data)[at]);
     }
   }
 
@@ -117,8 +126,8 @@ const int64_t* lengths_of(const Optional& lengths, int64_t batch, int64_t keys, 
   keep = torch::stable::contiguous(*lengths);
   const int64_t* data = static_cast<const int64_t*>(keep->data_ptr());
   for (int64_t b = 0; b < batch; ++b)
-    STD_TORCH_CHECK(data[b] >= 0 && data[b] <= keys, "attnext: lengths must lie between 0 and the number of keys, ", keys,
-                    ", got ", data[b]);
+    STD_TORCH_CHECK(data[b] >= 0 && data[b] <= keys, "attnext: lengths must lie between 0 and the number of keys, ",
+                    keys, ", got ", data[b]);
   return data;
 }
 
@@ -139,14 +148,15 @@ void exponentials(const Rows& input, int64_t batch, int64_t rows, int64_t featur
                   const int64_t* lengths, const Mask& mask, T* output, T* limit) {
   const Exponentials<T> e{input, batch, rows, features, padded, lengths, mask, output, limit};
   const auto& kernels = kernels_of<T>();
-  parallel(batch * rows, batch * rows * padded, [&](int64_t begin, int64_t end) { kernels.exponentials(e, begin, end); });
+  parallel(batch * rows, batch * rows * padded,
+           [&](int64_t begin, int64_t end) { kernels.exponentials(e, begin, end); });
 }
 
 // What forward, backward and scores have in common: the sizes, the score weight, F and who may attend what.
 template <class T>
 struct Setup {
-  Setup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight, const Optional& exp_key,
-        const Optional& key_limit, const Optional& lengths, const Optional& mask, double scale)
+  Setup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
+        const Optional& exp_key, const Optional& key_limit, const Optional& lengths, const Optional& mask, double scale)
       : padded(round_up(query.size(2), kFeatureBlock)), weights(score_weight, scale, padded) {
     const int64_t batch = query.size(0), queries = query.size(1), keys = key.size(1), features = query.size(2);
     check_shape(key, "key", {batch, keys, features});
@@ -221,7 +231,8 @@ struct Setup {
 
 template <class T>
 std::tuple<Tensor, Tensor> prepare_as(const Tensor& key, const Optional& lengths, const Optional& mask) {
-  const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2), padded = round_up(features, kFeatureBlock);
+  const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2),
+                padded = round_up(features, kFeatureBlock);
   Tensor exp_key = torch::stable::new_empty(key, {batch, keys, padded}, kScalar<T>);
   Tensor limit = torch::stable::new_empty(key, {batch, keys}, kScalar<T>);
   Optional kept;
@@ -234,8 +245,9 @@ std::tuple<Tensor, Tensor> prepare_as(const Tensor& key, const Optional& lengths
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> attention_as(const Tensor& query, const Tensor& key, const Tensor& value,
                                                 const Tensor& score_weight, const Optional& exp_key,
-                                                const Optional& key_limit, const Optional& lengths, const Optional& mask,
-                                                const Optional& seed, double scale, double dropout_p, bool need_weights) {
+                                                const Optional& key_limit, const Optional& lengths,
+                                                const Optional& mask, const Optional& seed, double scale,
+                                                double dropout_p, bool need_weights) {
   Setup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
   const Problem<T>& p = setup.problem;
@@ -322,10 +334,18 @@ struct Gradients {
       sum *= double(g.scale);
       void* data = grad_weight.data_ptr();
       switch (grad_weight.scalar_type()) {
-        case ScalarType::Float: static_cast<float*>(data)[d] = float(sum); break;
-        case ScalarType::Double: static_cast<double*>(data)[d] = sum; break;
-        case ScalarType::Half: static_cast<torch::headeronly::Half*>(data)[d] = float(sum); break;
-        default: static_cast<torch::headeronly::BFloat16*>(data)[d] = float(sum); break;
+        case ScalarType::Float:
+          static_cast<float*>(data)[d] = float(sum);
+          break;
+        case ScalarType::Double:
+          static_cast<double*>(data)[d] = sum;
+          break;
+        case ScalarType::Half:
+          static_cast<torch::headeronly::Half*>(data)[d] = float(sum);
+          break;
+        default:
+          static_cast<torch::headeronly::BFloat16*>(data)[d] = float(sum);
+          break;
       }
     }
   }
@@ -338,10 +358,10 @@ struct Gradients {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_as(
-    const Optional& grad_context, const Optional& grad_weights, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& score_weight, const Optional& exp_key, const Optional& key_limit, const Optional& lengths,
-    const Optional& mask, const Optional& seed, double scale, double dropout_p, const Tensor& context,
-    const Tensor& weights, const Tensor& log_sum_exp) {
+    const Optional& grad_context, const Optional& grad_weights, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& score_weight, const Optional& exp_key, const Optional& key_limit,
+    const Optional& lengths, const Optional& mask, const Optional& seed, double scale, double dropout_p,
+    const Tensor& context, const Tensor& weights, const Tensor& log_sum_exp) {
   Setup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
   const Problem<T>& p = setup.problem;
@@ -402,11 +422,11 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention(Tensor query, Tensor key, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     Optional grad_context, Optional grad_weights, Tensor query, Tensor key, Tensor value, Tensor score_weight,
-    Optional exp_key, Optional key_limit, Optional lengths, Optional mask, Optional seed, double scale, double dropout_p,
-    Tensor context, Tensor weights, Tensor log_sum_exp) {
+    Optional exp_key, Optional key_limit, Optional lengths, Optional mask, Optional seed, double scale,
+    double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp) {
   const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
-  return run(grad_context, grad_weights, query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed, scale,
-             dropout_p, context, weights, log_sum_exp);
+  return run(grad_context, grad_weights, query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed,
+             scale, dropout_p, context, weights, log_sum_exp);
 }
 
 Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional lengths, Optional mask, double scale) {

@@ -1,4 +1,5 @@
-// What the launcher hands to the kernels of one instruction set. B batch, Tq queries, Tk keys, D features, H value size.
+// What the launcher hands to the kernels of one instruction set. B batch, Tq queries, Tk keys, D features, H
+// value size.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +8,13 @@ namespace attnext::cpu {
 
 enum class Type : int8_t { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Exponentials are padded with zeros to a multiple of this many features (FEATURE_BLOCK in ops.py): two of the widest
-// float vectors, so that features always come in pairs of vectors.
+// Exponentials are padded with zeros to a multiple of this many features (FEATURE_BLOCK in ops.py): two of
+// the widest float vectors, so that features always come in pairs of vectors.
 constexpr int64_t kFeatureBlock = 32;
 // Value rows are padded to the widest vector, in either type.
 constexpr int64_t kValueBlock = 16;
-constexpr int64_t kQueryBlock = 16;  // queries of one forward task, and of one step of a backward task
-constexpr int64_t kKeyTile = 64;     // keys scored at a time
+constexpr int64_t kQueryBlock = 16;   // queries of one forward task, and of one step of a backward task
+constexpr int64_t kKeyTile = 64;      // keys scored at a time
 constexpr int64_t kGradKeyTile = 32;  // the same in backward, which keeps four tiles in the cache
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -41,7 +42,7 @@ struct Problem {
   const T* key_limit;  // (B, Tk): max |k|, infinity where a row is not finite
   const int64_t* lengths;
   Mask mask;
-  T keep_scale;           // 1 / (1 - dropout)
+  T keep_scale;             // 1 / (1 - dropout)
   uint64_t keep_threshold;  // a weight is kept where its 32 random bits are at least this; 0 is no dropout
   uint64_t seed;
 };
@@ -60,7 +61,8 @@ struct Scores {
   Rows scores;
 };
 
-// A task of the backward pass owns the keys [k0, k1) of one batch row, so that no two tasks add to one number.
+// A task of the backward pass owns the keys [k0, k1) of one batch row, so that no two tasks add to one
+// number.
 template <class T>
 struct Backward {
   Problem<T> problem;
@@ -79,7 +81,8 @@ struct Backward {
   T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r)
 };
 
-// The rows [begin, end) of a (B, T, n) tensor, counted over B and T, made into exponentials; hidden rows become 0.
+// The rows [begin, end) of a (B, T, n) tensor, counted over B and T, made into exponentials; hidden rows
+// become 0.
 template <class T>
 struct Exponentials {
   Rows input;
@@ -105,7 +108,8 @@ struct Kernels {
 // Elements of T that one task needs as scratch.
 template <class T>
 int64_t forward_scratch(const Problem<T>& p, bool weights) {
-  const int64_t rows = kQueryBlock * (p.padded + p.padded_values + kKeyTile + (weights ? round_up(p.keys, kKeyTile) : 0));
+  const int64_t rows =
+      kQueryBlock * (p.padded + p.padded_values + kKeyTile + (weights ? round_up(p.keys, kKeyTile) : 0));
   return rows + kKeyTile * p.padded_values + 4 * kQueryBlock + 2 * p.padded;
 }
 template <class T>

@@ -45,7 +45,8 @@ constexpr int kAccumulators = kRegisters / 2;
 // Rows [row, end), eight at a time, then fewer; few rows take wide panels, so that a single one streams B.
 template <class T, int I = 8>
 inline void product(const Product<T>& p, int64_t row, int64_t end, int64_t columns) {
-  for (; row + I <= end; row += I) product_columns<T, I, (kAccumulators > I ? kAccumulators / I : 1)>(p, row, 0, columns);
+  for (; row + I <= end; row += I)
+    product_columns<T, I, (kAccumulators > I ? kAccumulators / I : 1)>(p, row, 0, columns);
   if constexpr (I > 1) product<T, I / 2>(p, row, end, columns);
 }
 
@@ -64,8 +65,8 @@ inline Vec<T> dots(const T* const* a, const T* const* b, int64_t size) {
   return lane_sums<T>(sum);
 }
 
-// Calls tile(I, J rows) for every tile of an ni x nj matrix and scatters its lanes to out. Tiles at the edge read their
-// last row again instead of a row that isn't there.
+// Calls tile(I, J rows) for every tile of an ni x nj matrix and scatters its lanes to out. Tiles at the edge
+// read their last row again instead of a row that isn't there.
 template <class T, int I, int J, class Tile>
 inline void tiles_of_rows(const T* a, int64_t a_row, int64_t i, int64_t i_end, const T* b, int64_t b_row, int64_t nj,
                           T* out, int64_t out_row, const Tile& tile) {

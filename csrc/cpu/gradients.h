@@ -1,5 +1,6 @@
-// The backward pass for one instruction set; included after kernels.h. r is recomputed, never stored. v enters at the
-// end of each sum: tanh' = 4 r (1 - r), so with u = ds r (1 - r): dq = 4 v sum_j u, dk = 4 v sum_i u, dv = sum ds (1 - 2r).
+// The backward pass for one instruction set; included after kernels.h. r is recomputed, never stored. v
+// enters at the end of each sum: tanh' = 4 r (1 - r), so with u = ds r (1 - r): dq = 4 v sum_j u, dk = 4 v
+// sum_i u, dv = sum ds (1 - 2r).
 
 template <class T>
 inline void zero(T* x, int64_t n) {
@@ -39,9 +40,11 @@ void delta(const Problem<T>& p, const Rows& context, const Rows& grad_context, c
   }
 }
 
-// Sums of u and of t = ds r for J keys and all queries of a tile, two vectors of features at a time in registers.
+// Sums of u and of t = ds r for J keys and all queries of a tile, two vectors of features at a time in
+// registers.
 template <class T, int J, bool Capped>
-inline void feature_sums(const Tile<T>& t, int64_t padded, int64_t j, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
+inline void feature_sums(const Tile<T>& t, int64_t padded, int64_t j, const T* ds, T* grad_query, T* grad_key,
+                         T* grad_weight) {
   constexpr int W = kLanes<T>;
   for (int64_t d = 0; d < padded; d += 2 * W) {
     Vec<T> f0[J], f1[J], key0[J] = {}, key1[J] = {}, weight0 = {}, weight1 = {};
@@ -85,7 +88,8 @@ inline void near_gradients(const Tile<T>& t, int64_t padded, const T* ds, T* gra
 
 // Slot by slot, and only where ds is not 0: a hidden slot may hold a NaN.
 template <class T>
-inline void far_gradients(const Problem<T>& p, const Tile<T>& t, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
+inline void far_gradients(const Problem<T>& p, const Tile<T>& t, const T* ds, T* grad_query, T* grad_key,
+                          T* grad_weight) {
   T *q = t.row, *k = t.row + p.padded, *sums = t.row + 2 * p.padded;
   for (int64_t j = 0; j < t.nj; ++j) {
     load_row(p.key, t.b, t.j0 + j, p.features, p.padded, k);
@@ -112,14 +116,16 @@ struct BackwardTiles {  // what a task keeps for one tile of keys
 
 // From the scores of a tile: ds, and in tiles.weights what multiplies the incoming gradient in grad_value.
 template <class T>
-inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value, const BackwardTiles<T>& tiles) {
+inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value,
+                            const BackwardTiles<T>& tiles) {
   const Problem<T>& p = g.problem;
   constexpr int64_t row = kGradKeyTile;
   if (!g.from_scores)
-    product_transposed<T>(g.grad_context + (t.b * p.queries + t.i0) * p.padded_values, p.padded_values, t.ni, value.data,
-                          value.row, t.nj, p.padded_values, tiles.grads, row);
+    product_transposed<T>(g.grad_context + (t.b * p.queries + t.i0) * p.padded_values, p.padded_values, t.ni,
+                          value.data, value.row, t.nj, p.padded_values, tiles.grads, row);
   for (int64_t i = 0; i < t.ni; ++i) {
-    T *s = tiles.scores + i * row, *ds = tiles.ds + i * row, *weights = tiles.weights + i * row, *grad = tiles.grads + i * row;
+    T *s = tiles.scores + i * row, *ds = tiles.ds + i * row, *weights = tiles.weights + i * row,
+      *grad = tiles.grads + i * row;
     if (g.grad_weights.data) {
       Rows incoming = g.grad_weights;
       incoming.data = static_cast<char*>(incoming.data) + t.j0 * incoming.element * bytes(incoming.type);
@@ -146,8 +152,8 @@ inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueT
 
 // Adds what the queries [i0, i0 + ni) give to a tile of keys, and takes what they get from it.
 template <class T>
-inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value, const BackwardTiles<T>& tiles,
-                          T* grad_query, T* grad_weight, T& ds_sum) {
+inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value,
+                          const BackwardTiles<T>& tiles, T* grad_query, T* grad_weight, T& ds_sum) {
   const Problem<T>& p = g.problem;
   score_tile(p, t, tiles.scores, kGradKeyTile);
   score_gradients(g, t, value, tiles);
@@ -161,13 +167,19 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTil
     ds_sum += tile_sum;
   } else {
     const T* grad_context = g.grad_context + (t.b * p.queries + t.i0) * p.padded_values;
-    product<T>({tiles.grad_value, p.padded_values, tiles.weights, 1, kGradKeyTile, grad_context, p.padded_values, t.ni}, 0,
-               t.nj, p.padded_values);
+    product<T>({tiles.grad_value, p.padded_values, tiles.weights, 1, kGradKeyTile, grad_context, p.padded_values, t.ni},
+               0, t.nj, p.padded_values);
   }
   switch (t.range) {
-    case Range::kPlain: near_gradients<T, false>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight); break;
-    case Range::kCapped: near_gradients<T, true>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight); break;
-    case Range::kFar: far_gradients(p, t, tiles.ds, grad_query, tiles.grad_key, grad_weight); break;
+    case Range::kPlain:
+      near_gradients<T, false>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight);
+      break;
+    case Range::kCapped:
+      near_gradients<T, true>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight);
+      break;
+    case Range::kFar:
+      far_gradients(p, t, tiles.ds, grad_query, tiles.grad_key, grad_weight);
+      break;
   }
 }
 

@@ -1,6 +1,6 @@
-// Compiles the kernels for the instruction set that the including file names. The target is set for the whole file, below
-// the standard headers, and the kernels call no template of the standard library: a function that the linker shares
-// between files must not come out of this one with instructions that the machine may lack.
+// Compiles the kernels for the instruction set that the including file names. The target is set for the whole
+// file, below the standard headers, and the kernels call no template of the standard library: a function that
+// the linker shares between files must not come out of this one with instructions that the machine may lack.
 #include <cstddef>
 #include <cstdint>
 #include <utility>

@@ -1,5 +1,6 @@
-// Additive attention for one instruction set: included once for each, inside its namespace. Letters as in the mathematics
-// of ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r; p are the softmax weights.
+// Additive attention for one instruction set: included once for each, inside its namespace. Letters as in the
+// mathematics of ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r; p are
+// the softmax weights.
 
 constexpr float kNoFloat = -__builtin_inff();
 template <class T>
@@ -16,7 +17,8 @@ inline bool visible(const Mask& mask, int64_t b, int64_t i, int64_t j) {
 
 // ---------------------------------------------------------------------------------------------- exponentials
 
-// out = exp(2 row), zero-padded. Returns the row's limit: max |x|, or infinity if it is not finite throughout.
+// out = exp(2 row), zero-padded. Returns the row's limit: max |x|, or infinity if it is not finite
+// throughout.
 template <class T>
 inline T exponential_row(const Rows& rows, int64_t b, int64_t t, int64_t n, int64_t padded, T* out) {
   load_row(rows, b, t, n, padded, out);
@@ -79,7 +81,8 @@ inline Vec<T> far_r(const T* q, const T* k) {
 
 // ---------------------------------------------------------------------------------------------------- scores
 
-// sum_d w_d r_ijd for I x J pairs, with one division for four features, or for two at the end and with the cap.
+// sum_d w_d r_ijd for I x J pairs, with one division for four features, or for two at the end and with the
+// cap.
 template <class T, int I, int J, bool Capped>
 inline Vec<T> score_pairs(const T* const* e, const T* const* f, const T* w, int64_t padded) {
   constexpr int W = kLanes<T>;
@@ -157,9 +160,15 @@ inline void far_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t ou
 template <class T>
 inline void score_tile(const Problem<T>& p, const Tile<T>& t, T* out, int64_t out_row) {
   switch (t.range) {
-    case Range::kPlain: near_scores<T, false>(p, t, out, out_row); break;
-    case Range::kCapped: near_scores<T, true>(p, t, out, out_row); break;
-    case Range::kFar: far_scores(p, t, out, out_row); break;
+    case Range::kPlain:
+      near_scores<T, false>(p, t, out, out_row);
+      break;
+    case Range::kCapped:
+      near_scores<T, true>(p, t, out, out_row);
+      break;
+    case Range::kFar:
+      far_scores(p, t, out, out_row);
+      break;
   }
   if (!p.mask.data) return;
   for (int64_t i = 0; i < t.ni; ++i)
@@ -174,14 +183,16 @@ void scores(const Scores<T>& s, int64_t task, T* scratch) {
   const int64_t b = task / blocks, i0 = task % blocks * kQueryBlock;
   const int64_t ni = p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock, length = length_of(p, b);
   T *e = scratch, *tile = e + kQueryBlock * p.padded, *limit = tile + kQueryBlock * kKeyTile;
-  for (int64_t i = 0; i < ni; ++i) limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, e + i * p.padded);
+  for (int64_t i = 0; i < ni; ++i)
+    limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, e + i * p.padded);
   const T query_limit = largest(limit, ni);
   for (int64_t j0 = 0; j0 < p.keys; j0 += kKeyTile) {
     const int64_t width = p.keys - j0 < kKeyTile ? p.keys - j0 : kKeyTile;
     const int64_t nj = length - j0 < width ? (length > j0 ? length - j0 : 0) : width;
     const int64_t at = b * p.keys + j0;
     const Range range = range_of(query_limit, largest(p.key_limit + at, nj));
-    if (nj) score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, limit + kQueryBlock}, tile, kKeyTile);
+    if (nj)
+      score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, limit + kQueryBlock}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
       for (int64_t j = 0; j < nj; ++j) tile[i * kKeyTile + j] += s.constant;
       for (int64_t j = nj; j < width; ++j) tile[i * kKeyTile + j] = kHidden<T>;
@@ -204,8 +215,7 @@ inline uint32_t mix(uint32_t x) {  // the hash of reference.dropout_keep
 template <class T>
 inline void drop(const Problem<T>& p, int64_t b, int64_t i, int64_t j0, int64_t n, T* weights) {
   const uint64_t row = uint64_t(b * p.queries + i);
-  const uint32_t row_hash =
-      mix((mix(uint32_t(row) ^ uint32_t(p.seed)) + uint32_t(row >> 32)) ^ uint32_t(p.seed >> 32));
+  const uint32_t row_hash = mix((mix(uint32_t(row) ^ uint32_t(p.seed)) + uint32_t(row >> 32)) ^ uint32_t(p.seed >> 32));
   for (int64_t j = 0; j < n; ++j)
     weights[j] *= mix(row_hash ^ mix(uint32_t(j0 + j))) >= p.keep_threshold ? p.keep_scale : T(0);
 }
@@ -220,7 +230,8 @@ struct ValueTile {
 template <class T>
 constexpr Type kTypeOf = sizeof(T) == 4 ? Type::kFloat : Type::kDouble;
 
-// Values of keys [j0, j0 + nj) as padded rows of T: the tensor's own where they are that, else a copy. Hidden rows are 0.
+// Values of keys [j0, j0 + nj) as padded rows of T: the tensor's own where they are that, else a copy. Hidden
+// rows are 0.
 template <class T>
 inline ValueTile<T> value_tile(const Problem<T>& p, int64_t b, int64_t j0, int64_t nj, T* scratch) {
   const bool whole = p.value.element == 1 && p.values == p.padded_values && p.value.type == kTypeOf<T>;
@@ -238,7 +249,8 @@ inline ValueTile<T> value_tile(const Problem<T>& p, int64_t b, int64_t j0, int64
   return {scratch, p.padded_values, finite};
 }
 
-// One step of the online softmax: scores become exp(score - maximum), the row's sum and context follow a new maximum.
+// One step of the online softmax: scores become exp(score - maximum), the row's sum and context follow a new
+// maximum.
 template <class T>
 inline void softmax_step(T* scores, int64_t padded_keys, T& maximum, T& sum, T* context, int64_t size) {
   constexpr int W = kLanes<T>;
@@ -264,9 +276,11 @@ inline void softmax_step(T* scores, int64_t padded_keys, T& maximum, T& sum, T* 
     for (int64_t h = 0; h < size; ++h) context[h] *= rescale;
 }
 
-// context += weights value. A NaN may stand in a slot that one query may attend and another may not: then slot by slot.
+// context += weights value. A NaN may stand in a slot that one query may attend and another may not: then
+// slot by slot.
 template <class T>
-inline void add_values(const Problem<T>& p, const T* weights, int64_t ni, int64_t nj, const ValueTile<T>& value, T* context) {
+inline void add_values(const Problem<T>& p, const T* weights, int64_t ni, int64_t nj, const ValueTile<T>& value,
+                       T* context) {
   if (value.finite) {
     product<T>({context, p.padded_values, weights, kKeyTile, 1, value.data, value.row, nj}, 0, ni, p.padded_values);
     return;

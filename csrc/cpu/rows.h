@@ -1,6 +1,7 @@
 // Rows of tensors of any dtype and stride, as contiguous T and back.
 
-// The bits of a half as a float: the exponent is rebased by a multiplication, which also makes subnormals right.
+// The bits of a half as a float: the exponent is rebased by a multiplication, which also makes subnormals
+// right.
 inline float half_to_float(uint16_t half) {
   const uint32_t magnitude = (uint32_t(half) & 0x7fffu) << 13, sign = (uint32_t(half) & 0x8000u) << 16;
   float scaled;
@@ -68,10 +69,18 @@ template <class T>
 inline void load_row(const Rows& rows, int64_t b, int64_t t, int64_t n, int64_t padded, T* out) {
   const void* data = row_address(rows, b, t);
   switch (rows.type) {
-    case Type::kFloat: load_as<T, float>(data, rows.element, n, out, [](float x) { return x; }); break;
-    case Type::kDouble: load_as<T, double>(data, rows.element, n, out, [](double x) { return x; }); break;
-    case Type::kHalf: load_as<T, uint16_t>(data, rows.element, n, out, half_to_float); break;
-    case Type::kBFloat16: load_as<T, uint16_t>(data, rows.element, n, out, bfloat16_to_float); break;
+    case Type::kFloat:
+      load_as<T, float>(data, rows.element, n, out, [](float x) { return x; });
+      break;
+    case Type::kDouble:
+      load_as<T, double>(data, rows.element, n, out, [](double x) { return x; });
+      break;
+    case Type::kHalf:
+      load_as<T, uint16_t>(data, rows.element, n, out, half_to_float);
+      break;
+    case Type::kBFloat16:
+      load_as<T, uint16_t>(data, rows.element, n, out, bfloat16_to_float);
+      break;
   }
   for (int64_t k = n; k < padded; ++k) out[k] = 0;
 }

@@ -1,5 +1,5 @@
-// Vectors of one instruction set, as GCC's and Clang's vector extension. Included once an instruction set, inside its
-// namespace; kVectorBytes and kRegisters are defined there.
+// Vectors of one instruction set, as GCC's and Clang's vector extension. Included once an instruction set,
+// inside its namespace; kVectorBytes and kRegisters are defined there.
 
 template <class T>
 struct VecOf;
@@ -33,8 +33,8 @@ inline void add_to(T* p, Vec<T> x) {
   store<T>(p, load(p) + x);
 }
 
-// Constants of the arithmetic. A product of four x = 1 + E F stays finite while x <= 2^30 (2^250 in double), a product
-// of two while x <= 2^60 (2^500); exponentials are normal numbers within max_argument.
+// Constants of the arithmetic. A product of four x = 1 + E F stays finite while x <= 2^30 (2^250 in double),
+// a product of two while x <= 2^60 (2^500); exponentials are normal numbers within max_argument.
 template <class T>
 struct Limits;
 template <>
@@ -49,8 +49,7 @@ template <>
 struct Limits<double> {
   static constexpr double plain = 86.6, max_argument = 350., cap = 0x1p500;
   static constexpr double exp_low = -707., exp_high = 709., magic = 0x1.8p52;
-  static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33,
-                          log2e = 0x1.71547652b82fep0;
+  static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33, log2e = 0x1.71547652b82fep0;
   static constexpr double largest = 0x1.fffffffffffffp1023;
   static constexpr int mantissa = 52, degree = 13;
 };
@@ -84,7 +83,8 @@ inline Vec<T> exp(Vec<T> x) {
   return vanishes ? Vec<T>{} : x == x ? result : x;
 }
 
-// From vectors of sums, in groups of G lanes, the vector whose groups are half as wide: those of x, then those of y.
+// From vectors of sums, in groups of G lanes, the vector whose groups are half as wide: those of x, then
+// those of y.
 template <class T, int G, int... L>
 inline Vec<T> halve(Vec<T> x, Vec<T> y, std::integer_sequence<int, L...>) {
   constexpr int W = kLanes<T>, H = W / 2;
@@ -99,7 +99,8 @@ inline Vec<T> lane_sums(Vec<T>* x) {
   if constexpr (G == 1) {
     return x[0];
   } else {
-    for (int k = 0; k < G / 2; ++k) x[k] = halve<T, G>(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kLanes<T>>{});
+    for (int k = 0; k < G / 2; ++k)
+      x[k] = halve<T, G>(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kLanes<T>>{});
     return lane_sums<T, G / 2>(x);
   }
 }
