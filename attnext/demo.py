@@ -24,12 +24,17 @@ __all__ = ["add_arguments", "run"]
 
 _SHAPE = {"B": 16, "Tq": 64, "Tk": 256, "D": 256, "H": 512}
 """Of the timings: a batch of sentences to a model of the size that speech synthesis and translation use."""
+_LEAST_SECONDS = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=positive(float), default=120.0, help="time to train")
+    parser.add_argument("--seconds", type=positive(float), default=120.0, help="time to train (default 120)")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), metavar="DIR", help="folder of the results"
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="folder of the results (default %(default)s)",
     )
 
 
@@ -42,22 +47,22 @@ def run(args: argparse.Namespace) -> int:
     """
     make_writable(args.out)
     folder, picture = args.out / "g2p", args.out / "alignment.png"
-    for command in (
-        ["verify", "--cases", "20"],
-        None,
-        ["train", "g2p", "--seconds", str(args.seconds), "--out", str(folder)],
-    ):
-        if command is None:
-            _show_timings()
-            continue
-        print(f"\n$ attnext {' '.join(command)}", flush=True)
-        code = main(command)
-        if code:
-            return code
+    code = _run("verify", "--cases", "20")
+    if code:
+        return code
+    _show_timings()
+    code = _run("train", "g2p", "--seconds", f"{args.seconds:g}", "--out", str(folder))
+    if code:
+        return code
     _show_words(folder, picture)
     print(f"\ncheckpoint: {folder}\npicture:    {picture}")
     print(f"now try:    attnext predict {folder} hello world")
     return 0
+
+
+def _run(*command: str) -> int:
+    print(f"\n$ attnext {' '.join(command)}", flush=True)
+    return main(command)
 
 
 def _show_timings() -> None:
@@ -67,16 +72,12 @@ def _show_timings() -> None:
         from rich.table import Table
     fused = choose(None, "cpu")
     sizes = " ".join(f"{name}={size}" for name, size in _SHAPE.items())
-    table = Table(
-        "", "PyTorch eager", f"attnext {fused}", "ratio", title=f"additive attention, {sizes}, seconds"
-    )
+    table = Table("", "PyTorch eager", f"attnext {fused}", "ratio", title=f"additive attention, {sizes}, seconds")
     for name, backward in (("forward", False), ("forward + backward", True)):
         eager, ours = (_measure(_call(backend, backward)) for backend in ("reference", fused))
         ratio = statistics.median(eager) / statistics.median(ours)
         table.add_row(name, _quantiles(eager), _quantiles(ours), f"{ratio:.1f}x")
-    Console().print(
-        "", table, f"median (min..max), {torch.get_num_threads()} threads", sep="\n", highlight=False
-    )
+    Console().print("", table, f"median (min..max), {torch.get_num_threads()} threads", sep="\n", highlight=False)
 
 
 def _call(backend: str, backward: bool) -> Callable[[], None]:
@@ -93,11 +94,11 @@ def _call(backend: str, backward: bool) -> Callable[[], None]:
     return call
 
 
-def _measure(call: Callable[[], None], *, seconds: float = 1.0, least: int = 3) -> list[float]:
+def _measure(call: Callable[[], None]) -> list[float]:
     """Seconds per call, of at least three calls and for at least a second, after one that doesn't count."""
     call()
     times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
+    while len(times) < 3 or sum(times) < _LEAST_SECONDS:
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
@@ -114,9 +115,7 @@ def _show_words(folder: Path, picture: Path, *, count: int = 12, drawn: int = 6)
         from rich.console import Console
         from rich.table import Table
     # Not names' plurals and abbreviations, which tell little.
-    words = [
-        entry for entry in split(load_cmudict()).test if entry.word.isalpha() and 6 <= len(entry.word) <= 12
-    ]
+    words = [entry for entry in split(load_cmudict()).test if entry.word.isalpha() and 6 <= len(entry.word) <= 12]
     entries = random.Random(2015).sample(words, count)
     found = pronounce(load(folder), [entry.word for entry in entries], need_weights=True)
     table = Table("", "word", "model", "dictionary", title="words the model has never seen")

@@ -30,14 +30,13 @@ namespace ATTNEXT_ISA {
 namespace {
 constexpr int kVectorBytes = ATTNEXT_VECTOR_BYTES, kRegisters = ATTNEXT_REGISTERS;
 
+// clang-format off: each builds on those above it
 #include "cpu/vec.h"
-// vec.h first: the others use its vectors.
 #include "cpu/gemm.h"
 #include "cpu/rows.h"
-// rows.h before the kernels that load with it.
 #include "cpu/kernels.h"
-// gradients.h builds on kernels.h.
 #include "cpu/gradients.h"
+// clang-format on
 
 template <class T>
 constexpr Kernels<T> kernels() {

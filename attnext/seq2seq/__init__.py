@@ -1,0 +1,11 @@
+"""The reference encoder-decoder model, and grapheme-to-phoneme training with it.
+
+What it needs beyond torch (``pip install 'attnext[demo]'``) is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from attnext.seq2seq._support import InputError, MissingExtra
+from attnext.seq2seq.model import ModelConfig, Seq2Seq
+
+__all__ = ["InputError", "MissingExtra", "ModelConfig", "Seq2Seq"]
