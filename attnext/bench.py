@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attnext import functional
 from attnext.backends import choose
+from attnext.cli import positive
 from attnext.memory import Memory
 
 __all__ = ["CASES", "Case", "add_arguments", "eager", "measure", "run"]
@@ -84,7 +86,11 @@ def calls(case: Case, backend: str) -> dict[str, Callable[[], object]]:
     if not backward:
         return dict(peers)
     incoming = torch.randn(expected.shape, generator=generator)
-    return {name: lambda peer=peer: torch.autograd.grad(peer(), x, incoming) for name, peer in peers.items()}
+    return {name: partial(_gradients, peer, x, incoming) for name, peer in peers.items()}
+
+
+def _gradients(peer: Callable[[], Tensor], x: list[Tensor], incoming: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(peer(), x, incoming)
 
 
 def measure(call: Callable[[], object]) -> list[float]:
@@ -101,21 +107,21 @@ def measure(call: Callable[[], object]) -> list[float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnext bench``."""
-    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
-    parser.add_argument("--backend", help="backend to time (default: the one for CPU tensors)")
+    parser.add_argument("--threads", type=positive(int), metavar="N", help="of PyTorch (default: its own choice)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Times every case and prints the table; returns 0."""
+    from rich import box
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
     console = Console()
-    backend = choose(args.backend, "cpu")
-    table = Table(title="Additive attention in float32, median seconds (min to max)")
-    for name in ("case", "B, Tq, Tk, D, H", "PyTorch eager", f"attnext {backend}", "ratio", "G elements/s"):
-        table.add_column(name, justify="left" if name == "case" else "right")
+    backend = choose(None, "cpu")
+    table = Table(title="Additive attention in float32: median milliseconds (min, max)", box=box.SIMPLE)
+    for name in ("case\nB, Tq, Tk, D, H", "PyTorch\neager", f"attnext\n{backend}", "ratio", "G elements/s"):
+        table.add_column(name, justify="left" if name.startswith("case") else "right")
     with _threads(args.threads):
         for case in track(CASES, "Timing", console=console, transient=True):
             with torch.set_grad_enabled(case.kind == "forward + backward"):
@@ -123,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
             slow, fast = (statistics.median(t) for t in times)
             sizes = f"{case.batch}, {case.queries}, {case.keys}, {case.features}, {case.values}"
             speed = case.elements / fast / 1e9
-            table.add_row(case.kind, sizes, *map(_spread, times), f"{slow / fast:.1f}x", f"{speed:.2f}")
+            table.add_row(f"{case.kind}\n{sizes}", *map(_spread, times), f"{slow / fast:.1f}x", f"{speed:.2f}")
         console.print(table)
         console.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
     return 0
@@ -140,4 +146,5 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _spread(times: list[float]) -> str:
-    return f"{statistics.median(times):.3g} ({min(times):.3g} to {max(times):.3g})"
+    middle, low, high = (1e3 * time for time in (statistics.median(times), min(times), max(times)))
+    return f"{middle:.3g}\n({low:.3g}, {high:.3g})"

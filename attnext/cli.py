@@ -1,4 +1,4 @@
-"""The command ``attnext``: ``info | verify | train | predict | demo``.
+"""The command ``attnext``: ``info | verify | bench | train | predict | demo``.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted. An error is one line on stderr.
 """
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     for summary, load in (
         ("show the installation, for a bug report", _info),
         ("check the kernels against the reference", _verify),
+        ("time the kernels beside PyTorch eager", _bench),
         ("train the reference model", _train),
         ("pronounce words with a trained model", _predict),
         ("verify, time, train and pronounce, in four minutes", _demo),
@@ -101,6 +102,16 @@ def _verify() -> _Command:
             return verify.run(args)
 
     return _Command(verify.add_arguments, run)
+
+
+def _bench() -> _Command:
+    from attnext import bench
+
+    def run(args: argparse.Namespace) -> int:
+        with demo_extra():
+            return bench.run(args)
+
+    return _Command(bench.add_arguments, run)
 
 
 def _train() -> _Command:

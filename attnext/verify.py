@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from attnext.backends import backends
 from attnext.cases import CASES, DTYPES, Case, compare, random_cases
+from attnext.cli import non_negative
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,16 +21,11 @@ DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnext verify``."""
-    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs and of the random cases (default 0)")
-    parser.add_argument("--cases", type=_count, default=200, help="random cases beside the table (default 200)")
+    parser.add_argument("--seed", type=non_negative, default=0, help="of inputs and random cases (default %(default)s)")
+    parser.add_argument(
+        "--cases", type=non_negative, default=200, help="random ones beside the table (default %(default)s)"
+    )
     parser.add_argument("--backend", action="append", choices=list(DEVICES), help="only this backend; repeatable")
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
-    return number
 
 
 @dataclass
@@ -53,13 +49,18 @@ class Report:
 
     def table(self) -> Table:
         """The worst error of each result, a row for each backend and dtype."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title="Worst error against the float64 reference, in units of the tolerance")
+        table = Table(
+            title="Worst error against the float64 reference, in units of the tolerance",
+            box=box.SIMPLE,
+            padding=(0, 1, 0, 0),
+        )
         for name in ("backend", "dtype"):
-            table.add_column(name)
+            table.add_column(name, no_wrap=True)
         for name in ("cases", *RESULTS):
-            table.add_column(name.replace("_", " "), justify="right")
+            table.add_column(name.replace("grad ", "grad\n").replace("score_weight", "v"), justify="right")
         for key, row in self.worst.items():
             cells = (_cell(row[name]) if name in row else "-" for name in RESULTS)
             table.add_row(*key, str(self.cases[key]), *cells)

@@ -28,7 +28,7 @@ _FAMILIES: dict[str, Family] = {
 _AUTOMATIC = ("cpu", "cuda", "triton", "reference")
 """The order of automatic choice: the first that is available and serves the device."""
 
-_forced: str | None = None
+_forced: str | None = os.environ.get("ATTNEXT_BACKEND") or None
 
 
 def backends() -> dict[str, Backend]:
@@ -46,7 +46,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Makes ``name`` the backend of every call inside that names none; None means automatic choice again.
 
     The setting is the process's, not the thread's. The ``ATTNEXT_BACKEND`` environment variable, read when attnext is
-    imported, sets it for the whole run.
+    imported and held to the same rules at the first call, sets it for the whole run.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -88,7 +88,9 @@ def _resolve(name: str | None, device_type: str) -> str:
 def _require(name: str) -> Family:
     family = _FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, _FAMILIES))}, got {name!r}")
+        raise ValueError(
+            f"backend (or ATTNEXT_BACKEND) must be None or one of {', '.join(map(repr, _FAMILIES))}, got {name!r}"
+        )
     status = family.probe()
     if not status.available:
         raise RuntimeError(f"backend={name!r} is not available: {status.reason}")
@@ -115,13 +117,3 @@ def _choose_automatically(device_type: str) -> str:
             stacklevel=6,
         )
     return name
-
-
-def _forced_by_environment() -> str | None:
-    name = os.environ.get("ATTNEXT_BACKEND") or None
-    if name is not None and name not in _FAMILIES:
-        raise ValueError(f"ATTNEXT_BACKEND must be one of {', '.join(_FAMILIES)}, got {name!r}")
-    return name
-
-
-_forced = _forced_by_environment()

@@ -22,12 +22,7 @@ inline bool visible(const Mask& mask, int64_t b, int64_t i, int64_t j) {
 template <class T>
 inline T exponential_row(const Rows& rows, int64_t b, int64_t t, int64_t n, int64_t padded, T* out) {
   load_row(rows, b, t, n, padded, out);
-  T limit = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    const T magnitude = __builtin_fabs(out[k]);
-    limit = magnitude > limit ? magnitude : limit;
-  }
-  if (!all_finite(out, n)) limit = __builtin_inff();
+  const T limit = magnitude(out, padded);
   for (int64_t k = 0; k < padded; k += kLanes<T>) store<T>(out + k, exp<T>(2 * load(out + k)));
   for (int64_t k = n; k < padded; ++k) out[k] = 0;
   return limit;
@@ -244,7 +239,7 @@ inline ValueTile<T> value_tile(const Problem<T>& p, int64_t b, int64_t j0, int64
       continue;
     }
     load_row(p.value, b, j0 + j, p.values, p.padded_values, row);
-    if (p.mask.query != 0) finite &= all_finite(row, p.values);
+    if (p.mask.query != 0) finite &= magnitude(row, p.padded_values) <= Limits<T>::largest;
   }
   return {scratch, p.padded_values, finite};
 }

@@ -105,9 +105,21 @@ inline void store_row(const Rows& rows, int64_t b, int64_t t, int64_t n, const T
   }
 }
 
+// max |x| of n numbers, whole vectors of them; infinity if one is not finite.
 template <class T>
-inline bool all_finite(const T* x, int64_t n) {
-  bool finite = true;
-  for (int64_t k = 0; k < n; ++k) finite &= __builtin_fabs(x[k]) <= Limits<T>::largest;
-  return finite;
+inline T magnitude(const T* x, int64_t n) {
+  using Bits = typename VecOf<T>::bits;
+  Vec<T> high = {};
+  Bits bad = {};
+  for (int64_t k = 0; k < n; k += kLanes<T>) {
+    const Vec<T> value = load(x + k), size = value < 0 ? -value : value;
+    bad |= !(size <= Limits<T>::largest);
+    high = size > high ? size : high;
+  }
+  T result = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    if (bad[lane]) return T(__builtin_inff());
+    result = high[lane] > result ? high[lane] : result;
+  }
+  return result;
 }
