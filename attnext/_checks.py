@@ -15,6 +15,8 @@ def tensor(name: str, x: object, *ranks: int) -> Tensor:
     """``x`` as a tensor of one of these ranks."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dim() not in ranks:
         wanted = " or ".join(map(str, ranks))
         raise ValueError(f"{name} must have {wanted} dimensions, got {x.dim()}: shape {tuple(x.shape)}")

@@ -51,7 +51,9 @@ class Case:
 
     def __str__(self) -> str:
         sizes = f"({self.batch}, {self.queries}, {self.keys}, {self.features}, {self.values})"
-        flags = (name for name in ("lengths", "mask", "weights", "strided", "poison") if getattr(self, name))
+        flags = [name for name in ("lengths", "weights", "strided", "poison") if getattr(self, name)]
+        if self.mask:
+            flags.append(f"mask={self.mask}")
         numbers = (
             f"{name}={getattr(self, name):g}"
             for name in ("scale", "dropout_p", "magnitude")
@@ -198,24 +200,25 @@ def _placed_strided(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
 def compare(case: Case, backend: str, seed: int, device: str = "cpu") -> dict[str, float]:
     """The worst error of each result and gradient of a case on a backend, in units of its tolerance.
 
-    Infinity stands for a result that is NaN or infinite where the reference's is not, or the other way round.
+    Infinity stands for a result of another shape or dtype, or one that is NaN or infinite where the reference's is not.
     """
     inputs = draw(case, seed, device)
     expected = _run(case, inputs, torch.float64, _reference(case))
     actual = _run(case, inputs, case.dtype, _backend(case, backend))
     bounds = tolerances(case, inputs)
-    return {name: _worst(actual[name], expected[name], bounds[name]) for name in expected}
+    return {name: _worst(actual[name], expected[name], bounds[name], case.dtype) for name in expected}
 
 
-def _worst(actual: Tensor, expected: Tensor, bound: Tensor) -> float:
-    if actual.shape != expected.shape:
-        return float("inf")
+def _worst(actual: Tensor, expected: Tensor, bound: Tensor, dtype: torch.dtype) -> float:
+    if actual.shape != expected.shape or actual.dtype != dtype:
+        return torch.inf
     if actual.numel() == 0:
         return 0.0
-    actual = actual.double()
-    error = (actual - expected).abs() / bound
+    info = torch.finfo(dtype)
+    bound = bound + expected.abs() * info.eps / 2 + info.smallest_normal * info.eps
+    error = (actual.double() - expected).abs() / bound
     error = torch.where(actual == expected, 0.0, error)  # infinities of scores
-    return float(error.nan_to_num(nan=torch.inf).max())
+    return float(error.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 Call = Callable[[Inputs, list[Tensor]], Mapping[str, Tensor | None]]
@@ -268,47 +271,74 @@ def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str
 
 
 def tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """How far each result may lie from the exact one, element by element.
+    """How far each result may lie from the exact one before it is rounded to its dtype, element by element.
 
-    ``u`` is the unit roundoff of the arithmetic (float32 for the half types), ``out`` that of the result's dtype. A sum
-    of n rounded terms of size m may be off by about sqrt(n) u m, and each term by a few u: the constants count the
-    roundings of the formula (exp twice, product, sum, division; then softmax; then the products of the chain rule).
+    ``u`` is the unit roundoff of the arithmetic (float32 for the half types). A sum of n rounded terms of size m may be
+    off by about sqrt(n) u m, and each term by a few u: the constants count the roundings of the formula. Errors of
+    r = 1 / (1 + exp(2q) exp(2k)) are below 6 u, so those of tanh below 12 u and of tanh' = 4 r (1 - r) below 24 u.
     """
-    u = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps / 2
-    info = torch.finfo(case.dtype)
-    out, least = info.eps / 2, info.smallest_normal * info.eps
-    query, key, value, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
-    options: dict[str, Any] = {"lengths": inputs.lengths, "mask": inputs.mask}
-    root = {name: n**0.5 for name, n in vars(case).items() if name in ("queries", "keys", "features", "values")}
-    score_error = (16 + root["features"]) * u * abs(case.scale) * float(v.abs().sum())
-
+    u = _roundoff(case)
+    query, key, _, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
+    tanh = (query.unsqueeze(2) + key.unsqueeze(1)).tanh()
+    slope = 1 - tanh.square()
+    # Three times what independent errors of the terms add up to, and the rounding of the running sum.
+    score_error = u * abs(case.scale) * float(36 * v.norm() + 4 * v.abs().sum())
     if case.op == "scores":
-        scores = reference.additive_scores(query, key, v, scale=case.scale, **options)
-        ds = inputs.grads["scores"].double().abs().masked_fill(scores.isinf(), 0.0)
-        result = {"scores": scores.nan_to_num(neginf=0.0).abs() * out + score_error + least}
-        ds_error = 4 * u
+        visible = reference.valid_slots(query, key, inputs.lengths, inputs.mask)
+        ds = inputs.grads["scores"].double().abs() * visible
+        ds_error, result = 4 * u * ds, {"scores": torch.full_like(ds, score_error)}
     else:
-        p = reference.additive_attention(query, key, value, v, scale=case.scale, need_weights=True, **options)[1]
-        assert p is not None
-        keep = reference.dropout_keep(inputs.seed, p.shape, case.dropout_p).double()
-        kept = p * keep / (1 - case.dropout_p)
-        p_error = 2 * score_error + (8 + root["keys"]) * u
-        grad_context = inputs.grads["context"].double().abs()
-        dp = grad_context @ value.abs().transpose(1, 2)
-        if case.weights:
-            dp = dp + inputs.grads["weights"].double().abs()
-        ds = keep / (1 - case.dropout_p) * p * dp + p * (kept * dp).sum(-1, keepdim=True)
-        # delta is a product with results that were rounded to their dtype.
-        ds_error = 2 * p_error + (8 + root["values"] + root["keys"]) * u + out
-        result = {
-            "context": kept @ value.abs() * (p_error + (4 + root["keys"]) * u + out) + least,
-            "weights": kept * (p_error + out) + least,
-            "grad value": kept.transpose(1, 2) @ grad_context * (p_error + (4 + root["queries"]) * u + out) + least,
-        }
-    ds = ds * abs(case.scale)
+        ds, ds_error, result = _softmax_tolerances(case, inputs, score_error)
+    ds, ds_error = ds * abs(case.scale), ds_error * abs(case.scale)
+    root_queries, root_keys = case.queries**0.5, case.keys**0.5
+
+    def through_slope(equation: str, root: float) -> Tensor:
+        total = torch.einsum(equation, slope, ds_error + (4 + root) * u * ds)
+        bound: Tensor = v.abs() * (total + 24 * u * torch.einsum(equation, torch.ones_like(slope), ds + ds_error))
+        return bound
+
+    # Rows of queries are independent; within one, an error of delta is common to all keys.
+    by_row = torch.einsum("bijd,bij->bid", tanh.abs(), ds_error).square().sum((0, 1)).sqrt()
     terms = (case.batch * case.queries * case.keys) ** 0.5
     return result | {
-        "grad query": ds.sum(2, keepdim=True) * v.abs() * (ds_error + (24 + root["keys"]) * u + out) + least,
-        "grad key": ds.sum(1).unsqueeze(-1) * v.abs() * (ds_error + (24 + root["queries"]) * u + out) + least,
-        "grad score_weight": ds.sum() * (ds_error + (12 + terms) * u + out) + least,
+        "grad query": through_slope("bijd,bij->bid", root_keys),
+        "grad key": through_slope("bijd,bij->bjd", root_queries),
+        "grad score_weight": 3 * by_row + (12 + terms) * u * ds.sum(),
     }
+
+
+def _roundoff(case: Case) -> float:
+    return torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps / 2
+
+
+def _softmax_tolerances(case: Case, inputs: Inputs, score_error: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Of attention: |ds|, its error, and the tolerances of context, weights and the value's gradient."""
+    u, out = _roundoff(case), torch.finfo(case.dtype).eps / 2
+    query, key, value, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
+    root_queries, root_keys, root_values = case.queries**0.5, case.keys**0.5, case.values**0.5
+    p = reference.additive_attention(
+        query, key, value, v, lengths=inputs.lengths, mask=inputs.mask, scale=case.scale, need_weights=True
+    )[1]
+    assert p is not None
+    p_error = 2 * score_error + (8 + root_keys) * u
+    dropped = reference.dropout_keep(inputs.seed, p.shape, case.dropout_p) / (1 - case.dropout_p)
+    kept = p * dropped
+    grad = inputs.grads["context"].double()
+    incoming, product = grad @ value.transpose(1, 2), grad.abs() @ value.abs().transpose(1, 2)
+    context = kept @ value
+    size = kept @ value.abs()
+    # delta = dC . C + dA . A, from results that were rounded to their dtype.
+    rounding = ((grad * (out * context.abs() + (4 + root_keys) * u * size)) ** 2).sum(-1, keepdim=True)
+    if case.weights:
+        grad_weights = inputs.grads["weights"].double()
+        incoming, product = incoming + grad_weights, product + grad_weights.abs()
+        rounding = rounding + ((grad_weights * out * kept) ** 2).sum(-1, keepdim=True)
+    delta_error = 3 * rounding.sqrt() + (p_error + (4 + root_values) * u) * (kept * product).sum(-1, keepdim=True)
+    ds = (p * (dropped * incoming - (kept * incoming).sum(-1, keepdim=True))).abs()
+    ds_error = p_error * ds + p * (dropped * (4 + root_values) * u * product + delta_error)
+    outer = kept.transpose(1, 2) @ grad.abs()
+    return ds, ds_error, {
+        "context": size * (p_error + (4 + root_keys) * u),
+        "weights": kept * p_error,
+        "grad value": outer * (p_error + (4 + root_queries) * u),
+    }  # fmt: skip

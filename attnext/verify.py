@@ -36,8 +36,13 @@ class Report:
     worst: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
-    def add(self, backend: str, case: Case, seed: int, errors: dict[str, float]) -> None:
-        """Counts one compared case in."""
+    def verify(self, backend: str, case: Case, seed: int) -> None:
+        """Compares one case and counts it in."""
+        try:
+            errors = compare(case, backend, seed, DEVICES[backend])
+        except Exception as raised:  # whatever a kernel may raise: the rest is verified all the same
+            self.failures.append(f"{backend}: {case}, seed {seed}: {type(raised).__name__}: {raised}")
+            return
         key = (backend, str(case.dtype).removeprefix("torch."))
         self.cases[key] = self.cases.get(key, 0) + 1
         row = self.worst.setdefault(key, {})
@@ -90,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
     ready = [name for name in asked if status[name].available]
     report = Report()
     work = [(backend, *item) for backend in ready for item in _work(args.seed, args.cases)]
-    for backend, case, seed in track(work, "Verifying", console=console, transient=True):
-        report.add(backend, case, seed, compare(case, backend, seed, DEVICES[backend]))
+    for item in track(work, "Verifying", console=console, transient=True):
+        report.verify(*item)
     if work:
         console.print(report.table())
     for name in asked:

@@ -133,6 +133,7 @@ inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueT
       if (!g.from_scores)
         for (int64_t j = 0; j < t.nj; ++j) grad[j] += ds[j];
     }
+    for (int64_t j = t.nj; j < row; ++j) ds[j] = 0;
     if (g.from_scores) {
       for (int64_t j = 0; j < t.nj; ++j) ds[j] = s[j] == kHidden<T> ? T(0) : grad[j];
       continue;
@@ -157,15 +158,10 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTil
   const Problem<T>& p = g.problem;
   score_tile(p, t, tiles.scores, kGradKeyTile);
   score_gradients(g, t, value, tiles);
-  if (g.from_scores) {
-    T tile_sum = 0;
-    for (int64_t i = 0; i < t.ni; ++i) {
-      T row_sum = 0;
-      for (int64_t j = 0; j < t.nj; ++j) row_sum += tiles.ds[i * kGradKeyTile + j];
-      tile_sum += row_sum;
-    }
-    ds_sum += tile_sum;
-  } else {
+  Vec<T> sum = {};
+  for (int64_t k = 0; k < t.ni * kGradKeyTile; k += kLanes<T>) sum += load(tiles.ds + k);
+  for (int lane = 0; lane < kLanes<T>; ++lane) ds_sum += sum[lane];
+  if (!g.from_scores) {
     const T* grad_context = g.grad_context + (t.b * p.queries + t.i0) * p.padded_values;
     product<T>({tiles.grad_value, p.padded_values, tiles.weights, 1, kGradKeyTile, grad_context, p.padded_values, t.ni},
                0, t.nj, p.padded_values);
