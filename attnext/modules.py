@@ -134,13 +134,29 @@ class BahdanauAttention(nn.Module):
     ) -> Memory:
         states = _checks.tensor("encoder_states", encoder_states, 3)
         _checks.size("encoder_states", states, 2, self.memory_size, "memory_size")
-        key = self.memory_projection(states)
+        lengths, mask = _checks.lengths(lengths, states), _checks.mask(mask, states, queries)
+        key = self.memory_projection(_without_hidden(states, lengths, mask))
         # Under autocast the projection has its dtype: cast the states with it, once instead of at every step.
-        value, score_weight = states.to(key.dtype), self._normalized_weight().to(key.dtype)
-        return Memory(key, value, _checks.lengths(lengths, key), _checks.mask(mask, key, queries), score_weight, None)
+        value = states.to(key.dtype)
+        if not torch.is_grad_enabled():
+            value = value.detach()  # the states may want a gradient, this memory doesn't
+        return Memory(key, value, lengths, mask, self._score_weight().to(key.dtype), None)
 
-    def _normalized_weight(self) -> Tensor:
+    def _score_weight(self) -> Tensor:
+        """v, or g v / |v|: a copy, so that a memory stays what it was when an optimizer steps."""
         if self.gain is None:
-            return self.score_weight
+            return self.score_weight.clone()
         length: Tensor = torch.linalg.vector_norm(self.score_weight)
         return self.gain * self.score_weight / length
+
+
+def _without_hidden(states: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The states with 0 where nothing may attend: there a NaN would reach the projection's gradient, as 0 * NaN."""
+    if lengths is None and mask is None:
+        return states
+    hidden = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+    if lengths is not None:
+        hidden = hidden | (torch.arange(states.shape[1], device=states.device) >= lengths.unsqueeze(1))
+    if mask is not None:
+        hidden = hidden | ~(mask if mask.dim() == 2 else mask.any(1))
+    return states.masked_fill(hidden.unsqueeze(-1), 0.0)
