@@ -28,8 +28,9 @@ help:  ## show this list
 
 install: .venv/installed  ## make .venv with the package and all its tools
 
+# New memory is filled with garbage, so that scratch which a kernel reads before it writes shows.
 test: .venv/installed  ## run the tests
-	$(BIN)/python -m pytest
+	MALLOC_PERTURB_=165 $(BIN)/python -m pytest
 
 demo: .venv/installed  ## train the demo model for DEMO_SECONDS and show what it attends to
 	$(BIN)/attnext demo --seconds $(DEMO_SECONDS) --out demo-output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ def tensor(name: str, x: object, *ranks: int) -> Tensor:
 def size(name: str, x: Tensor, dim: int, expected: int, of: str) -> None:
     """Size ``dim`` of ``x`` agrees with that of another argument."""
     if x.shape[dim] != expected:
+        dim %= x.dim()
         raise ValueError(f"{name} must have size {expected} in dimension {dim}, as {of}, got shape {tuple(x.shape)}")
 
 
@@ -33,16 +34,26 @@ def same_kind(query: Tensor, **others: Tensor) -> None:
     """One floating dtype (or one that autocast will make of them) and one device."""
     dtype, device = query.dtype, query.device
     for name, x in {"query": query, **others}.items():
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
-        if x.dtype != dtype and not _autocast_unites(x.dtype, dtype, device.type):
-            raise TypeError(f"{name} must have query's dtype {dtype}, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name} must be on query's device {device}, got {x.device}")
+        _kind(name, x, dtype, device, "query's")
 
 
-def _autocast_unites(a: torch.dtype, b: torch.dtype, device_type: str) -> bool:
-    return torch.float64 not in (a, b) and torch.is_autocast_enabled(device_type)
+def same_kind_as_module(name: str, x: Tensor, parameter: Tensor) -> None:
+    """The same of an argument and a module's parameters."""
+    _kind(name, x, parameter.dtype, parameter.device, "the module's")
+
+
+def _kind(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, whose: str) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {whose} device {device}, got {x.device}")
+    if x.dtype != dtype and not (torch.float64 not in (x.dtype, dtype) and autocasts(device.type)):
+        raise TypeError(f"{name} must have {whose} dtype {dtype}, got {x.dtype}")
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on; torch has none for some device types, "meta" for one."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def additive(query: object, key: object, score_weight: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +64,7 @@ def additive(query: object, key: object, score_weight: object) -> tuple[Tensor, 
     if query.shape[-1] == 0:
         raise ValueError(f"query must have an attention size (last dimension) of at least 1, got {tuple(query.shape)}")
     size("key", key, 0, query.shape[0], "query's batch")
-    size("key", key, 2, query.shape[-1], "query's last")
+    size("key", key, 2, query.shape[-1], "query's last dimension")
     size("score_weight", score_weight, 0, query.shape[-1], "query's last dimension")
     return query, key, score_weight
 
@@ -97,7 +108,7 @@ def scale(x: object) -> float:
     """A finite number."""
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"scale must be a number, got {type(x).__name__}")
-    if not -math.inf < x < math.inf:
+    if not abs(x) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {x}")
     return float(x)
 
@@ -109,3 +120,10 @@ def probability(name: str, x: object) -> float:
     if not 0.0 <= x <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {x}")
     return float(x)
+
+
+def flag(name: str, x: object) -> bool:
+    """True or False."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be a bool, got {type(x).__name__}")
+    return x

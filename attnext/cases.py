@@ -171,9 +171,7 @@ def draw(case: Case, seed: int, device: str = "cpu") -> Inputs:
         torch.randint(2**62, (), generator=rng).to(device),
         {
             name: (grad.flatten()[:1].expand(grad.shape) if case.strided and grad.numel() else grad)
-            .to(case.dtype)
-            .to(device)
-            for name, grad in grads.items()
+            for name, grad in ((name, grad.to(case.dtype).to(device)) for name, grad in grads.items())
         },
     )
 
@@ -200,22 +198,21 @@ def _placed_strided(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
 def compare(case: Case, backend: str, seed: int, device: str = "cpu") -> dict[str, float]:
     """The worst error of each result and gradient of a case on a backend, in units of its tolerance.
 
-    Infinity stands for a result of another shape or dtype, or one that is NaN or infinite where the reference's is not.
+    Infinity stands for a result of another shape or dtype (then also for all gradients), or one that is NaN or infinite
+    where the reference's is not.
     """
     inputs = draw(case, seed, device)
     expected = _run(case, inputs, torch.float64, _reference(case))
     actual = _run(case, inputs, case.dtype, _backend(case, backend))
-    bounds = tolerances(case, inputs)
-    return {name: _worst(actual[name], expected[name], bounds[name], case.dtype) for name in expected}
+    bounds = tolerances(case, inputs, expected)
+    return {name: _worst(actual.get(name), expected[name], bounds[name], case.dtype) for name in expected}
 
 
-def _worst(actual: Tensor, expected: Tensor, bound: Tensor, dtype: torch.dtype) -> float:
-    if actual.shape != expected.shape or actual.dtype != dtype:
+def _worst(actual: Tensor | None, expected: Tensor, bound: Tensor, dtype: torch.dtype) -> float:
+    if actual is None or actual.shape != expected.shape or actual.dtype != dtype:
         return torch.inf
     if actual.numel() == 0:
         return 0.0
-    info = torch.finfo(dtype)
-    bound = bound + expected.abs() * info.eps / 2 + info.smallest_normal * info.eps
     error = (actual.double() - expected).abs() / bound
     error = torch.where(actual == expected, 0.0, error)  # infinities of scores
     return float(error.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
@@ -260,18 +257,30 @@ def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str
     names = [name for name in INPUTS if case.op != "scores" or name != "value"]
     x = {name: getattr(inputs, name).to(dtype).detach().requires_grad_() for name in INPUTS}
     results = {name: y for name, y in call(inputs, list(x.values())).items() if y is not None}
+    found = {name: y.detach() for name, y in results.items()}
     outputs = {name: y for name, y in results.items() if name in inputs.grads}
+    if any(y.shape != inputs.grads[name].shape for name, y in outputs.items()):
+        return found
     grads = torch.autograd.grad(
         list(outputs.values()),
         [x[name] for name in names],
         [inputs.grads[name].to(dtype) for name in outputs],
     )
-    found = {name: y.detach() for name, y in results.items()}
     return found | {f"grad {name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
-def tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """How far each result may lie from the exact one before it is rounded to its dtype, element by element.
+def tolerances(case: Case, inputs: Inputs, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far each result may lie from the exact one: the error of the arithmetic, and the rounding to its dtype."""
+    info = torch.finfo(case.dtype)
+    bounds = _arithmetic_tolerances(case, inputs)
+    return {
+        name: bounds[name] + x.nan_to_num(neginf=0.0).abs() * info.eps / 2 + info.smallest_normal * info.eps
+        for name, x in exact.items()
+    }
+
+
+def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """The error of each result before it is rounded to its dtype, element by element.
 
     ``u`` is the unit roundoff of the arithmetic (float32 for the half types). A sum of n rounded terms of size m may be
     off by about sqrt(n) u m, and each term by a few u: the constants count the roundings of the formula. Errors of

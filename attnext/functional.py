@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnext import _checks, reference
 from attnext.backends import choose
@@ -51,6 +52,7 @@ def additive_attention(
     Returns:
         The context, (B, Tq, H) or (B, H), and the weights, (B, Tq, Tk) or (B, Tk), or None. The weights are those that
         made the context, after dropout, and differentiable. A row without a key to attend has context and weights 0.
+        The backward pass reads both: don't change them in place.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it.
@@ -75,7 +77,7 @@ def additive_attention(
         memory,
         _checks.scale(scale),
         _checks.probability("dropout_p", dropout_p),
-        need_weights,
+        _checks.flag("need_weights", need_weights),
         backend,
     )
 
@@ -174,17 +176,33 @@ def _queries(query: Tensor) -> int:
 
 
 def _call(op: Any, inputs: tuple[Tensor, ...], *options: Any) -> Any:
-    """Calls an operator; where no gradient can be asked for, past autograd, which costs more than a small step."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    """Calls an operator; where no derivative can be asked for, past autograd, which costs more than a small step."""
+    if torch.compiler.is_compiling():
         return op(*inputs, *options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs, *options)
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        _refuse_transforms(inputs)
+    elif not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs, *options)
+    return op(*inputs, *options)
+
+
+def _refuse_transforms(inputs: tuple[Tensor, ...]) -> None:
+    """Of torch.func, vmap works on the operators; derivatives taken there would be silently 0."""
+    kinds = torch._C._functorch.TransformType
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    in_transform = any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
+    if in_transform or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "attnext's kernels have no forward-mode derivative and none for torch.func.grad: call the op with "
+            "backend='reference', or take the gradient with torch.autograd"
+        )
 
 
 def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     """The dtypes that autocast makes of the inputs, for the reference; the operators have their own rule for it."""
     device_type = inputs[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not _checks.autocasts(device_type):
         return inputs
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)

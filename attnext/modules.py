@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attnext import _checks, functional
+from attnext import _checks, functional, reference
 from attnext.memory import Memory
 
 __all__ = ["BahdanauAttention"]
@@ -60,7 +60,7 @@ class BahdanauAttention(nn.Module):
         self.query_projection = nn.Linear(query_size, attention_size, bias=bias or normalize)
         self.memory_projection = nn.Linear(memory_size, attention_size, bias=False)
         self.score_weight = nn.Parameter(torch.empty(attention_size))
-        self.gain = nn.Parameter(torch.empty(())) if normalize else None
+        self.gain = nn.Parameter(torch.empty(1)) if normalize else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -85,7 +85,7 @@ class BahdanauAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
-        memory = self._project(encoder_states, lengths, mask, queries=None)
+        memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
         prepared = functional.prepare(memory.key, memory.lengths, memory.mask, None)
         return Memory(memory.key, memory.value, memory.lengths, memory.mask, memory.score_weight, prepared)
 
@@ -115,13 +115,16 @@ class BahdanauAttention(nn.Module):
         """
         query = _checks.tensor("query", query, 2, 3)
         _checks.size("query", query, -1, self.query_size, "query_size")
+        _checks.same_kind_as_module("query", query, self.query_projection.weight)
+        need_weights = _checks.flag("need_weights", need_weights)
         if not isinstance(memory, Memory):
             queries = 1 if query.dim() == 2 else query.shape[1]
-            memory = self._project(memory, lengths, mask, queries)
+            memory = self._project("memory", memory, lengths, mask, queries)
         elif lengths is not None or mask is not None:
             name = "lengths" if lengths is not None else "mask"
             raise ValueError(f"{name} must be None with a prepared memory: pass it to prepare() instead")
         _checks.size("memory", memory.key, 0, query.shape[0], "query's batch")
+        _checks.size("memory", memory.key, 2, self.attention_size, "attention_size")
         query = self.query_projection(query)
         _checks.same_kind(query, memory=memory.key)
         return functional.attend(query, memory, 1.0, self.dropout if self.training else 0.0, need_weights, None)
@@ -130,33 +133,27 @@ class BahdanauAttention(nn.Module):
         return f"normalize={self.gain is not None}, dropout={self.dropout}"
 
     def _project(
-        self, encoder_states: Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
+        self, name: str, encoder_states: Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
     ) -> Memory:
-        states = _checks.tensor("encoder_states", encoder_states, 3)
-        _checks.size("encoder_states", states, 2, self.memory_size, "memory_size")
+        states = _checks.tensor(name, encoder_states, 3)
+        _checks.size(name, states, 2, self.memory_size, "memory_size")
+        _checks.same_kind_as_module(name, states, self.memory_projection.weight)
         lengths, mask = _checks.lengths(lengths, states), _checks.mask(mask, states, queries)
-        key = self.memory_projection(_without_hidden(states, lengths, mask))
+        if torch.is_grad_enabled() and (lengths is not None or mask is not None):
+            # NaN in the padding would reach the gradient of the projection's weight, as 0 * NaN.
+            visible = reference.valid_slots(states, states, lengths, mask).any(1)
+            states = states.masked_fill(~visible.unsqueeze(-1), 0.0)
+        key = self.memory_projection(states)
         # Under autocast the projection has its dtype: cast the states with it, once instead of at every step.
         value = states.to(key.dtype)
-        if not torch.is_grad_enabled():
-            value = value.detach()  # the states may want a gradient, this memory doesn't
-        return Memory(key, value, lengths, mask, self._score_weight().to(key.dtype), None)
+        if not torch.is_grad_enabled():  # `to` may give the states themselves, which have a gradient
+            value = value.detach()
+        # A copy: the memory keeps v as it is now.
+        score_weight = self._normalized_weight().to(key.dtype, copy=True)
+        return Memory(key, value, lengths, mask, score_weight, None)
 
-    def _score_weight(self) -> Tensor:
-        """v, or g v / |v|: a copy, so that a memory stays what it was when an optimizer steps."""
+    def _normalized_weight(self) -> Tensor:
         if self.gain is None:
-            return self.score_weight.clone()
+            return self.score_weight
         length: Tensor = torch.linalg.vector_norm(self.score_weight)
         return self.gain * self.score_weight / length
-
-
-def _without_hidden(states: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The states with 0 where nothing may attend: there a NaN would reach the projection's gradient, as 0 * NaN."""
-    if lengths is None and mask is None:
-        return states
-    hidden = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-    if lengths is not None:
-        hidden = hidden | (torch.arange(states.shape[1], device=states.device) >= lengths.unsqueeze(1))
-    if mask is not None:
-        hidden = hidden | ~(mask if mask.dim() == 2 else mask.any(1))
-    return states.masked_fill(hidden.unsqueeze(-1), 0.0)

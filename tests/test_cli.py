@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import attnext
-from attnext import demo, verify
+from attnext import bench, demo, verify
 from attnext.backends import choose
 from attnext.cli import main
 from attnext.seq2seq import InputError, ModelConfig, Seq2Seq, commands
@@ -319,8 +320,8 @@ def test_a_reader_that_has_seen_enough(trained: Path) -> None:
 
 @pytest.mark.usefixtures("_small_dictionary")
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.setattr(demo, "_SHAPE", {"B": 2, "Tq": 3, "Tk": 4, "D": 5, "H": 6})
-    monkeypatch.setattr(demo, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "CASES", [replace(case, batch=2, queries=1, keys=4) for case in bench.CASES])
+    monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
     monkeypatch.setattr(verify, "run", lambda args: 0)
     folder = tmp_path / "g2p"
     commands_run: list[str] = []
@@ -331,7 +332,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured)
 
     monkeypatch.setattr(demo, "main", run)
     assert main(["demo", "--seconds", "0.5", "--out", str(tmp_path)]) == 0
-    assert commands_run == ["verify --cases 20", f"train g2p --seconds 0.5 --out {folder}"]
+    assert commands_run == ["verify --cases 20", "bench", f"train g2p --seconds 0.5 --out {folder}"]
     shown = capsys.readouterr().out
     for text in ("forward + backward", "PyTorch eager", "PER ", "dictionary", str(folder), "alignment.png"):
         assert text in shown
@@ -341,5 +342,22 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured)
 
 def test_demo_stops_where_a_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "run", lambda args: 1)
-    monkeypatch.setattr(demo, "_show_timings", lambda: pytest.fail("too late"))
+    monkeypatch.setattr(bench, "run", lambda args: pytest.fail("too late"))
     assert main(["demo", "--out", str(tmp_path)]) == 1
+
+
+class TestBench:
+    def test_peers_that_disagree_are_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = bench.Case("forward", 2, 3, 5, 8, 4)
+        assert set(bench.calls(case, "cpu")) == {"PyTorch eager", "attnext cpu"}
+        monkeypatch.setattr(bench, "eager", lambda *x: bench.torch.zeros(2, 3, 4))
+        with pytest.raises(RuntimeError, match="disagree"):
+            bench.calls(case, "cpu")
+
+    def test_threads_are_put_back(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setattr(bench, "CASES", [bench.Case("step", 2, 1, 4, 8, 4)])
+        monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
+        before = bench.torch.get_num_threads()
+        assert main(["bench", "--threads", "1"]) == 0
+        assert bench.torch.get_num_threads() == before
+        assert "1 threads" in capsys.readouterr().out

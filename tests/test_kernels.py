@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -126,3 +128,73 @@ def test_offsets_beyond_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     context, _ = attnext.additive_attention(query, key, value, v, backend="cpu")
     expected, _ = attnext.additive_attention(query, key.clone(), value.clone(), v, backend="cpu")
     assert torch.equal(context, expected)
+
+
+LIMITS = {torch.float32: (5.2, 10.39, 43.0, 44.3, 88.0, 1e4), torch.float64: (43.3, 86.6, 350.0, 354.0, 710.0, 1e6)}
+"""Where the arithmetic changes its form, and beyond, where exponentials overflow."""
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_inputs_that_cancel(dtype: torch.dtype, sign: int) -> None:
+    """q of either sign with k about -q: the sum is small, so that an exponential which was cut short shows in full."""
+    for limit in LIMITS[dtype]:
+        for size in (limit * 0.999, limit * 1.001):
+            query = torch.full((1, 3, 70), sign * size, dtype=dtype)
+            key = torch.linspace(-2, 2, 9 * 70, dtype=dtype).view(1, 9, 70) - sign * size
+            x = [query, key, torch.randn(1, 9, 5, dtype=dtype), torch.randn(70, dtype=dtype)]
+            results = []
+            for backend, as_dtype in (("cpu", dtype), ("reference", torch.float64)):
+                y = [t.to(as_dtype).requires_grad_() for t in x]
+                scores = attnext.additive_scores(y[0], y[1], y[3], backend=backend)
+                context, _ = attnext.additive_attention(*y, backend=backend)
+                results.append([scores, context, *torch.autograd.grad(context.sin().sum() + scores.cos().sum(), y)])
+            # 70 terms of about 1 with errors of a few roundings each; the sum q + k itself may round by u |q|.
+            error = 200 * torch.finfo(dtype).eps
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual.double(), expected, rtol=error, atol=10 * error)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("size", [1e9, 1e20, 1e36])
+def test_large_score_weights(size: float) -> None:
+    query, key = torch.full((1, 2, 64), 5.0), torch.full((1, 3, 64), 5.3) + torch.randn(1, 3, 64) * 1e-3
+    v = torch.full((64,), size)
+    scores = attnext.additive_scores(query, key, v, backend="cpu")
+    expected = attnext.additive_scores(query.double(), key.double(), v.double(), backend="reference")
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=0)
+    context, _ = attnext.additive_attention(query, key, torch.randn(1, 3, 4), v, backend="cpu")
+    assert context.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ["lengths", "keys", "slots"])
+def test_what_comes_in_for_an_empty_row_reaches_nothing(kind: str, backend: str) -> None:
+    """The norm has a gradient of NaN at a context of 0."""
+    x = [torch.randn(s, requires_grad=True) for s in ((2, 3, 8), (2, 5, 8), (2, 5, 4), (8,))]
+    options: dict[str, torch.Tensor] = {}
+    if kind == "lengths":
+        options["lengths"] = torch.tensor([0, 5])
+    else:
+        options["mask"] = torch.ones((2, 5) if kind == "keys" else (2, 3, 5), dtype=torch.bool)
+        options["mask"][0, ... if kind == "keys" else 1] = False
+    context, _ = attnext.additive_attention(*x, **options, backend=backend)
+    grads = torch.autograd.grad(context.square().sum(-1).sqrt().sum(), x)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[2][1] != 0).any()
+
+
+def test_few_rows_with_many_queries_keep_few_partial_sums() -> None:
+    """One batch row is split between tasks; what they keep must stay small beside the gradients."""
+    peak = """
+import resource, torch, attnext
+x = [torch.randn(s, requires_grad=True) for s in ((1, 4096, 256), (1, 256, 256), (1, 256, 16), (256,))]
+context, _ = attnext.additive_attention(*x, backend="cpu")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+torch.autograd.grad(context.sum(), x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    grew = float(subprocess.run([sys.executable, "-c", peak], capture_output=True, text=True, check=True).stdout)
+    # Queries are 4 MiB: their gradient, exponentials, and four partial sums; eager would need 1 GiB.
+    assert grew < 40

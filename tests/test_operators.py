@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import attnext
 from attnext import reference
@@ -130,6 +131,87 @@ class TestGradients:
         torch.testing.assert_close(context, attnext.additive_attention(*x, backend="cpu")[0].detach(), rtol=0, atol=0)
         with torch.inference_mode():
             assert torch.equal(attnext.additive_attention(*x, backend="cpu")[0], context)
+
+
+class TestTransforms:
+    """torch.func: vmap works, with gradients outside it; derivatives inside are refused, not silently 0."""
+
+    def attend(self, backend: str) -> Any:
+        _, key, value, v = inputs(torch.float64)
+        return lambda query: attnext.additive_attention(query, key, value, v, backend=backend)[0]
+
+    def test_vmap(self) -> None:
+        results = []
+        for backend in ("cpu", "reference"):
+            torch.manual_seed(1)
+            attend = self.attend(backend)
+            queries = torch.randn(4, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+            context = torch.func.vmap(attend)(queries)
+            results.append((context, torch.autograd.grad(context.sin().sum(), queries)[0]))
+        torch.testing.assert_close(*results)
+
+    def test_derivatives_are_refused(self) -> None:
+        attend, query = self.attend("cpu"), inputs(torch.float64)[0]
+
+        def loss(query: Tensor) -> Tensor:
+            total: Tensor = attend(query).sum()
+            return total
+
+        for derivative in (
+            lambda: torch.func.grad(loss)(query),
+            lambda: torch.func.jvp(attend, (query,), (query,)),
+            lambda: torch.func.jacfwd(loss)(query),
+            lambda: torch.func.vmap(torch.func.grad(loss))(query.expand(2, 2, 3, 8)),
+        ):
+            with pytest.raises(RuntimeError, match="backend='reference'"):
+                derivative()
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="backend='reference'"):
+            attend(forward_ad.make_dual(query, query))
+
+    def test_the_reference_has_them_all(self) -> None:
+        attend, query = self.attend("reference"), inputs(torch.float64)[0]
+        _, tangent = torch.func.jvp(attend, (query,), (query,))
+        assert (tangent != 0).any()
+
+
+class TestDirectCalls:
+    """What a program may hand to torch.ops.attnext itself is an error, never a crash."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {0: torch.randn(2, 8)},
+            {1: torch.randn(2, 5)},
+            {1: torch.randn(2, 5, 9)},
+            {2: torch.randn(2, 4, 6)},
+            {3: torch.ones(8, dtype=torch.int8)},
+            {3: torch.randn(8, dtype=torch.float64)},
+            {3: torch.randn(7)},
+            {4: torch.randn(2, 5, 8), 5: torch.randn(2, 5)},
+            {6: torch.tensor([6, 1])},
+            {6: torch.tensor([1, 1], dtype=torch.int32)},
+            {7: torch.ones(2, 5)},
+            {7: torch.ones(2, 4, dtype=torch.bool)},
+            {8: None},
+            {8: torch.empty(0, dtype=torch.int64)},
+            {8: torch.zeros((), dtype=torch.int8)},
+            {10: 1e300},
+            {10: torch.nan},
+        ],
+        ids=str,
+    )
+    def test_attention(self, change: dict[int, Any]) -> None:
+        args: list[Any] = [*inputs(), None, None, None, None, torch.tensor(1), 1.0, 0.5, False]
+        OPS.additive_attention_cpu(*args)
+        for place, value in change.items():
+            args[place] = value
+        with pytest.raises(RuntimeError, match="attnext: "):
+            OPS.additive_attention_cpu(*args)
+
+    def test_prepare(self) -> None:
+        for args in ((torch.randn(5, 8), None, None), (torch.randn(2, 5, 8), None, torch.ones(2, 5))):
+            with pytest.raises(RuntimeError, match="attnext: "):
+                OPS.additive_prepare_cpu(*args)
 
 
 class TestCompile:

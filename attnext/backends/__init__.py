@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +36,7 @@ def backends() -> dict[str, Backend]:
     """What each backend can do on this machine.
 
     Returns:
-        For every backend name whether it is available, the device types it serves, and the reason: what it runs, or
-        why it can't and how to get it.
+        For every backend name whether it is available, and the reason: what it runs, or why it can't and how to get it.
     """
     return {name: family.probe() for name, family in _FAMILIES.items()}
 
@@ -114,6 +114,14 @@ def _choose_automatically(device_type: str) -> str:
             f"attnext has no kernels for {device_type!r} tensors here and uses its slow reference implementation "
             f"({missing or 'no backend serves that device'})",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=_level_of_the_caller(),
         )
     return name
+
+
+def _level_of_the_caller() -> int:
+    """How far above the function that calls this one the user's call is: past this package and torch's modules."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("attnext", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -67,12 +67,34 @@ Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), 
 Rows rows_of(const Optional& x) { return x ? rows_of(*x) : Rows{}; }
 
 void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(x.is_cpu(), "attnext: ", name, " is not on the CPU");
   STD_TORCH_CHECK(x.dim() == int64_t(shape.size()), "attnext: ", name, " has ", x.dim(), " dimensions");
   int64_t k = 0;
   for (const int64_t n : shape) {
     STD_TORCH_CHECK(x.size(k) == n, "attnext: ", name, " has size ", x.size(k), " in dimension ", k, ", needs ", n);
     ++k;
   }
+}
+
+void check_rank(const Tensor& x, const char* name, int64_t rank) {
+  STD_TORCH_CHECK(x.dim() == rank, "attnext: ", name, " has ", x.dim(), " dimensions, needs ", rank);
+}
+
+// The size of rows of exponentials. Before anything is read: the inputs fit together.
+int64_t padded_features(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight) {
+  check_rank(query, "query", 3), check_rank(key, "key", 3);
+  const int64_t batch = query.size(0), keys = key.size(1), features = query.size(2);
+  check_shape(query, "query", {batch, query.size(1), features});
+  check_shape(key, "key", {batch, keys, features});
+  check_shape(score_weight, "score_weight", {features});
+  bool same = key.scalar_type() == query.scalar_type() && score_weight.scalar_type() == query.scalar_type();
+  if (value) {
+    check_rank(*value, "value", 3);
+    check_shape(*value, "value", {batch, keys, value->size(2)});
+    same &= value->scalar_type() == query.scalar_type();
+  }
+  STD_TORCH_CHECK(same, "attnext: the inputs differ in dtype");
+  return round_up(features, kFeatureBlock);
 }
 
 template <class T>
@@ -87,6 +109,7 @@ struct Weights {
     for (int64_t d = 0; d < padded; ++d) {
       const double v = d < n ? scale * read(score_weight, d * stride) : 0.;
       total += v;
+      if (!(2 * std::abs(v) <= double(limit))) limit = T(2 * std::abs(v));  // also NaN, and then for good
       times.get()[d] = T(-2 * v);
       gain.get()[d] = T(4 * v);
     }
@@ -110,12 +133,18 @@ struct Weights {
   Buffer<T> times;  // -2 scale v
   Buffer<T> gain;   // 4 scale v
   T sum;            // scale * sum v
+  T limit = 0;      // max |2 scale v|
 };
 
-Mask mask_of(const Optional& mask) {
+Mask mask_of(const Optional& mask, int64_t batch, int64_t queries, int64_t keys) {
   if (!mask) return {};
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "attnext: mask must be bool");
   const bool* data = static_cast<const bool*>(mask->data_ptr());
-  if (mask->dim() == 2) return {data, mask->stride(0), 0, mask->stride(1)};
+  if (mask->dim() == 2) {
+    check_shape(*mask, "mask", {batch, keys});
+    return {data, mask->stride(0), 0, mask->stride(1)};
+  }
+  check_shape(*mask, "mask", {batch, queries, keys});
   return {data, mask->stride(0), mask->stride(1), mask->stride(2)};
 }
 
@@ -157,37 +186,19 @@ template <class T>
 struct Setup {
   Setup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
         const Optional& exp_key, const Optional& key_limit, const Optional& lengths, const Optional& mask, double scale)
-      : padded(round_up(query.size(2), kFeatureBlock)), weights(score_weight, scale, padded) {
+      : padded(padded_features(query, key, value, score_weight)), weights(score_weight, scale, padded) {
     const int64_t batch = query.size(0), queries = query.size(1), keys = key.size(1), features = query.size(2);
-    check_shape(key, "key", {batch, keys, features});
-    check_shape(score_weight, "score_weight", {features});
-    STD_TORCH_CHECK(key.scalar_type() == query.scalar_type(), "attnext: key has another dtype than query");
-    if (value) {
-      check_shape(*value, "value", {batch, keys, value->size(2)});
-      STD_TORCH_CHECK(value->scalar_type() == query.scalar_type(), "attnext: value has another dtype than query");
-    }
     problem.batch = batch, problem.queries = queries, problem.keys = keys;
     problem.features = features, problem.padded = padded;
     problem.values = value ? value->size(2) : 0;
     problem.padded_values = round_up(problem.values, kValueBlock);
     problem.query = rows_of(query), problem.key = rows_of(key);
     if (value) problem.value = rows_of(*value);
-    problem.weight = weights.times.get();
+    problem.weight = weights.times.get(), problem.weight_limit = weights.limit;
     problem.lengths = lengths_of(lengths, batch, keys, contiguous_lengths);
-    check_mask(mask);
-    problem.mask = mask_of(mask);
+    problem.mask = mask_of(mask, batch, queries, keys);
     problem.keep_scale = 1, problem.keep_threshold = 0, problem.seed = 0;
     take_exponentials(exp_key, key_limit);
-  }
-
-  void check_mask(const Optional& mask) const {
-    if (!mask) return;
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "attnext: mask must be bool");
-    if (mask->dim() == 2) {
-      check_shape(*mask, "mask", {problem.batch, problem.keys});
-    } else {
-      check_shape(*mask, "mask", {problem.batch, problem.queries, problem.keys});
-    }
   }
 
   // F as it was prepared, or made now.
@@ -212,8 +223,10 @@ struct Setup {
   }
 
   void set_dropout(double dropout_p, const Optional& seed) {
-    if (dropout_p <= 0.) return;
-    STD_TORCH_CHECK(seed.has_value(), "attnext: dropout needs a seed");
+    STD_TORCH_CHECK(dropout_p >= 0. && dropout_p <= 1., "attnext: dropout_p must be between 0 and 1, got ", dropout_p);
+    if (dropout_p == 0.) return;
+    STD_TORCH_CHECK(seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                    "attnext: dropout needs a seed, one int64 on the CPU");
     problem.seed = uint64_t(*static_cast<const int64_t*>(seed->data_ptr()));
     problem.keep_threshold = uint64_t(dropout_p * 0x1p32);
     problem.keep_scale = dropout_p < 1. ? T(1. / (1. - dropout_p)) : T(0);
@@ -231,14 +244,16 @@ struct Setup {
 
 template <class T>
 std::tuple<Tensor, Tensor> prepare_as(const Tensor& key, const Optional& lengths, const Optional& mask) {
+  check_rank(key, "key", 3);
   const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2),
                 padded = round_up(features, kFeatureBlock);
   Tensor exp_key = torch::stable::new_empty(key, {batch, keys, padded}, kScalar<T>);
   Tensor limit = torch::stable::new_empty(key, {batch, keys}, kScalar<T>);
   Optional kept;
-  if (mask) check_shape(*mask, "mask", {batch, keys});
-  exponentials<T>(rows_of(key), batch, keys, features, padded, lengths_of(lengths, batch, keys, kept), mask_of(mask),
-                  static_cast<T*>(exp_key.data_ptr()), static_cast<T*>(limit.data_ptr()));
+  STD_TORCH_CHECK(!mask || mask->dim() == 2, "attnext: mask must have 2 dimensions");
+  exponentials<T>(rows_of(key), batch, keys, features, padded, lengths_of(lengths, batch, keys, kept),
+                  mask_of(mask, batch, 1, keys), static_cast<T*>(exp_key.data_ptr()),
+                  static_cast<T*>(limit.data_ptr()));
   return {exp_key, limit};
 }
 
@@ -294,8 +309,10 @@ struct Gradients {
         grad_weight(torch::stable::new_empty(score_weight, score_weight.sizes())) {
     const Problem<T>& p = setup.problem;
     g.problem = p;
-    // Few batch rows are split by keys, each part with its own sums for the queries.
-    const int64_t wanted = (kBackwardTasks + std::max<int64_t>(p.batch, 1) - 1) / std::max<int64_t>(p.batch, 1);
+    // Few batch rows are split by keys, each part with its own sums for the queries, as long as those stay small beside
+    // the gradients themselves.
+    const int64_t batch = std::max<int64_t>(p.batch, 1), queries = std::max<int64_t>(p.queries, 1);
+    const int64_t wanted = std::min((kBackwardTasks + batch - 1) / batch, 4 * (queries + p.keys) / queries);
     const int64_t tiles = std::max<int64_t>(1, (p.keys + kGradKeyTile - 1) / kGradKeyTile);
     const int64_t tiles_each = (tiles + wanted - 1) / wanted;
     g.split_keys = tiles_each * kGradKeyTile;
@@ -377,16 +394,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_as(
   Gradients<T> gradients(setup, query, key, &value, score_weight, scale);
   const int64_t rows = p.batch * p.queries;
   const Buffer<T> padded_grad(rows * p.padded_values), delta(rows);
-  const auto& kernels = kernels_of<T>();
-  parallel(rows, rows * p.padded_values, [&](int64_t begin, int64_t end) {
-    kernels.delta(p, rows_of(context), rows_of(grad_context), grad_weights ? rows_of(weights) : Rows{},
-                  rows_of(grad_weights), padded_grad.get(), delta.get(), begin, end);
-  });
   gradients.g.from_scores = false;
   gradients.g.grad_weights = rows_of(grad_weights);
   gradients.g.grad_context = padded_grad.get();
   gradients.g.log_sum_exp = static_cast<const T*>(log_sum_exp.data_ptr());
   gradients.g.delta = delta.get();
+  const auto& kernels = kernels_of<T>();
+  parallel(rows, rows * p.padded_values, [&](int64_t begin, int64_t end) {
+    kernels.delta(gradients.g, rows_of(context), rows_of(grad_context), grad_weights ? rows_of(weights) : Rows{},
+                  padded_grad.get(), delta.get(), begin, end);
+  });
   gradients.run();
   return {gradients.grad_query, gradients.grad_key, gradients.grad_value, gradients.grad_weight};
 }

@@ -38,6 +38,7 @@ struct Problem {
   int64_t batch, queries, keys, features, padded, values, padded_values;
   Rows query, key, value;
   const T* weight;     // (padded): -2 scale v, zero in the padding
+  T weight_limit;      // max |weight|, NaN if one is
   const T* exp_key;    // (B, Tk, padded): F = exp(2 k)
   const T* key_limit;  // (B, Tk): max |k|, infinity where a row is not finite
   const int64_t* lengths;
@@ -99,9 +100,9 @@ struct Kernels {
   void (*forward)(const Forward<T>&, int64_t task, T* scratch);
   void (*scores)(const Scores<T>&, int64_t task, T* scratch);
   void (*backward)(const Backward<T>&, int64_t task, T* scratch);
-  // delta, grad_context in T and zero-padded, from the rows of the output and its gradient.
-  void (*delta)(const Problem<T>&, const Rows& context, const Rows& grad_context, const Rows& weights,
-                const Rows& grad_weights, T* padded_grad, T* delta, int64_t begin, int64_t end);
+  // delta, and grad_context in T and zero-padded, from the rows of the outputs and their gradients.
+  void (*delta)(const Backward<T>&, const Rows& context, const Rows& grad_context, const Rows& weights, T* padded_grad,
+                T* delta, int64_t begin, int64_t end);
   void (*finish_query)(const Backward<T>&, const Rows& grad_query, T* scratch, int64_t begin, int64_t end);
 };
 
@@ -114,7 +115,7 @@ int64_t forward_scratch(const Problem<T>& p, bool weights) {
 }
 template <class T>
 int64_t backward_scratch(const Problem<T>& p) {
-  return 2 * kGradKeyTile * (p.padded + p.padded_values) + 4 * kQueryBlock * kGradKeyTile + 4 * p.padded;
+  return kGradKeyTile * (p.padded + 2 * p.padded_values) + 4 * kQueryBlock * kGradKeyTile + 4 * p.padded;
 }
 
 struct InstructionSet {

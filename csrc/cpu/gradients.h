@@ -22,21 +22,23 @@ inline T row_dot(Rows a, Rows b, int64_t batch, int64_t t, int64_t n) {
   return sum;
 }
 
-// delta_i = sum_j p dp = dC . C + sum_j dA A, which needs no pass over the keys but that of dA.
+// delta_i = sum_j p dp = dC . C + sum_j dA A, which needs no pass over the keys but that of dA. A row that attends
+// nothing has no part in any gradient, whatever comes in: a NaN would reach the values' as 0 * NaN.
 template <class T>
-void delta(const Problem<T>& p, const Rows& context, const Rows& grad_context, const Rows& weights,
-           const Rows& grad_weights, T* padded_grad, T* delta, int64_t begin, int64_t end) {
+void delta(const Backward<T>& g, const Rows& context, const Rows& grad_context, const Rows& weights, T* padded_grad,
+           T* delta, int64_t begin, int64_t end) {
+  const Problem<T>& p = g.problem;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.queries, i = row % p.queries;
     T* grad = padded_grad + row * p.padded_values;
     delta[row] = 0;
+    zero(grad, p.padded_values);
+    if (g.log_sum_exp[row] == kHidden<T>) continue;
     if (grad_context.data) {
       load_row(grad_context, b, i, p.values, p.padded_values, grad);
       delta[row] = row_dot<T>(grad_context, context, b, i, p.values);
-    } else {
-      for (int64_t h = 0; h < p.padded_values; ++h) grad[h] = 0;
     }
-    if (grad_weights.data) delta[row] += row_dot<T>(grad_weights, weights, b, i, p.keys);
+    if (g.grad_weights.data) delta[row] += row_dot<T>(g.grad_weights, weights, b, i, p.keys);
   }
 }
 
@@ -209,7 +211,7 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
     const T key_limit = largest(p.key_limit + at, nj);
     for (int64_t i0 = 0; i0 < p.queries; i0 += kQueryBlock) {
       const int64_t ni = p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock, query = b * p.queries + i0;
-      const Range range = range_of(largest(g.query_limit + query, ni), key_limit);
+      const Range range = range_of(p, largest(g.query_limit + query, ni), key_limit);
       const Tile<T> t{b, i0, ni, j0, nj, g.exp_query + query * p.padded, p.exp_key + at * p.padded, range, row};
       backward_tile(g, t, value, tiles, grad_query + i0 * p.padded, tile_weight, ds_sum);
     }

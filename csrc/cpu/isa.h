@@ -1,6 +1,10 @@
 // Compiles the kernels for the instruction set that the including file names. The target is set for the whole
 // file, below the standard headers, and the kernels call no template of the standard library: a function that
 // the linker shares between files must not come out of this one with instructions that the machine may lack.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error "attnext needs GCC 12 or later, or Clang"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <utility>

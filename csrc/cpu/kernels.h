@@ -42,11 +42,12 @@ void exponentials(const Exponentials<T>& e, int64_t begin, int64_t end) {
   }
 }
 
-// How a tile's r is computed, decided from the largest |q| and |k| in it.
+// How a tile's r is computed, decided from the largest |q|, |k| and |v| in it.
 enum class Range { kPlain, kCapped, kFar };
 
 template <class T>
-inline Range range_of(T query_limit, T key_limit) {
+inline Range range_of(const Problem<T>& p, T query_limit, T key_limit) {
+  if (!(p.weight_limit <= Limits<T>::max_weight)) return Range::kFar;
   if (query_limit + key_limit <= Limits<T>::plain) return Range::kPlain;
   if (query_limit <= Limits<T>::max_argument && key_limit <= Limits<T>::max_argument) return Range::kCapped;
   return Range::kFar;
@@ -185,7 +186,7 @@ void scores(const Scores<T>& s, int64_t task, T* scratch) {
     const int64_t width = p.keys - j0 < kKeyTile ? p.keys - j0 : kKeyTile;
     const int64_t nj = length - j0 < width ? (length > j0 ? length - j0 : 0) : width;
     const int64_t at = b * p.keys + j0;
-    const Range range = range_of(query_limit, largest(p.key_limit + at, nj));
+    const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
     if (nj)
       score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, limit + kQueryBlock}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
@@ -323,7 +324,7 @@ void forward(const Forward<T>& f, int64_t task, T* scratch) {
   for (int64_t j0 = 0; j0 < length; j0 += kKeyTile) {
     const int64_t nj = length - j0 < kKeyTile ? length - j0 : kKeyTile, at = b * p.keys + j0;
     const int64_t padded_keys = round_up(nj, kLanes<T>);
-    const Range range = range_of(query_limit, largest(p.key_limit + at, nj));
+    const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
     score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, row}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
       T* s = tile + i * kKeyTile;

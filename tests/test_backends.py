@@ -1,0 +1,328 @@
+"""Which backend serves a call, and what is said where one can't: nothing falls back in silence."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnext
+from attnext import _extension, reference, use_backend
+from attnext.backends import Backend, choose
+from attnext.ops import operators
+
+registry: Any = importlib.import_module("attnext.backends")  # attnext.backends is the function of that name
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+MISSING = [name for name, backend in attnext.backends().items() if not backend.available]
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No backend is forced, no choice remembered."""
+    monkeypatch.setattr(registry, "_forced", None)
+    registry._choose_automatically.cache_clear()
+    yield
+    registry._choose_automatically.cache_clear()
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends that computed something, in order."""
+    found: list[str] = []
+
+    def spy(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def spied(*args: Any, **options: Any) -> Any:
+            found.append(name)
+            return call(*args, **options)
+
+        return spied
+
+    cpu = operators["cpu"]
+    calls = {name: spy("cpu", getattr(cpu, name)) for name in ("prepare", "attention", "scores")}
+    monkeypatch.setitem(operators, "cpu", replace(cpu, **calls))
+    monkeypatch.setattr(reference, "additive_attention", spy("reference", reference.additive_attention))
+    # Which attention calls, too: only the name is of interest.
+    monkeypatch.setattr(reference, "additive_scores", spy("reference", reference.additive_scores))
+    return found
+
+
+def inputs(device: str = "cpu") -> list[Tensor]:
+    return [torch.randn(s, device=device) for s in ((2, 3, 8), (2, 5, 8), (2, 5, 6), (8,))]
+
+
+def attend(backend: str | None = None) -> Tensor:
+    return attnext.additive_attention(*inputs(), backend=backend)[0]
+
+
+def score(backend: str | None = None) -> Tensor:
+    query, key, _, v = inputs()
+    return attnext.additive_scores(query, key, v, backend=backend)
+
+
+def step() -> Tensor:
+    attn = attnext.BahdanauAttention(4, 6, 8)
+    context: Tensor = attn(torch.randn(2, 4), attn.prepare(torch.randn(2, 5, 6)))[0]
+    return context
+
+
+def module() -> Tensor:
+    context: Tensor = attnext.BahdanauAttention(4, 6, 8)(torch.randn(2, 4), torch.randn(2, 5, 6))[0]
+    return context
+
+
+CALLS = pytest.mark.parametrize("call", [attend, score, step, module])
+
+
+def status(available: bool = False, broken: bool = False) -> Callable[[], _extension.Status]:
+    return lambda: _extension.Status(available, broken, "the dog ate it")
+
+
+class TestList:
+    def test_names_every_backend(self) -> None:
+        assert tuple(attnext.backends()) == NAMES
+        assert all(backend.reason for backend in attnext.backends().values())
+
+    def test_says_what_the_cpu_runs(self) -> None:
+        backend = attnext.backends()["cpu"]
+        extension = _extension.load()
+        assert extension is not None
+        assert backend.available
+        assert f"{extension.instruction_set()} instructions" in backend.reason
+
+    def test_the_reference_is_always_there(self) -> None:
+        assert attnext.backends()["reference"].available
+
+    @pytest.mark.parametrize("broken", [False, True])
+    def test_says_why_the_extension_is_not_there(self, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+        monkeypatch.setattr(_extension, "status", status(broken=broken))
+        assert attnext.backends()["cpu"] == Backend(False, "the dog ate it", broken)
+
+
+class TestByName:
+    @pytest.mark.parametrize("name", ["cpu", "reference"])
+    def test_serves(self, name: str, served: list[str]) -> None:
+        attend(name)
+        score(name)
+        assert set(served) == {name}
+
+    @pytest.mark.parametrize("name", MISSING)
+    def test_one_that_is_not_there_says_why(self, name: str, served: list[str]) -> None:
+        reason = attnext.backends()[name].reason
+        for call in (lambda: attend(name), lambda: score(name), use_backend(name).__enter__):
+            with pytest.raises(RuntimeError) as caught:
+                call()
+            assert str(caught.value) == f"backend='{name}' is not available: {reason}"
+        assert not served
+
+    def test_tensors_on_a_device_that_it_does_not_serve(self) -> None:
+        with pytest.raises(ValueError, match=r"^backend='cpu' serves cpu tensors, got tensors on 'meta'"):
+            attnext.additive_attention(*inputs("meta"), backend="cpu")
+        with use_backend("cpu"), pytest.raises(ValueError, match="backend='cpu' serves cpu tensors"):
+            attnext.additive_scores(*(inputs("meta")[i] for i in (0, 1, 3)))
+
+    def test_the_reference_serves_every_device(self) -> None:
+        assert choose("reference", "meta") == "reference"
+
+    @pytest.mark.parametrize("name", ["gpu", "", "CPU", 7])
+    def test_unknown(self, name: Any) -> None:
+        with pytest.raises(ValueError, match=rf"^backend .*must be None or one of 'reference', .*'cuda', got {name!r}"):
+            use_backend(name).__enter__()
+        assert choose(None, "cpu") == "cpu"
+
+
+class TestUseBackend:
+    def test_nests(self, served: list[str]) -> None:
+        seen = [choose(None, "cpu")]
+        with use_backend("reference"):
+            seen.append(choose(None, "cpu"))
+            with use_backend("cpu"):
+                seen.append(choose(None, "cpu"))
+            seen.append(choose(None, "cpu"))
+            with use_backend(None):  # automatic again
+                seen.append(choose(None, "cpu"))
+            seen.append(choose(None, "cpu"))
+        seen.append(choose(None, "cpu"))
+        assert seen == ["cpu", "reference", "cpu", "reference", "cpu", "reference", "cpu"]
+
+    @CALLS
+    def test_rules_every_call(self, call: Callable[[], Tensor], served: list[str]) -> None:
+        with use_backend("reference"):
+            call()
+        assert set(served) == {"reference"}
+        served.clear()
+        call()
+        assert set(served) == {"cpu"}
+
+    def test_ends_with_an_exception(self) -> None:
+        with pytest.raises(ZeroDivisionError), use_backend("reference"):
+            raise ZeroDivisionError
+        assert choose(None, "cpu") == "cpu"
+
+    def test_a_failed_entry_changes_nothing(self) -> None:
+        with use_backend("reference"):
+            with pytest.raises(ValueError, match="must be None or one of"):
+                use_backend("gpu").__enter__()
+            assert choose(None, "cpu") == "reference"
+
+    @pytest.mark.parametrize(("outer", "argument"), [("reference", "cpu"), ("cpu", "reference")])
+    def test_an_argument_beats_it(self, outer: str, argument: str, served: list[str]) -> None:
+        with use_backend(outer):
+            attend(argument)
+            score(argument)
+        assert set(served) == {argument}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what this machine has: ``machine(cuda=Backend(...), ...)``, all else missing but the reference."""
+
+    def have(**found: Backend) -> None:
+        for name, family in list(registry._FAMILIES.items()):
+            if name != "reference":
+                backend = found.get(name, Backend(False, f"no {name} here"))
+                monkeypatch.setitem(registry._FAMILIES, name, replace(family, probe=lambda backend=backend: backend))
+
+    return have
+
+
+YES, BROKEN = Backend(True, "yes"), Backend(False, "half of it", broken=True)
+
+
+class TestAutomaticChoice:
+    @pytest.mark.parametrize(
+        ("found", "device", "chosen"),
+        [
+            ({"cpu": YES, "cuda": YES, "triton": YES}, "cpu", "cpu"),
+            ({"cpu": YES, "cuda": YES, "triton": YES}, "cuda", "cuda"),
+            ({"cpu": YES, "triton": YES}, "cuda", "triton"),
+            ({"cpu": YES, "triton": YES, "cuda": BROKEN}, "cpu", "cpu"),
+        ],
+    )
+    def test_is_by_device(
+        self, found: dict[str, Backend], device: str, chosen: str, machine: Callable[..., None]
+    ) -> None:
+        machine(**found)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choose(None, device) == chosen
+
+    def test_warns_of_the_reference(self, machine: Callable[..., None]) -> None:
+        machine(cpu=YES)
+        with pytest.warns(RuntimeWarning, match="no kernels for 'cuda' tensors.*triton: no triton.*cuda: no cuda"):
+            assert choose(None, "cuda") == "reference"
+        with pytest.warns(RuntimeWarning, match="'meta' tensors.*no backend serves that device"):
+            assert choose(None, "meta") == "reference"
+
+    def test_does_not_pass_over_a_broken_backend(self, machine: Callable[..., None]) -> None:
+        machine(cpu=YES, triton=YES, cuda=BROKEN)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="'cuda' is installed but broken: half of it"):
+                choose(None, "cuda")
+        assert choose("triton", "cuda") == "triton"
+
+
+class TestWithoutTheExtension:
+    @CALLS
+    def test_missing_warns_once(
+        self, call: Callable[[], Tensor], served: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_extension, "status", status())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            first, second = call(), call()
+        assert first.isfinite().all()
+        assert second.isfinite().all()
+        assert set(served) == {"reference"}
+        assert [w.category for w in caught] == [RuntimeWarning]
+        for part in ("'cpu'", "reference", "the dog ate it"):
+            assert part in str(caught[0].message)
+
+    @CALLS
+    def test_the_warning_points_at_the_call(self, call: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_extension, "status", status())
+        with pytest.warns(RuntimeWarning) as caught:
+            call()
+        lines = {line for _, _, line in call.__code__.co_lines()}
+        assert Path(caught[0].filename) == Path(__file__)
+        assert caught[0].lineno in lines
+
+    @CALLS
+    def test_broken_raises_every_time(
+        self, call: Callable[[], Tensor], served: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_extension, "status", status(broken=True))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="'cpu' is installed but broken: the dog ate it"):
+                call()
+        assert not served
+        with use_backend("reference"):  # the way out
+            call()
+        assert set(served) == {"reference"}
+
+    @pytest.mark.parametrize("broken", [False, True])
+    def test_by_name(self, broken: bool, served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_extension, "status", status(broken=broken))
+        with pytest.raises(RuntimeError, match="backend='cpu' is not available: the dog ate it"):
+            attend("cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attend("reference")
+        assert set(served) == {"reference"}
+
+
+def python(code: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> subprocess.CompletedProcess[str]:
+    monkeypatch.setenv("ATTNEXT_BACKEND", backend)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+class TestEnvironment:
+    def test_forces_a_backend_for_the_whole_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        code = """
+from attnext.backends import choose, use_backend
+print(choose(None, "cpu"), choose("cpu", "cpu"))
+with use_backend(None):
+    print(choose(None, "cpu"))
+"""
+        done = python(code, "reference", monkeypatch)
+        assert (done.returncode, done.stdout.split()) == (0, ["reference", "cpu", "cpu"]), done.stderr
+
+    def test_unknown_is_an_error_at_the_first_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        code = """
+import torch, attnext
+print("imported")
+x = torch.zeros(1, 1, 1)
+attnext.additive_attention(x, x, x, x[0, 0])
+print("attended")
+"""
+        done = python(code, "gpu", monkeypatch)
+        assert (done.returncode != 0, done.stdout.split()) == (True, ["imported"])
+        message = done.stderr.splitlines()[-1]
+        assert message.startswith("ValueError: ")
+        for part in ("ATTNEXT_BACKEND", "'reference', 'cpu', 'triton', 'cuda'", "got 'gpu'"):
+            assert part in message
+
+    @pytest.mark.parametrize(("value", "forced"), [("", None), (None, None), ("cpu", "cpu"), ("cuda", "cuda")])
+    def test_is_read(self, value: str | None, forced: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        if value is None:
+            monkeypatch.delenv("ATTNEXT_BACKEND", raising=False)
+        else:
+            monkeypatch.setenv("ATTNEXT_BACKEND", value)
+        assert runpy.run_path(registry.__file__)["_forced"] == forced
+
+    @pytest.mark.parametrize("name", MISSING)
+    def test_one_that_is_not_there_says_why_at_the_call(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(registry, "_forced", name)
+        with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: "):
+            attend()
