@@ -119,9 +119,10 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     backend = choose(None, "cpu")
-    table = Table(title="Additive attention in float32: median milliseconds (min, max)", box=box.SIMPLE)
+    title = "Additive attention in float32: median milliseconds (min, max)"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("case\nB, Tq, Tk, D, H", "PyTorch\neager", f"attnext\n{backend}", "ratio", "G elements/s"):
-        table.add_column(name, justify="left" if name.startswith("case") else "right")
+        table.add_column(name, justify="left" if name.startswith("case") else "right", no_wrap=True)
     with _threads(args.threads):
         for case in track(CASES, "Timing", console=console, transient=True):
             with torch.set_grad_enabled(case.kind == "forward + backward"):

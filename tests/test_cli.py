@@ -350,14 +350,14 @@ class TestBench:
     def test_peers_that_disagree_are_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         case = bench.Case("forward", 2, 3, 5, 8, 4)
         assert set(bench.calls(case, "cpu")) == {"PyTorch eager", "attnext cpu"}
-        monkeypatch.setattr(bench, "eager", lambda *x: bench.torch.zeros(2, 3, 4))
+        monkeypatch.setattr(bench, "eager", lambda *x: torch.zeros(2, 3, 4))
         with pytest.raises(RuntimeError, match="disagree"):
             bench.calls(case, "cpu")
 
     def test_threads_are_put_back(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
         monkeypatch.setattr(bench, "CASES", [bench.Case("step", 2, 1, 4, 8, 4)])
         monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
-        before = bench.torch.get_num_threads()
+        before = torch.get_num_threads()
         assert main(["bench", "--threads", "1"]) == 0
-        assert bench.torch.get_num_threads() == before
+        assert torch.get_num_threads() == before
         assert "1 threads" in capsys.readouterr().out
