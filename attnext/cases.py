@@ -45,7 +45,7 @@ class Case:
     magnitude: float = 1.0
     """Standard deviation of queries and keys."""
     strided: bool = False
-    """Inputs with a last stride that is not 1, and incoming gradients expanded from one element."""
+    """Inputs with a last stride that is not 1, and incoming gradients expanded from those of one query."""
     poison: bool = False
     """NaN in keys and values that no query may attend."""
 
@@ -170,7 +170,7 @@ def draw(case: Case, seed: int, device: str = "cpu") -> Inputs:
         None if mask is None else mask.to(device),
         torch.randint(2**62, (), generator=rng).to(device),
         {
-            name: (grad.flatten()[:1].expand(grad.shape) if case.strided and grad.numel() else grad)
+            name: (grad[:1, :1].expand(grad.shape) if case.strided else grad)
             for name, grad in ((name, grad.to(case.dtype).to(device)) for name, grad in grads.items())
         },
     )
@@ -283,7 +283,8 @@ def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """The error of each result before it is rounded to its dtype, element by element.
 
     ``u`` is the unit roundoff of the arithmetic (float32 for the half types). A sum of n rounded terms of size m may be
-    off by about sqrt(n) u m, and each term by a few u: the constants count the roundings of the formula. Errors of
+    off by about sqrt(n) u m (2 sqrt(n), if summed in blocks, where terms may be alike), and each term by a few u: the
+    constants count the roundings of the formula. Errors of
     r = 1 / (1 + exp(2q) exp(2k)) are below 6 u, so those of tanh below 12 u and of tanh' = 4 r (1 - r) below 24 u.
     """
     u = _roundoff(case)
@@ -312,7 +313,7 @@ def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return result | {
         "grad query": through_slope("bijd,bij->bid", root_keys),
         "grad key": through_slope("bijd,bij->bjd", root_queries),
-        "grad score_weight": 3 * by_row + (12 + terms) * u * ds.sum(),
+        "grad score_weight": 3 * by_row + (12 + 2 * terms) * u * ds.sum(),
     }
 
 

@@ -142,7 +142,9 @@ def test_large_inputs_that_cancel(dtype: torch.dtype, sign: int) -> None:
     for limit in LIMITS[dtype]:
         for size in (limit * 0.999, limit * 1.001):
             query = torch.full((1, 3, 70), sign * size, dtype=dtype)
-            key = -sign * (size - torch.linspace(0, 2, 9 * 70, dtype=dtype).view(1, 9, 70))  # none larger than the query
+            key = -sign * (
+                size - torch.linspace(0, 2, 9 * 70, dtype=dtype).view(1, 9, 70)
+            )  # none larger than the query
             x = [query, key, torch.randn(1, 9, 5, dtype=dtype), torch.randn(70, dtype=dtype)]
             results = []
             for backend, as_dtype in (("cpu", dtype), ("reference", torch.float64)):

@@ -102,6 +102,16 @@ class TestGradients:
         torch.testing.assert_close(grad, expected)
         assert (grad != 0).any()
 
+    def test_an_incoming_gradient_expanded_from_one_number(self) -> None:
+        x = inputs(torch.float64, requires_grad=True)
+        grads = []
+        for backend in ("cpu", "reference"):
+            context, weights = attnext.additive_attention(*x, need_weights=True, backend=backend)
+            assert weights is not None
+            incoming = [torch.tensor(0.7, dtype=torch.float64).expand(y.shape) for y in (context, weights)]
+            grads.append(torch.autograd.grad((context, weights), x, incoming))
+        torch.testing.assert_close(*grads)
+
     def test_weights_alone_have_a_gradient(self) -> None:
         grads = []
         x = inputs(torch.float64, requires_grad=True)
