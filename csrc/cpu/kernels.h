@@ -114,6 +114,17 @@ inline Vec<T> score_pairs(const T* const* e, const T* const* f, const T* w, int6
   return lane_sums<T>(sum);
 }
 
+// The queries [i0, i0 + ni) of batch row b, which a forward task serves.
+struct QueryBlock {
+  int64_t b, i0, ni;
+};
+
+template <class T>
+inline QueryBlock query_block(const Problem<T>& p, int64_t task) {
+  const int64_t blocks = (p.queries + kQueryBlock - 1) / kQueryBlock, i0 = task % blocks * kQueryBlock;
+  return {task / blocks, i0, p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock};
+}
+
 // A tile of queries [i0, i0 + ni) and keys [j0, j0 + nj) of batch row b, with their exponentials.
 template <class T>
 struct Tile {
@@ -175,9 +186,8 @@ inline void score_tile(const Problem<T>& p, const Tile<T>& t, T* out, int64_t ou
 template <class T>
 void scores(const Scores<T>& s, int64_t task, T* scratch) {
   const Problem<T>& p = s.problem;
-  const int64_t blocks = (p.queries + kQueryBlock - 1) / kQueryBlock;
-  const int64_t b = task / blocks, i0 = task % blocks * kQueryBlock;
-  const int64_t ni = p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock, length = length_of(p, b);
+  const auto [b, i0, ni] = query_block(p, task);
+  const int64_t length = length_of(p, b);
   T *e = scratch, *tile = e + kQueryBlock * p.padded, *limit = tile + kQueryBlock * kKeyTile;
   for (int64_t i = 0; i < ni; ++i)
     limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, e + i * p.padded);
@@ -303,9 +313,8 @@ inline void store_weights(const Forward<T>& f, int64_t b, int64_t i, int64_t len
 template <class T>
 void forward(const Forward<T>& f, int64_t task, T* scratch) {
   const Problem<T>& p = f.problem;
-  const int64_t blocks = (p.queries + kQueryBlock - 1) / kQueryBlock;
-  const int64_t b = task / blocks, i0 = task % blocks * kQueryBlock;
-  const int64_t ni = p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock, length = length_of(p, b);
+  const auto [b, i0, ni] = query_block(p, task);
+  const int64_t length = length_of(p, b);
   T* e = scratch;
   T* context = e + kQueryBlock * p.padded;
   T* tile = context + kQueryBlock * p.padded_values;
