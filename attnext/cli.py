@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import attnext
+from attnext.backends import choose
 from attnext.seq2seq._support import InputError, MissingExtra, demo_extra
 
-__all__ = ["main", "non_negative", "positive", "share"]
+__all__ = ["main", "non_negative", "positive", "require_backend", "share"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +109,7 @@ def _bench() -> _Command:
     from attnext import bench
 
     def run(args: argparse.Namespace) -> int:
+        require_backend(None)
         with demo_extra():
             return bench.run(args)
 
@@ -130,6 +132,18 @@ def _demo() -> _Command:
     from attnext import demo
 
     return _Command(demo.add_arguments, demo.run)
+
+
+def require_backend(name: str | None) -> None:
+    """One that can't serve CPU tensors, asked for by name or in ATTNEXT_BACKEND, is the user's error.
+
+    Raises:
+        InputError: the message says why.
+    """
+    try:
+        choose(name, "cpu")
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error)) from error
 
 
 def positive(kind: type[int] | type[float]) -> Callable[[str], float]:

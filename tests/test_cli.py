@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +32,7 @@ SIZES = ["--embedding-size", "6", "--encoder-size", "7", "--decoder-size", "9", 
 Captured = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -347,6 +342,16 @@ def test_demo_stops_where_a_part_fails(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 class TestBench:
+    def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        for name, reason in (("cuda", "is not available"), ("cdua", "must be None or one of")):
+            with monkeypatch.context() as patch:
+                patch.setattr(importlib.import_module("attnext.backends"), "_forced", name)
+                assert main(["bench"]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("attnext: error: ")
+            assert reason in error
+            assert error.count("\n") == 1
+
     def test_peers_that_disagree_are_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         case = bench.Case("forward", 2, 3, 5, 8, 4)
         assert set(bench.calls(case, "cpu")) == {"PyTorch eager", "attnext cpu"}

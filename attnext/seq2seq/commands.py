@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 import attnext
-from attnext.backends import choose
-from attnext.cli import non_negative, positive, share
+from attnext.cli import non_negative, positive, require_backend, share
 from attnext.seq2seq import InputError, ModelConfig, Seq2Seq
 from attnext.seq2seq._support import demo_extra, make_writable
 from attnext.seq2seq.checkpoint import Checkpoint, load, save
@@ -147,10 +146,7 @@ def predict(args: argparse.Namespace) -> int:
 @contextmanager
 def _backend(name: str | None) -> Iterator[None]:
     """Makes this the backend, or keeps the environment's choice; one that can't serve is the user's error."""
-    try:
-        choose(name, "cpu")
-    except (ValueError, RuntimeError) as error:
-        raise InputError(str(error)) from error
+    require_backend(name)
     with attnext.use_backend(name) if name else nullcontext():
         yield
 
