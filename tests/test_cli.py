@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import attnext
-from attnext import bench, demo, verify
+from attnext import bench, cli, demo, verify
 from attnext.backends import choose
 from attnext.cli import main
 from attnext.seq2seq import InputError, ModelConfig, Seq2Seq, commands
@@ -243,7 +243,7 @@ def test_backend_that_is_not_here(trained: Path, capsys: Captured, monkeypatch: 
     for name in missing:
         assert main(["predict", str(trained), "word", "--backend", name]) == 2
         assert error_line(capsys).startswith(f"backend={name!r} is not available: ")
-    monkeypatch.setattr(commands, "choose", _unavailable)
+    monkeypatch.setattr(cli, "choose", _unavailable)
     assert main(["train", "g2p", "--out", str(trained.parent / "new")]) == 2
     assert error_line(capsys) == "backend='cpu' is not available: no reason"
     assert not (trained.parent / "new").exists()
