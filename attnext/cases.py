@@ -1,8 +1,9 @@
 """Holds a backend to the float64 reference: the cases, their inputs and the tolerances.
 
 The tests and ``attnext verify`` draw their inputs and judge their results here. An error is given in units of a
-tolerance that follows from arithmetic: the unit roundoff of the computation, the sizes of the terms in each sum, their
-number, and the rounding of the result to its dtype. Nothing in it was fitted to what a kernel happens to give.
+tolerance that follows the arithmetic: the unit roundoff of the computation, the sizes of the terms in each sum, their
+number, and the rounding of the result to its dtype. Sums of independent roundings are taken to grow as their square
+root, which the inputs must allow: terms that are all alike may round alike.
 """
 
 from __future__ import annotations
@@ -283,9 +284,8 @@ def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """The error of each result before it is rounded to its dtype, element by element.
 
     ``u`` is the unit roundoff of the arithmetic (float32 for the half types). A sum of n rounded terms of size m may be
-    off by about sqrt(n) u m (2 sqrt(n), if summed in blocks, where terms may be alike), and each term by a few u: the
-    constants count the roundings of the formula. Errors of
-    r = 1 / (1 + exp(2q) exp(2k)) are below 6 u, so those of tanh below 12 u and of tanh' = 4 r (1 - r) below 24 u.
+    off by about sqrt(n) u m, and each term by a few u: the constants count the roundings of the formula, rounded up.
+    Errors of r = 1 / (1 + exp(2q) exp(2k)) are below 6 u, so those of tanh below 12 u and of tanh' = 4 r (1 - r) below 24 u.
     """
     u = _roundoff(case)
     query, key, _, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
@@ -313,7 +313,7 @@ def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return result | {
         "grad query": through_slope("bijd,bij->bid", root_keys),
         "grad key": through_slope("bijd,bij->bjd", root_queries),
-        "grad score_weight": 3 * by_row + (12 + 2 * terms) * u * ds.sum(),
+        "grad score_weight": 3 * by_row + (12 + terms) * u * ds.sum(),
     }
 
 
