@@ -285,7 +285,8 @@ def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 
     ``u`` is the unit roundoff of the arithmetic (float32 for the half types). A sum of n rounded terms of size m may be
     off by about sqrt(n) u m, and each term by a few u: the constants count the roundings of the formula, rounded up.
-    Errors of r = 1 / (1 + exp(2q) exp(2k)) are below 6 u, so those of tanh below 12 u and of tanh' = 4 r (1 - r) below 24 u.
+    Errors of r = 1 / (1 + exp(2q) exp(2k)) are below 6 u, so those of tanh below 12 u and of tanh' = 4 r (1 - r) below
+    24 u.
     """
     u = _roundoff(case)
     query, key, _, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
