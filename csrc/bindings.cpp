@@ -9,6 +9,7 @@
 #include <torch/headeronly/version.h>
 
 #include "cpu/instruction_set.h"
+#include "cpu/scratch.h"
 
 namespace {
 
@@ -37,4 +38,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &attnext::cpu::instruction_sets, "Those that this machine can run, best first.");
   m.def("set_instruction_set", &attnext::cpu::set_instruction_set, pybind11::arg("name"),
         "Chooses the kernels of one instruction set; ValueError for one that this machine lacks.");
+  m.def("multiply_adds", &attnext::cpu::multiply_adds, pybind11::arg("rounds"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Does nothing but float32 multiply-adds, on the calling thread, and returns how many: for the machine's peak.");
+  m.def("set_scratch_poison", &attnext::cpu::set_scratch_poison, pybind11::arg("on"),
+        "Whether scratch memory is filled with NaN before its use; for tests.");
 }

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from attnext import _extension
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """Fills new tensors with NaN, so that an output which a kernel forgets to write shows."""
+    """Fills new tensors and scratch memory with NaN, so that a number which a kernel forgets to write shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    if module := _extension.load():
+        module.set_scratch_poison(True)
     yield
     torch.use_deterministic_algorithms(before)
 

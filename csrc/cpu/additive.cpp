@@ -5,17 +5,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
+#include <limits>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include "cpu/instruction_set.h"
+#include "cpu/scratch.h"
 #include "ops.h"
 
 namespace attnext::cpu {
@@ -29,22 +28,6 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t kBackwardTasks = 32;
 // Score elements below which a second thread costs more than it gives.
 constexpr int64_t kElementsPerThread = 1 << 16;
-
-// Uninitialised memory on cache-line boundaries.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(::operator new(size_t(std::max<int64_t>(n, 1)) * sizeof(T), kAlignment))) {}
-  ~Buffer() { ::operator delete(data_, kAlignment); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_;
-};
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -103,17 +86,38 @@ constexpr ScalarType kScalar = sizeof(T) == 4 ? ScalarType::Float : ScalarType::
 // The padded constants that stand for the score weight.
 template <class T>
 struct Weights {
-  Weights(const Tensor& score_weight, double scale, int64_t padded) : times(padded), gain(padded) {
+  Weights(Scratch& scratch, const Tensor& score_weight, double scale, int64_t padded)
+      : times(scratch.take<T>(padded)),
+        gain(scratch.take<T>(padded)),
+        fold(scratch.take<T>(padded)),
+        offset(scratch.take<T>(padded)) {
     const int64_t n = score_weight.size(0), stride = score_weight.stride(0);
     double total = 0;
     for (int64_t d = 0; d < padded; ++d) {
       const double v = d < n ? scale * read(score_weight, d * stride) : 0.;
       total += v;
-      if (!(2 * std::abs(v) <= double(limit))) limit = T(2 * std::abs(v));  // also NaN, and then for good
-      times.get()[d] = T(-2 * v);
-      gain.get()[d] = T(4 * v);
+      if (!(2 * std::abs(v) <= double(limit)) && !std::isnan(limit)) limit = T(2 * std::abs(v));  // a NaN stays
+      times[d] = T(-2 * v);
+      gain[d] = T(4 * v);
     }
     sum = T(total);
+    fold_features(padded);
+  }
+
+  // Weights that together could not move the sum by its rounding become a constant of 1 / unit, which is 0 beside it.
+  void fold_features(int64_t padded) {
+    constexpr T unit = T(sizeof(T) == 4 ? 0x1p-31 : 0x1p-255);
+    const T least = limit / T(padded) * std::numeric_limits<T>::epsilon() / 8;
+    T smallest = limit;
+    for (int64_t d = 0; d < padded; ++d) {
+      const T w = times[d];
+      const bool counts = std::abs(w) > least;
+      if (counts) smallest = std::min(smallest, std::abs(w));
+      fold[d] = counts ? unit * (limit / w) : T(0);
+      offset[d] = counts ? fold[d] : 1 / unit;
+    }
+    const T bits = T(sizeof(T) == 4 ? 61.5 : 509.);
+    plain_limit = limit > 0 ? (bits - std::log2(limit / smallest)) * T(0.34657) : bits * T(0.34657);
   }
 
   static double read(const Tensor& x, int64_t at) {
@@ -130,10 +134,11 @@ struct Weights {
     }
   }
 
-  Buffer<T> times;  // -2 scale v
-  Buffer<T> gain;   // 4 scale v
-  T sum;            // scale * sum v
-  T limit = 0;      // max |2 scale v|
+  T *times, *gain;   // w = -2 scale v, 4 scale v
+  T *fold, *offset;  // as in Problem
+  T sum;             // scale * sum v
+  T limit = 0;       // max |w|
+  T plain_limit;
 };
 
 Mask mask_of(const Optional& mask, int64_t batch, int64_t queries, int64_t keys) {
@@ -174,8 +179,8 @@ void parallel(int64_t tasks, int64_t elements, const Work& work) {
 
 template <class T>
 void exponentials(const Rows& input, int64_t batch, int64_t rows, int64_t features, int64_t padded,
-                  const int64_t* lengths, const Mask& mask, T* output, T* limit) {
-  const Exponentials<T> e{input, batch, rows, features, padded, lengths, mask, output, limit};
+                  const int64_t* lengths, const Mask& mask, T* output, int64_t output_row, T* limit) {
+  const Exponentials<T> e{input, batch, rows, features, padded, lengths, mask, output, output_row, limit};
   const auto& kernels = kernels_of<T>();
   parallel(batch * rows, batch * rows * padded,
            [&](int64_t begin, int64_t end) { kernels.exponentials(e, begin, end); });
@@ -186,7 +191,7 @@ template <class T>
 struct Setup {
   Setup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
         const Optional& exp_key, const Optional& key_limit, const Optional& lengths, const Optional& mask, double scale)
-      : padded(padded_features(query, key, value, score_weight)), weights(score_weight, scale, padded) {
+      : padded(padded_features(query, key, value, score_weight)), weights(scratch, score_weight, scale, padded) {
     const int64_t batch = query.size(0), queries = query.size(1), keys = key.size(1), features = query.size(2);
     problem.batch = batch, problem.queries = queries, problem.keys = keys;
     problem.features = features, problem.padded = padded;
@@ -194,7 +199,8 @@ struct Setup {
     problem.padded_values = round_up(problem.values, kValueBlock);
     problem.query = rows_of(query), problem.key = rows_of(key);
     if (value) problem.value = rows_of(*value);
-    problem.weight = weights.times.get(), problem.weight_limit = weights.limit;
+    problem.weight = weights.times, problem.weight_limit = weights.limit;
+    problem.fold = weights.fold, problem.offset = weights.offset, problem.plain_limit = weights.plain_limit;
     problem.lengths = lengths_of(lengths, batch, keys, contiguous_lengths);
     problem.mask = mask_of(mask, batch, queries, keys);
     problem.keep_scale = 1, problem.keep_threshold = 0, problem.seed = 0;
@@ -214,12 +220,11 @@ struct Setup {
       problem.key_limit = static_cast<const T*>(key_limit->data_ptr());
       return;
     }
-    made_keys.emplace(rows * padded);
-    made_limit.emplace(rows);
+    T *made_keys = scratch.take<T>(rows * padded), *made_limit = scratch.take<T>(rows);
     const Mask by_key = problem.mask.query == 0 ? problem.mask : Mask{};
     exponentials<T>(problem.key, problem.batch, problem.keys, problem.features, padded, problem.lengths, by_key,
-                    made_keys->get(), made_limit->get());
-    problem.exp_key = made_keys->get(), problem.key_limit = made_limit->get();
+                    made_keys, padded, made_limit);
+    problem.exp_key = made_keys, problem.key_limit = made_limit;
   }
 
   void set_dropout(double dropout_p, const Optional& seed) {
@@ -235,11 +240,11 @@ struct Setup {
   int64_t query_tasks() const { return problem.batch * ((problem.queries + kQueryBlock - 1) / kQueryBlock); }
   int64_t elements() const { return problem.batch * problem.queries * problem.keys * (padded + problem.padded_values); }
 
+  Scratch scratch;
   int64_t padded;
   Weights<T> weights;
   Problem<T> problem{};
   Optional contiguous_lengths;
-  std::optional<Buffer<T>> made_keys, made_limit;
 };
 
 template <class T>
@@ -252,7 +257,7 @@ std::tuple<Tensor, Tensor> prepare_as(const Tensor& key, const Optional& lengths
   Optional kept;
   STD_TORCH_CHECK(!mask || mask->dim() == 2, "attnext: mask must have 2 dimensions");
   exponentials<T>(rows_of(key), batch, keys, features, padded, lengths_of(lengths, batch, keys, kept),
-                  mask_of(mask, batch, 1, keys), static_cast<T*>(exp_key.data_ptr()),
+                  mask_of(mask, batch, 1, keys), static_cast<T*>(exp_key.data_ptr()), padded,
                   static_cast<T*>(limit.data_ptr()));
   return {exp_key, limit};
 }
@@ -274,8 +279,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_as(const Tensor& query, const Tenso
                      static_cast<T*>(log_sum_exp.data_ptr())};
   const auto& kernels = kernels_of<T>();
   parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
-    const Buffer<T> scratch(forward_scratch(p, need_weights));
-    for (int64_t task = begin; task < end; ++task) kernels.forward(f, task, scratch.get());
+    Scratch scratch;
+    T* memory = scratch.take<T>(forward_scratch(p, need_weights));
+    for (int64_t task = begin; task < end; ++task) kernels.forward(f, task, memory);
   });
   return {context, weights, log_sum_exp};
 }
@@ -283,14 +289,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_as(const Tensor& query, const Tenso
 template <class T>
 Tensor scores_as(const Tensor& query, const Tensor& key, const Tensor& score_weight, const Optional& lengths,
                  const Optional& mask, double scale) {
-  const Setup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
+  Setup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
   const Problem<T>& p = setup.problem;
   Tensor result = torch::stable::new_empty(query, {p.batch, p.queries, p.keys});
   const Scores<T> s{p, setup.weights.sum, rows_of(result)};
   const auto& kernels = kernels_of<T>();
   parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
-    const Buffer<T> scratch(forward_scratch(p, false));
-    for (int64_t task = begin; task < end; ++task) kernels.scores(s, task, scratch.get());
+    Scratch scratch;
+    T* memory = scratch.take<T>(forward_scratch(p, false));
+    for (int64_t task = begin; task < end; ++task) kernels.scores(s, task, memory);
   });
   return result;
 }
@@ -301,8 +308,9 @@ struct Gradients {
   Gradients(Setup<T>& setup, const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
             double scale)
       : setup(setup),
-        exp_query(setup.problem.batch * setup.problem.queries * setup.padded),
-        query_limit(setup.problem.batch * setup.problem.queries),
+        exp_query(
+            setup.scratch.template take<T>((setup.problem.batch * setup.problem.queries + 1) * row_of(setup.padded))),
+        query_limit(setup.scratch.template take<T>(setup.problem.batch * setup.problem.queries)),
         grad_query(torch::stable::new_empty(query, query.sizes())),
         grad_key(torch::stable::new_empty(key, key.sizes())),
         grad_value(torch::stable::new_empty(value ? *value : key, value ? value->sizes() : key.sizes())),
@@ -318,9 +326,10 @@ struct Gradients {
     g.split_keys = tiles_each * kGradKeyTile;
     g.splits = (tiles + tiles_each - 1) / tiles_each;
     g.scale = T(scale);
-    g.gain = setup.weights.gain.get();
-    exponentials<T>(p.query, p.batch, p.queries, p.features, p.padded, nullptr, {}, exp_query.get(), query_limit.get());
-    g.exp_query = exp_query.get(), g.query_limit = query_limit.get();
+    g.gain = setup.weights.gain;
+    exponentials<T>(p.query, p.batch, p.queries, p.features, p.padded, nullptr, {}, exp_query, row_of(p.padded),
+                    query_limit);
+    g.exp_query = exp_query, g.query_limit = query_limit;
     g.grad_key = rows_of(grad_key);
     if (value) g.grad_value = rows_of(grad_value);
   }
@@ -329,16 +338,17 @@ struct Gradients {
     const Problem<T>& p = g.problem;
     const auto& kernels = kernels_of<T>();
     const int64_t tasks = p.batch * g.splits, rows = p.batch * p.queries;
-    const Buffer<T> partial_query(g.splits * rows * p.padded), partial_weight(tasks * p.padded);
-    g.grad_query = partial_query.get(), g.grad_weight = partial_weight.get();
+    g.grad_query = setup.scratch.template take<T>(g.splits * rows * row_of(p.padded));
+    g.grad_weight = setup.scratch.template take<T>(tasks * p.padded);
     parallel(tasks, 3 * setup.elements(), [&](int64_t begin, int64_t end) {
-      const Buffer<T> scratch(backward_scratch(p));
-      for (int64_t task = begin; task < end; ++task) kernels.backward(g, task, scratch.get());
+      Scratch scratch;
+      T* memory = scratch.take<T>(backward_scratch(p));
+      for (int64_t task = begin; task < end; ++task) kernels.backward(g, task, memory);
     });
     const Rows out = rows_of(grad_query);
     parallel(rows, rows * p.padded * g.splits, [&](int64_t begin, int64_t end) {
-      const Buffer<T> scratch(p.padded);
-      kernels.finish_query(g, out, scratch.get(), begin, end);
+      Scratch scratch;
+      kernels.finish_query(g, out, scratch.take<T>(p.padded), begin, end);
     });
     finish_weight(tasks);
   }
@@ -369,7 +379,7 @@ struct Gradients {
 
   Setup<T>& setup;
   Backward<T> g{};
-  Buffer<T> exp_query, query_limit;
+  T *exp_query, *query_limit;
   Tensor grad_query, grad_key, grad_value, grad_weight;
 };
 
@@ -393,16 +403,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_as(
   }
   Gradients<T> gradients(setup, query, key, &value, score_weight, scale);
   const int64_t rows = p.batch * p.queries;
-  const Buffer<T> padded_grad(rows * p.padded_values), delta(rows);
+  T *padded_grad = setup.scratch.template take<T>(rows * row_of(p.padded_values)),
+    *delta = setup.scratch.template take<T>(rows);
   gradients.g.from_scores = false;
   gradients.g.grad_weights = rows_of(grad_weights);
-  gradients.g.grad_context = padded_grad.get();
+  gradients.g.grad_context = padded_grad;
   gradients.g.log_sum_exp = static_cast<const T*>(log_sum_exp.data_ptr());
-  gradients.g.delta = delta.get();
+  gradients.g.delta = delta;
   const auto& kernels = kernels_of<T>();
   parallel(rows, rows * p.padded_values, [&](int64_t begin, int64_t end) {
     kernels.delta(gradients.g, rows_of(context), rows_of(grad_context), grad_weights ? rows_of(weights) : Rows{},
-                  padded_grad.get(), delta.get(), begin, end);
+                  padded_grad, delta, begin, end);
   });
   gradients.run();
   return {gradients.grad_query, gradients.grad_key, gradients.grad_value, gradients.grad_weight};

@@ -13,11 +13,16 @@ enum class Type : int8_t { kFloat, kDouble, kHalf, kBFloat16 };
 constexpr int64_t kFeatureBlock = 32;
 // Value rows are padded to the widest vector, in either type.
 constexpr int64_t kValueBlock = 16;
-constexpr int64_t kQueryBlock = 16;   // queries of one forward task, and of one step of a backward task
+constexpr int64_t kQueryBlock = 16;   // queries of one forward task
 constexpr int64_t kKeyTile = 64;      // keys scored at a time
-constexpr int64_t kGradKeyTile = 32;  // the same in backward, which keeps four tiles in the cache
+constexpr int64_t kGradQueries = 32;  // queries and keys of one step of a backward task
+constexpr int64_t kGradKeyTile = 32;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The distance of rows of n numbers in scratch memory: off the powers of two, on which the same column of many rows
+// would fall on the same few places of the cache.
+constexpr int64_t row_of(int64_t n) { return n + 16; }
 
 // A (B, T, n) tensor of any strides, in elements.
 struct Rows {
@@ -37,8 +42,11 @@ template <class T>
 struct Problem {
   int64_t batch, queries, keys, features, padded, values, padded_values;
   Rows query, key, value;
-  const T* weight;     // (padded): -2 scale v, zero in the padding
-  T weight_limit;      // max |weight|, NaN if one is
+  const T* weight;     // (padded): w = -2 scale v, zero in the padding
+  T weight_limit;      // max |w|, NaN if one is
+  const T* fold;       // (padded): c = unit max |w| / w, or 0 for a w too small to count
+  const T* offset;     // (padded): c again, or 1 / unit where fold is 0
+  T plain_limit;       // |q| + |k| up to which four folded features share a division
   const T* exp_key;    // (B, Tk, padded): F = exp(2 k)
   const T* key_limit;  // (B, Tk): max |k|, infinity where a row is not finite
   const int64_t* lengths;
@@ -70,15 +78,15 @@ struct Backward {
   int64_t splits, split_keys;  // tasks a batch row, keys a task
   bool from_scores;            // the incoming gradient is that of the scores
   Rows grad_weights;           // or of the scores; data may be null
-  const T* exp_query;          // (B, Tq, padded): E = exp(2 q)
+  const T* exp_query;          // (B, Tq, row_of(padded)), and a row more: E = exp(2 q)
   const T* query_limit;        // (B, Tq): max |q|
-  const T* grad_context;       // (B, Tq, padded_values), zero-padded; null with from_scores
+  const T* grad_context;       // (B, Tq, row_of(padded_values)), zero-padded; null with from_scores
   const T* log_sum_exp;        // (B, Tq); null with from_scores
   const T* delta;              // (B, Tq): sum_j p dp; null with from_scores
   T scale;
   const T* gain;  // (padded): 4 v, zero in the padding
   Rows grad_key, grad_value;
-  T* grad_query;   // (splits, B, Tq, padded) partial sums, not yet times 4 v
+  T* grad_query;   // (splits, B, Tq, row_of(padded)) partial sums, not yet times 4 v
   T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r)
 };
 
@@ -90,8 +98,9 @@ struct Exponentials {
   int64_t batch, rows, features, padded;
   const int64_t* lengths;  // may be null
   Mask mask;               // (B, 1, T); data may be null
-  T* output;               // (B, T, padded)
-  T* limit;                // (B, T)
+  T* output;               // (B, T, output_row), the first padded of each row
+  int64_t output_row;
+  T* limit;  // (B, T)
 };
 
 template <class T>
@@ -109,18 +118,20 @@ struct Kernels {
 // Elements of T that one task needs as scratch.
 template <class T>
 int64_t forward_scratch(const Problem<T>& p, bool weights) {
-  const int64_t rows =
-      kQueryBlock * (p.padded + p.padded_values + kKeyTile + (weights ? round_up(p.keys, kKeyTile) : 0));
-  return rows + kKeyTile * p.padded_values + 4 * kQueryBlock + 2 * p.padded;
+  const int64_t rows = kQueryBlock * (2 * row_of(p.padded) + row_of(p.padded_values) + kKeyTile +
+                                      (weights ? round_up(p.keys, kKeyTile) : 0));
+  return rows + kKeyTile * row_of(p.padded_values) + 4 * kQueryBlock + 2 * p.padded;
 }
 template <class T>
 int64_t backward_scratch(const Problem<T>& p) {
-  return kGradKeyTile * (p.padded + 2 * p.padded_values) + 4 * kQueryBlock * kGradKeyTile + 4 * p.padded;
+  return kGradQueries * (row_of(p.padded) + 4 * kGradKeyTile) +
+         kGradKeyTile * (row_of(p.padded) + 2 * row_of(p.padded_values)) + 4 * p.padded;
 }
 
 struct InstructionSet {
   const char* name;
   bool (*supported)();
+  int64_t (*multiply_adds)(int64_t rounds);
   Kernels<float> of_float;
   Kernels<double> of_double;
 };

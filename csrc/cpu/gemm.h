@@ -23,6 +23,8 @@ inline void product_panel(const Product<T>& p, int64_t row, int64_t column) {
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_column, b += p.b_row) {
     Vec<T> line[N];
     for (int n = 0; n < N; ++n) line[n] = load(b + n * W);
+    // The next panel of this row: the processor sees no pattern in steps of whole rows.
+    __builtin_prefetch(b + N * W, 0, 2);
     for (int i = 0; i < I; ++i) {
       const T factor = a[i * p.a_row];
       for (int n = 0; n < N; ++n) sum[i][n] += factor * line[n];
@@ -40,62 +42,59 @@ inline void product_columns(const Product<T>& p, int64_t row, int64_t column, in
   if constexpr (N > 1) product_columns<T, I, N / 2>(p, row, column, end);
 }
 
-constexpr int kAccumulators = kRegisters / 2;
-
-// Rows [row, end), eight at a time, then fewer; few rows take wide panels, so that a single one streams B.
-template <class T, int I = 8>
+// Rows [row, end) in tiles of I rows and as many columns as the registers hold: of sixteen, twelve take 6 x 2 sums; a
+// single row takes a wide panel, so that it streams B.
+template <int I>
+constexpr int kPanel = I == 6 ? 2 : kRegisters / 2 / I;
+template <class T, int I = (kRegisters > 16 ? 8 : 6)>
 inline void product(const Product<T>& p, int64_t row, int64_t end, int64_t columns) {
-  for (; row + I <= end; row += I)
-    product_columns<T, I, (kAccumulators > I ? kAccumulators / I : 1)>(p, row, 0, columns);
-  if constexpr (I > 1) product<T, I / 2>(p, row, end, columns);
+  for (; row + I <= end; row += I) product_columns<T, I, kPanel<I>>(p, row, 0, columns);
+  if constexpr (I > 1) product<T, (I > 4 ? 4 : I / 2)>(p, row, end, columns);
 }
 
-// out[i][j] = sum_h a[i][h] b[j][h] for I x J rows of whole vectors, I * J lanes in one vector.
+// Keeps a vector that is used several times in its register: the compiler would rather load it for each use, and loads
+// are what is scarce.
+template <class V>
+inline void keep(V& x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#endif
+}
+
+// out[i][j] = sum_h a[i][h] b[j][h] for I x J rows of whole vectors. Beyond nj the last row of b is taken again, and
+// its sums are not stored.
 template <class T, int I, int J>
-inline Vec<T> dots(const T* const* a, const T* const* b, int64_t size) {
-  constexpr int W = kLanes<T>;
-  static_assert(I * J == W);
-  Vec<T> sum[I * J] = {};
+inline void dots(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t nj, int64_t size, T* out,
+                 int64_t out_row) {
+  constexpr int W = kLanes<T>, N = (I * J + W - 1) / W * W;
+  const T* column[J];
+  for (int j = 0; j < J; ++j) column[j] = b + (j < nj ? j : nj - 1) * b_row;
+  Vec<T> sum[N] = {};
   for (int64_t h = 0; h < size; h += W) {
-    for (int j = 0; j < J; ++j) {
-      const Vec<T> line = load(b[j] + h);
-      for (int i = 0; i < I; ++i) sum[i * J + j] += load(a[i] + h) * line;
+    Vec<T> line[J];
+    for (int j = 0; j < J; ++j) line[j] = load(column[j] + h);
+    for (int i = 0; i < I; ++i) {
+      Vec<T> x = load(a + i * a_row + h);
+      keep(x);
+      for (int j = 0; j < J; ++j) sum[i * J + j] += x * line[j];
     }
   }
-  return lane_sums<T>(sum);
+  alignas(kVectorBytes) T lanes[N];
+  for (int k = 0; k < N; k += W) store<T>(lanes + k, lane_sums<T>(sum + k));
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J && j < nj; ++j) out[i * out_row + j] = lanes[i * J + j];
 }
 
-// Calls tile(I, J rows) for every tile of an ni x nj matrix and scatters its lanes to out. Tiles at the edge
-// read their last row again instead of a row that isn't there.
-template <class T, int I, int J, class Tile>
-inline void tiles_of_rows(const T* a, int64_t a_row, int64_t i, int64_t i_end, const T* b, int64_t b_row, int64_t nj,
-                          T* out, int64_t out_row, const Tile& tile) {
-  for (; i + I <= i_end; i += I) {
-    const T* rows[I];
-    for (int k = 0; k < I; ++k) rows[k] = a + (i + k) * a_row;
-    for (int64_t j = 0; j < nj; j += J) {
-      const T* columns[J];
-      for (int k = 0; k < J; ++k) columns[k] = b + (j + k < nj ? j + k : nj - 1) * b_row;
-      alignas(kVectorBytes) T lanes[I * J];
-      store<T>(lanes, tile(rows, columns));
-      const int64_t width = nj - j < J ? nj - j : J;
-      for (int r = 0; r < I; ++r)
-        for (int64_t k = 0; k < width; ++k) out[(i + r) * out_row + j + k] = lanes[r * J + k];
-    }
-  }
-}
-
-template <class T>
-constexpr int kTileRows = kLanes<T> >= 4 ? 4 : 1;
-
-// out = a b^T for ni and nj rows of whole vectors.
+// out = a b^T for ni and nj rows of whole vectors, in tiles as large as the registers hold.
 template <class T>
 inline void product_transposed(const T* a, int64_t a_row, int64_t ni, const T* b, int64_t b_row, int64_t nj,
                                int64_t size, T* out, int64_t out_row) {
-  constexpr int W = kLanes<T>, I = kTileRows<T>;
-  const int64_t whole = ni / I * I;
-  tiles_of_rows<T, I, W / I>(a, a_row, 0, whole, b, b_row, nj, out, out_row,
-                             [&](const T** x, const T** y) { return dots<T, I, W / I>(x, y, size); });
-  tiles_of_rows<T, 1, W>(a, a_row, whole, ni, b, b_row, nj, out, out_row,
-                         [&](const T** x, const T** y) { return dots<T, 1, W>(x, y, size); });
+  constexpr int I = 4, J = kRegisters > 16 ? 4 : 3;
+  for (int64_t j = 0; j < nj; j += J) {
+    int64_t i = 0;
+    for (; i + I <= ni; i += I)
+      dots<T, I, J>(a + i * a_row, a_row, b + j * b_row, b_row, nj - j, size, out + i * out_row + j, out_row);
+    for (; i < ni; ++i)
+      dots<T, 1, J>(a + i * a_row, a_row, b + j * b_row, b_row, nj - j, size, out + i * out_row + j, out_row);
+  }
 }

@@ -30,7 +30,7 @@ void delta(const Backward<T>& g, const Rows& context, const Rows& grad_context, 
   const Problem<T>& p = g.problem;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.queries, i = row % p.queries;
-    T* grad = padded_grad + row * p.padded_values;
+    T* grad = padded_grad + row * row_of(p.padded_values);
     delta[row] = 0;
     zero(grad, p.padded_values);
     if (g.log_sum_exp[row] == kHidden<T>) continue;
@@ -42,50 +42,41 @@ void delta(const Backward<T>& g, const Rows& context, const Rows& grad_context, 
   }
 }
 
-// Sums of u and of t = ds r for J keys and all queries of a tile, two vectors of features at a time in
-// registers.
-template <class T, int J, bool Capped>
-inline void feature_sums(const Tile<T>& t, int64_t padded, int64_t j, const T* ds, T* grad_query, T* grad_key,
-                         T* grad_weight) {
-  constexpr int W = kLanes<T>;
-  for (int64_t d = 0; d < padded; d += 2 * W) {
-    Vec<T> f0[J], f1[J], key0[J] = {}, key1[J] = {}, weight0 = {}, weight1 = {};
-    for (int k = 0; k < J; ++k) {
-      f0[k] = load(t.f + (j + k) * padded + d);
-      f1[k] = load(t.f + (j + k) * padded + d + W);
-    }
-    for (int64_t i = 0; i < t.ni; ++i) {
-      const Vec<T> e0 = load(t.e + i * padded + d), e1 = load(t.e + i * padded + d + W);
-      const T* ds_row = ds + i * kGradKeyTile + j;
-      Vec<T> query0 = {}, query1 = {};
-      for (int k = 0; k < J; ++k) {
-        const Vec<T> x0 = one_plus<T, Capped>(e0, f0[k]), x1 = one_plus<T, Capped>(e1, f1[k]);
-        const Vec<T> inverse = T(1) / (x0 * x1);
-        const Vec<T> r0 = inverse * x1, r1 = inverse * x0;
-        const Vec<T> t0 = ds_row[k] * r0, t1 = ds_row[k] * r1;
-        const Vec<T> u0 = t0 - t0 * r0, u1 = t1 - t1 * r1;
-        query0 += u0, query1 += u1;
-        key0[k] += u0, key1[k] += u1;
-        weight0 += t0, weight1 += t1;
-      }
-      add_to<T>(grad_query + i * padded + d, query0);
-      add_to<T>(grad_query + i * padded + d + W, query1);
-    }
-    for (int k = 0; k < J; ++k) {
-      add_to<T>(grad_key + (j + k) * padded + d, key0[k]);
-      add_to<T>(grad_key + (j + k) * padded + d + W, key1[k]);
-    }
-    add_to<T>(grad_weight + d, weight0);
-    add_to<T>(grad_weight + d + W, weight1);
-  }
-}
-
+// Sums of u and of t = ds r, two vectors of features and one key at a time. The division for the next query is under
+// way while this one's sums are made; its row is there also after the last.
 template <class T, bool Capped>
 inline void near_gradients(const Tile<T>& t, int64_t padded, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
-  constexpr int J = kRegisters / 8;
-  int64_t j = 0;
-  for (; j + J <= t.nj; j += J) feature_sums<T, J, Capped>(t, padded, j, ds, grad_query, grad_key, grad_weight);
-  for (; j < t.nj; ++j) feature_sums<T, 1, Capped>(t, padded, j, ds, grad_query, grad_key, grad_weight);
+  constexpr int W = kLanes<T>;
+  const int64_t row = row_of(padded);
+  for (int64_t d = 0; d < padded; d += 2 * W) {
+    Vec<T> sum0 = {}, sum1 = {};
+    for (int64_t j = 0; j < t.nj; ++j) {
+      const Vec<T> f0 = load(t.f + j * padded + d), f1 = load(t.f + j * padded + d + W);
+      Vec<T> key0 = {}, key1 = {}, weight0 = {}, weight1 = {};
+      const T *e = t.e + d, *ds_ij = ds + j;
+      T* query = grad_query + d;
+      Vec<T> x0 = one_plus<T, Capped>(load(e), f0), x1 = one_plus<T, Capped>(load(e + W), f1);
+      Vec<T> inverse = T(1) / (x0 * x1);
+      for (int64_t i = 0; i < t.ni; ++i, query += row, ds_ij += kGradKeyTile) {
+        e += row;
+        const Vec<T> next0 = one_plus<T, Capped>(load(e), f0), next1 = one_plus<T, Capped>(load(e + W), f1);
+        const Vec<T> next_inverse = T(1) / (next0 * next1);
+        const Vec<T> r0 = inverse * x1, r1 = inverse * x0;
+        const Vec<T> t0 = *ds_ij * r0, t1 = *ds_ij * r1;
+        const Vec<T> u0 = t0 - t0 * r0, u1 = t1 - t1 * r1;
+        add_to<T>(query, u0);
+        add_to<T>(query + W, u1);
+        key0 += u0, key1 += u1;
+        weight0 += t0, weight1 += t1;
+        x0 = next0, x1 = next1, inverse = next_inverse;
+      }
+      add_to<T>(grad_key + j * row + d, key0);
+      add_to<T>(grad_key + j * row + d + W, key1);
+      sum0 += weight0, sum1 += weight1;
+    }
+    add_to<T>(grad_weight + d, sum0);
+    add_to<T>(grad_weight + d + W, sum1);
+  }
 }
 
 // Slot by slot, and only where ds is not 0: a hidden slot may hold a NaN.
@@ -102,8 +93,8 @@ inline void far_gradients(const Problem<T>& p, const Tile<T>& t, const T* ds, T*
       load_row(p.query, t.b, t.i0 + i, p.features, p.padded, q);
       for (int64_t d = 0; d < p.padded; d += kLanes<T>) {
         const Vec<T> r = far_r(q + d, k + d), part = slot * r, u = part - part * r;
-        add_to<T>(grad_query + i * p.padded + d, u);
-        add_to<T>(grad_key + j * p.padded + d, u);
+        add_to<T>(grad_query + i * row_of(p.padded) + d, u);
+        add_to<T>(grad_key + j * row_of(p.padded) + d, u);
         add_to<T>(sums + d, part);
       }
     }
@@ -123,8 +114,8 @@ inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueT
   const Problem<T>& p = g.problem;
   constexpr int64_t row = kGradKeyTile;
   if (!g.from_scores)
-    product_transposed<T>(g.grad_context + (t.b * p.queries + t.i0) * p.padded_values, p.padded_values, t.ni,
-                          value.data, value.row, t.nj, p.padded_values, tiles.grads, row);
+    product_transposed<T>(g.grad_context + (t.b * p.queries + t.i0) * row_of(p.padded_values), row_of(p.padded_values),
+                          t.ni, value.data, value.row, t.nj, p.padded_values, tiles.grads, row);
   for (int64_t i = 0; i < t.ni; ++i) {
     T *s = tiles.scores + i * row, *ds = tiles.ds + i * row, *weights = tiles.weights + i * row,
       *grad = tiles.grads + i * row;
@@ -164,9 +155,10 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTil
   for (int64_t k = 0; k < t.ni * kGradKeyTile; k += kLanes<T>) sum += load(tiles.ds + k);
   for (int lane = 0; lane < kLanes<T>; ++lane) ds_sum += sum[lane];
   if (!g.from_scores) {
-    const T* grad_context = g.grad_context + (t.b * p.queries + t.i0) * p.padded_values;
-    product<T>({tiles.grad_value, p.padded_values, tiles.weights, 1, kGradKeyTile, grad_context, p.padded_values, t.ni},
-               0, t.nj, p.padded_values);
+    const int64_t values_row = row_of(p.padded_values);
+    const T* grad_context = g.grad_context + (t.b * p.queries + t.i0) * values_row;
+    product<T>({tiles.grad_value, values_row, tiles.weights, 1, kGradKeyTile, grad_context, values_row, t.ni}, 0, t.nj,
+               p.padded_values);
   }
   switch (t.range) {
     case Range::kPlain:
@@ -187,40 +179,43 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
   const int64_t b = task / g.splits, split = task % g.splits, k0 = split * g.split_keys;
   const int64_t k1 = k0 + g.split_keys < p.keys ? k0 + g.split_keys : p.keys;
   const int64_t length = length_of(p, b), visible_end = length < k1 ? length : k1;
-  constexpr int64_t tile = kQueryBlock * kGradKeyTile;
+  constexpr int64_t tile = kGradQueries * kGradKeyTile;
+  const int64_t features_row = row_of(p.padded), values_row = row_of(p.padded_values);
   BackwardTiles<T> tiles;
   tiles.grad_key = scratch;
-  tiles.grad_value = tiles.grad_key + kGradKeyTile * p.padded;
-  tiles.values = tiles.grad_value + kGradKeyTile * p.padded_values;
-  tiles.scores = tiles.values + kGradKeyTile * p.padded_values;
+  tiles.grad_value = tiles.grad_key + kGradKeyTile * features_row;
+  tiles.values = tiles.grad_value + kGradKeyTile * values_row;
+  T* folded = tiles.values + kGradKeyTile * values_row;
+  tiles.scores = folded + kGradQueries * features_row;
   tiles.ds = tiles.scores + tile, tiles.weights = tiles.ds + tile, tiles.grads = tiles.weights + tile;
   T* row = tiles.grads + tile;  // 3 padded
   // Summed tile by tile first: one long sum of like terms would lose a bit with every doubling of its length.
   T* tile_weight = row + 3 * p.padded;
-  T* grad_query = g.grad_query + (split * p.batch + b) * p.queries * p.padded;
+  T* grad_query = g.grad_query + (split * p.batch + b) * p.queries * features_row;
   T* grad_weight = g.grad_weight + task * p.padded;
-  zero(grad_query, p.queries * p.padded);
+  zero(grad_query, p.queries * features_row);
   zero(grad_weight, p.padded);
   T ds_sum = 0;
   for (int64_t j0 = k0; j0 < visible_end; j0 += kGradKeyTile) {
     const int64_t nj = visible_end - j0 < kGradKeyTile ? visible_end - j0 : kGradKeyTile, at = b * p.keys + j0;
     zero(tile_weight, p.padded);
-    zero(tiles.grad_key, nj * p.padded);
-    zero(tiles.grad_value, nj * p.padded_values);
+    zero(tiles.grad_key, nj * features_row);
+    zero(tiles.grad_value, nj * values_row);
     const ValueTile<T> value = g.from_scores ? ValueTile<T>{} : value_tile(p, b, j0, nj, tiles.values);
     const T key_limit = largest(p.key_limit + at, nj);
-    for (int64_t i0 = 0; i0 < p.queries; i0 += kQueryBlock) {
-      const int64_t ni = p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock, query = b * p.queries + i0;
+    for (int64_t i0 = 0; i0 < p.queries; i0 += kGradQueries) {
+      const int64_t ni = p.queries - i0 < kGradQueries ? p.queries - i0 : kGradQueries, query = b * p.queries + i0;
       const Range range = range_of(p, largest(g.query_limit + query, ni), key_limit);
-      const Tile<T> t{b, i0, ni, j0, nj, g.exp_query + query * p.padded, p.exp_key + at * p.padded, range, row};
-      backward_tile(g, t, value, tiles, grad_query + i0 * p.padded, tile_weight, ds_sum);
+      const Tile<T> t{b,     i0,     ni, j0, nj, g.exp_query + query * features_row, p.exp_key + at * p.padded,
+                      range, folded, row};
+      backward_tile(g, t, value, tiles, grad_query + i0 * features_row, tile_weight, ds_sum);
     }
     for (int64_t d = 0; d < p.padded; ++d) grad_weight[d] += tile_weight[d];
     for (int64_t j = 0; j < nj; ++j) {
-      T* grad = tiles.grad_key + j * p.padded;
+      T* grad = tiles.grad_key + j * features_row;
       for (int64_t d = 0; d < p.features; ++d) grad[d] *= g.gain[d];
       store_row(g.grad_key, b, j0 + j, p.features, grad);
-      if (!g.from_scores) store_row(g.grad_value, b, j0 + j, p.values, tiles.grad_value + j * p.padded_values);
+      if (!g.from_scores) store_row(g.grad_value, b, j0 + j, p.values, tiles.grad_value + j * values_row);
     }
   }
   zero(row, 2 * p.padded);
@@ -239,7 +234,8 @@ void finish_query(const Backward<T>& g, const Rows& grad_query, T* scratch, int6
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t d = 0; d < p.padded; ++d) {
       T sum = 0;
-      for (int64_t s = 0; s < g.splits; ++s) sum += g.grad_query[(s * p.batch * p.queries + row) * p.padded + d];
+      for (int64_t s = 0; s < g.splits; ++s)
+        sum += g.grad_query[(s * p.batch * p.queries + row) * row_of(p.padded) + d];
       scratch[d] = sum * g.gain[d];
     }
     store_row(grad_query, row / p.queries, row % p.queries, p.features, scratch);

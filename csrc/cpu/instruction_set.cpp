@@ -43,4 +43,6 @@ void set_instruction_set(const std::string& name) {
   throw std::invalid_argument("instruction set must be one that this machine has (" + known + "), got " + name);
 }
 
+int64_t multiply_adds(int64_t rounds) { return instruction_set().multiply_adds(rounds); }
+
 }  // namespace attnext::cpu

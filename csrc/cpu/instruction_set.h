@@ -13,6 +13,8 @@ const InstructionSet& instruction_set();
 std::vector<std::string> instruction_sets();
 // Throws std::invalid_argument for one that is unknown or that this machine lacks.
 void set_instruction_set(const std::string& name);
+// The multiply-adds done in so many rounds of nothing else: what the kernels are measured against.
+int64_t multiply_adds(int64_t rounds);
 
 template <class T>
 const Kernels<T>& kernels_of();

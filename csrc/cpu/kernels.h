@@ -21,18 +21,27 @@ inline bool visible(const Mask& mask, int64_t b, int64_t i, int64_t j) {
 // throughout.
 template <class T>
 inline T exponential_row(const Rows& rows, int64_t b, int64_t t, int64_t n, int64_t padded, T* out) {
-  load_row(rows, b, t, n, padded, out);
-  const T limit = magnitude(out, padded);
-  for (int64_t k = 0; k < padded; k += kLanes<T>) store<T>(out + k, exp<T>(2 * load(out + k)));
+  const T* row = out;
+  if (rows.type == kTypeOf<T> && rows.element == 1 && n == padded) {
+    row = reinterpret_cast<const T*>(row_address(rows, b, t));
+  } else {
+    load_row(rows, b, t, n, padded, out);
+  }
+  Magnitude<T> limit;
+  for (int64_t k = 0; k < padded; k += kLanes<T>) {
+    const Vec<T> x = load(row + k);
+    limit.add(x);
+    store<T>(out + k, exp<T>(2 * x));
+  }
   for (int64_t k = n; k < padded; ++k) out[k] = 0;
-  return limit;
+  return limit.value();
 }
 
 template <class T>
 void exponentials(const Exponentials<T>& e, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / e.rows, t = row % e.rows;
-    T* out = e.output + row * e.padded;
+    T* out = e.output + row * e.output_row;
     if ((e.lengths && t >= e.lengths[b]) || !visible(e.mask, b, 0, t)) {
       for (int64_t k = 0; k < e.padded; ++k) out[k] = 0;
       e.limit[row] = 0;
@@ -48,7 +57,7 @@ enum class Range { kPlain, kCapped, kFar };
 template <class T>
 inline Range range_of(const Problem<T>& p, T query_limit, T key_limit) {
   if (!(p.weight_limit <= Limits<T>::max_weight)) return Range::kFar;
-  if (query_limit + key_limit <= Limits<T>::plain) return Range::kPlain;
+  if (query_limit + key_limit <= p.plain_limit) return Range::kPlain;
   if (query_limit <= Limits<T>::max_argument && key_limit <= Limits<T>::max_argument) return Range::kCapped;
   return Range::kFar;
 }
@@ -77,41 +86,61 @@ inline Vec<T> far_r(const T* q, const T* k) {
 
 // ---------------------------------------------------------------------------------------------------- scores
 
-// sum_d w_d r_ijd for I x J pairs, with one division for four features, or for two at the end and with the
-// cap.
-template <class T, int I, int J, bool Capped>
-inline Vec<T> score_pairs(const T* const* e, const T* const* f, const T* w, int64_t padded) {
+// A block of pairs, small enough that its sums stand in the first-level cache while the features go by.
+constexpr int kBlockQueries = 8;
+template <class T>
+constexpr int kBlockKeys = kLanes<T> > 8 ? kLanes<T> : 8;
+
+// Adds w_d r_ijd of all features to sum[i][j]: with y = c x, 1/y is w r in units of unit max |w|, so that the sum of
+// four takes additions and products alone, and one division: (1/y0 + 1/y1) + (1/y2 + 1/y3) = ((y0 + y1) y2 y3 + (y2 +
+// y3) y0 y1) / (y0 y1 y2 y3).
+template <class T>
+inline void folded_block(const Problem<T>& p, const T* ce, int64_t ni, const T* f, int64_t nj, Vec<T>* sum) {
   constexpr int W = kLanes<T>;
-  Vec<T> sum[I * J] = {};
+  const int64_t row = row_of(p.padded);
   int64_t d = 0;
-  if constexpr (!Capped) {
-    for (; d + 4 * W <= padded; d += 4 * W) {
-      const Vec<T> w0 = load(w + d), w1 = load(w + d + W), w2 = load(w + d + 2 * W), w3 = load(w + d + 3 * W);
-      for (int j = 0; j < J; ++j) {
-        const T* fj = f[j] + d;
-        const Vec<T> f0 = load(fj), f1 = load(fj + W), f2 = load(fj + 2 * W), f3 = load(fj + 3 * W);
-        for (int i = 0; i < I; ++i) {
-          const T* ei = e[i] + d;
-          const Vec<T> x0 = one_plus<T, false>(load(ei), f0), x1 = one_plus<T, false>(load(ei + W), f1);
-          const Vec<T> x2 = one_plus<T, false>(load(ei + 2 * W), f2), x3 = one_plus<T, false>(load(ei + 3 * W), f3);
-          const Vec<T> x01 = x0 * x1, x23 = x2 * x3;
-          const Vec<T> n01 = w0 * x1 + w1 * x0, n23 = w2 * x3 + w3 * x2;
-          sum[i * J + j] += (n01 * x23 + n23 * x01) / (x01 * x23);
-        }
+  for (; d + 4 * W <= p.padded; d += 4 * W) {
+    const T* c = p.offset + d;
+    const Vec<T> c0 = load(c), c1 = load(c + W), c2 = load(c + 2 * W), c3 = load(c + 3 * W);
+    for (int64_t j = 0; j < nj; ++j) {
+      const T* fj = f + j * p.padded + d;
+      const Vec<T> f0 = load(fj), f1 = load(fj + W), f2 = load(fj + 2 * W), f3 = load(fj + 3 * W);
+      for (int64_t i = 0; i < ni; ++i) {
+        const T* ei = ce + i * row + d;
+        const Vec<T> y0 = load(ei) * f0 + c0, y1 = load(ei + W) * f1 + c1;
+        const Vec<T> y2 = load(ei + 2 * W) * f2 + c2, y3 = load(ei + 3 * W) * f3 + c3;
+        const Vec<T> y01 = y0 * y1, y23 = y2 * y3;
+        sum[i * kBlockKeys<T> + j] += ((y0 + y1) * y23 + (y2 + y3) * y01) / (y01 * y23);
       }
     }
   }
-  for (; d < padded; d += 2 * W) {
-    const Vec<T> w0 = load(w + d), w1 = load(w + d + W);
-    for (int j = 0; j < J; ++j) {
-      const Vec<T> f0 = load(f[j] + d), f1 = load(f[j] + d + W);
-      for (int i = 0; i < I; ++i) {
-        const Vec<T> x0 = one_plus<T, Capped>(load(e[i] + d), f0), x1 = one_plus<T, Capped>(load(e[i] + d + W), f1);
-        sum[i * J + j] += (w0 * x1 + w1 * x0) / (x0 * x1);
+  for (; d < p.padded; d += 2 * W) {
+    const Vec<T> c0 = load(p.offset + d), c1 = load(p.offset + d + W);
+    for (int64_t j = 0; j < nj; ++j) {
+      const Vec<T> f0 = load(f + j * p.padded + d), f1 = load(f + j * p.padded + d + W);
+      for (int64_t i = 0; i < ni; ++i) {
+        const Vec<T> y0 = load(ce + i * row + d) * f0 + c0, y1 = load(ce + i * row + d + W) * f1 + c1;
+        sum[i * kBlockKeys<T> + j] += (y0 + y1) / (y0 * y1);
       }
     }
   }
-  return lane_sums<T>(sum);
+}
+
+// The same with the cap, two features to a division.
+template <class T>
+inline void capped_block(const Problem<T>& p, const T* e, int64_t ni, const T* f, int64_t nj, Vec<T>* sum) {
+  constexpr int W = kLanes<T>;
+  for (int64_t d = 0; d < p.padded; d += 2 * W) {
+    const Vec<T> w0 = load(p.weight + d), w1 = load(p.weight + d + W);
+    for (int64_t j = 0; j < nj; ++j) {
+      const Vec<T> f0 = load(f + j * p.padded + d), f1 = load(f + j * p.padded + d + W);
+      for (int64_t i = 0; i < ni; ++i) {
+        const T* ei = e + i * row_of(p.padded) + d;
+        const Vec<T> x0 = one_plus<T, true>(load(ei), f0), x1 = one_plus<T, true>(load(ei + W), f1);
+        sum[i * kBlockKeys<T> + j] += (w0 * x1 + w1 * x0) / (x0 * x1);
+      }
+    }
+  }
 }
 
 // The queries [i0, i0 + ni) of batch row b, which a forward task serves.
@@ -129,22 +158,46 @@ inline QueryBlock query_block(const Problem<T>& p, int64_t task) {
 template <class T>
 struct Tile {
   int64_t b, i0, ni, j0, nj;
-  const T* e;  // (ni, padded)
+  const T* e;  // (ni, row_of(padded))
   const T* f;  // (nj, padded)
   Range range;
-  T* row;  // scratch for Range::kFar: a query and a key as they are, and in backward a sum
+  T* folded;  // scratch like e, for Range::kPlain: c E
+  T* row;     // scratch for Range::kFar: a query and a key as they are, and in backward a sum
 };
 
+// Block by block. Rows of out have room for whole blocks; what lies beyond nj is not a score.
 template <class T, bool Capped>
 inline void near_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t out_row) {
-  constexpr int W = kLanes<T>, I = kTileRows<T>;
-  const int64_t whole = t.ni / I * I;
-  tiles_of_rows<T, I, W / I>(t.e, p.padded, 0, whole, t.f, p.padded, t.nj, out, out_row, [&](const T** e, const T** f) {
-    return score_pairs<T, I, W / I, Capped>(e, f, p.weight, p.padded);
-  });
-  tiles_of_rows<T, 1, W>(t.e, p.padded, whole, t.ni, t.f, p.padded, t.nj, out, out_row, [&](const T** e, const T** f) {
-    return score_pairs<T, 1, W, Capped>(e, f, p.weight, p.padded);
-  });
+  constexpr int W = kLanes<T>, I = kBlockQueries, J = kBlockKeys<T>;
+  const int64_t row = row_of(p.padded);
+  const T* e = Capped ? t.e : t.folded;
+  // In two steps, as their product may be too small for a number.
+  const T unit = Capped ? T(1) : Limits<T>::unit, size = Capped ? T(1) : p.weight_limit;
+  for (int64_t j = 0; j < t.nj; j += J) {
+    const int64_t nj = t.nj - j < J ? t.nj - j : J;
+    for (int64_t i = 0; i < t.ni; i += I) {
+      const int64_t ni = t.ni - i < I ? t.ni - i : I;
+      Vec<T> sum[I * J];
+      for (int64_t k = 0; k < ni * J; ++k) sum[k] = Vec<T>{};
+      if constexpr (Capped) {
+        capped_block(p, e + i * row, ni, t.f + j * p.padded, nj, sum);
+      } else {
+        folded_block(p, e + i * row, ni, t.f + j * p.padded, nj, sum);
+      }
+      for (int64_t k = 0; k < ni; ++k)
+        for (int64_t l = 0; l < J; l += W)
+          store<T>(out + (i + k) * out_row + j + l, lane_sums<T>(sum + k * J + l) * unit * size);
+    }
+  }
+}
+
+template <class T>
+inline void fold(const Problem<T>& p, const Tile<T>& t) {
+  for (int64_t i = 0; i < t.ni; ++i)
+    for (int64_t d = 0; d < p.padded; d += kLanes<T>) {
+      const int64_t at = i * row_of(p.padded) + d;
+      store<T>(t.folded + at, load(t.e + at) * load(p.fold + d));
+    }
 }
 
 template <class T>
@@ -168,6 +221,7 @@ template <class T>
 inline void score_tile(const Problem<T>& p, const Tile<T>& t, T* out, int64_t out_row) {
   switch (t.range) {
     case Range::kPlain:
+      fold(p, t);
       near_scores<T, false>(p, t, out, out_row);
       break;
     case Range::kCapped:
@@ -188,17 +242,17 @@ void scores(const Scores<T>& s, int64_t task, T* scratch) {
   const Problem<T>& p = s.problem;
   const auto [b, i0, ni] = query_block(p, task);
   const int64_t length = length_of(p, b);
-  T *e = scratch, *tile = e + kQueryBlock * p.padded, *limit = tile + kQueryBlock * kKeyTile;
+  T *e = scratch, *folded = e + kQueryBlock * row_of(p.padded), *tile = folded + kQueryBlock * row_of(p.padded);
+  T *limit = tile + kQueryBlock * kKeyTile, *row = limit + kQueryBlock;
   for (int64_t i = 0; i < ni; ++i)
-    limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, e + i * p.padded);
+    limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, e + i * row_of(p.padded));
   const T query_limit = largest(limit, ni);
   for (int64_t j0 = 0; j0 < p.keys; j0 += kKeyTile) {
     const int64_t width = p.keys - j0 < kKeyTile ? p.keys - j0 : kKeyTile;
     const int64_t nj = length - j0 < width ? (length > j0 ? length - j0 : 0) : width;
     const int64_t at = b * p.keys + j0;
     const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
-    if (nj)
-      score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, limit + kQueryBlock}, tile, kKeyTile);
+    if (nj) score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, folded, row}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
       for (int64_t j = 0; j < nj; ++j) tile[i * kKeyTile + j] += s.constant;
       for (int64_t j = nj; j < width; ++j) tile[i * kKeyTile + j] = kHidden<T>;
@@ -233,9 +287,6 @@ struct ValueTile {
   bool finite;  // known only where the mask differs between queries
 };
 
-template <class T>
-constexpr Type kTypeOf = sizeof(T) == 4 ? Type::kFloat : Type::kDouble;
-
 // Values of keys [j0, j0 + nj) as padded rows of T: the tensor's own where they are that, else a copy. Hidden
 // rows are 0.
 template <class T>
@@ -244,7 +295,7 @@ inline ValueTile<T> value_tile(const Problem<T>& p, int64_t b, int64_t j0, int64
   if (whole && !p.mask.data) return {reinterpret_cast<const T*>(row_address(p.value, b, j0)), p.value.row, true};
   bool finite = true;
   for (int64_t j = 0; j < nj; ++j) {
-    T* row = scratch + j * p.padded_values;
+    T* row = scratch + j * row_of(p.padded_values);
     if (p.mask.query == 0 && !visible(p.mask, b, 0, j0 + j)) {
       for (int64_t h = 0; h < p.padded_values; ++h) row[h] = 0;
       continue;
@@ -252,7 +303,7 @@ inline ValueTile<T> value_tile(const Problem<T>& p, int64_t b, int64_t j0, int64
     load_row(p.value, b, j0 + j, p.values, p.padded_values, row);
     if (p.mask.query != 0) finite &= magnitude(row, p.padded_values) <= Limits<T>::largest;
   }
-  return {scratch, p.padded_values, finite};
+  return {scratch, row_of(p.padded_values), finite};
 }
 
 // One step of the online softmax: scores become exp(score - maximum), the row's sum and context follow a new
@@ -288,14 +339,16 @@ template <class T>
 inline void add_values(const Problem<T>& p, const T* weights, int64_t ni, int64_t nj, const ValueTile<T>& value,
                        T* context) {
   if (value.finite) {
-    product<T>({context, p.padded_values, weights, kKeyTile, 1, value.data, value.row, nj}, 0, ni, p.padded_values);
+    product<T>({context, row_of(p.padded_values), weights, kKeyTile, 1, value.data, value.row, nj}, 0, ni,
+               p.padded_values);
     return;
   }
   for (int64_t i = 0; i < ni; ++i)
     for (int64_t j = 0; j < nj; ++j) {
       const T weight = weights[i * kKeyTile + j];
       if (weight == 0) continue;
-      for (int64_t h = 0; h < p.values; ++h) context[i * p.padded_values + h] += weight * value.data[j * value.row + h];
+      T* c = context + i * row_of(p.padded_values);
+      for (int64_t h = 0; h < p.values; ++h) c[h] += weight * value.data[j * value.row + h];
     }
 }
 
@@ -315,37 +368,38 @@ void forward(const Forward<T>& f, int64_t task, T* scratch) {
   const Problem<T>& p = f.problem;
   const auto [b, i0, ni] = query_block(p, task);
   const int64_t length = length_of(p, b);
-  T* e = scratch;
-  T* context = e + kQueryBlock * p.padded;
-  T* tile = context + kQueryBlock * p.padded_values;
+  const int64_t e_row = row_of(p.padded), context_row = row_of(p.padded_values);
+  T *e = scratch, *folded = e + kQueryBlock * e_row;
+  T* context = folded + kQueryBlock * e_row;
+  T* tile = context + kQueryBlock * context_row;
   T* values = tile + kQueryBlock * kKeyTile;
-  T* maximum = values + kKeyTile * p.padded_values;
+  T* maximum = values + kKeyTile * context_row;
   T *sum = maximum + kQueryBlock, *limit = sum + kQueryBlock, *row = limit + kQueryBlock;
   T* all_scores = row + 2 * p.padded;  // (kQueryBlock, round_up(Tk)), only with weights
   const int64_t all_keys = round_up(p.keys, kKeyTile);
   for (int64_t i = 0; i < ni; ++i) {
-    limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, e + i * p.padded);
+    limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, e + i * e_row);
     maximum[i] = kHidden<T>;
     sum[i] = 0;
   }
-  for (int64_t k = 0; k < ni * p.padded_values; ++k) context[k] = 0;
+  for (int64_t k = 0; k < ni * context_row; ++k) context[k] = 0;
   const T query_limit = largest(limit, ni);
   for (int64_t j0 = 0; j0 < length; j0 += kKeyTile) {
     const int64_t nj = length - j0 < kKeyTile ? length - j0 : kKeyTile, at = b * p.keys + j0;
     const int64_t padded_keys = round_up(nj, kLanes<T>);
     const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
-    score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, row}, tile, kKeyTile);
+    score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, folded, row}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
       T* s = tile + i * kKeyTile;
       for (int64_t j = nj; j < padded_keys; ++j) s[j] = kHidden<T>;
       if (f.weights.data) __builtin_memcpy(all_scores + i * all_keys + j0, s, size_t(padded_keys) * sizeof(T));
-      softmax_step(s, padded_keys, maximum[i], sum[i], context + i * p.padded_values, p.padded_values);
+      softmax_step(s, padded_keys, maximum[i], sum[i], context + i * context_row, p.padded_values);
       if (p.keep_threshold) drop(p, b, i0 + i, j0, nj, s);
     }
     add_values(p, tile, ni, nj, value_tile(p, b, j0, nj, values), context);
   }
   for (int64_t i = 0; i < ni; ++i) {
-    T* c = context + i * p.padded_values;
+    T* c = context + i * context_row;
     const bool empty = sum[i] == 0;
     for (int64_t h = 0; h < p.values; ++h) c[h] = empty ? T(0) : c[h] / sum[i];
     store_row(f.context, b, i0 + i, p.values, c);

@@ -105,21 +105,35 @@ inline void store_row(const Rows& rows, int64_t b, int64_t t, int64_t n, const T
   }
 }
 
-// max |x| of n numbers, whole vectors of them; infinity if one is not finite.
 template <class T>
-inline T magnitude(const T* x, int64_t n) {
+constexpr Type kTypeOf = sizeof(T) == 4 ? Type::kFloat : Type::kDouble;
+
+// max |x| over vectors of numbers; infinity if one is not finite.
+template <class T>
+struct Magnitude {
   using Bits = typename VecOf<T>::bits;
   Vec<T> high = {};
   Bits bad = {};
-  for (int64_t k = 0; k < n; k += kLanes<T>) {
-    const Vec<T> value = load(x + k), size = value < 0 ? -value : value;
+
+  void add(Vec<T> x) {
+    const Vec<T> size = x < 0 ? -x : x;
     bad |= !(size <= Limits<T>::largest);
     high = size > high ? size : high;
   }
-  T result = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) {
-    if (bad[lane]) return T(__builtin_inff());
-    result = high[lane] > result ? high[lane] : result;
+
+  T value() const {
+    T result = 0;
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      if (bad[lane]) return T(__builtin_inff());
+      result = high[lane] > result ? high[lane] : result;
+    }
+    return result;
   }
-  return result;
+};
+
+template <class T>
+inline T magnitude(const T* x, int64_t n) {
+  Magnitude<T> limit;
+  for (int64_t k = 0; k < n; k += kLanes<T>) limit.add(load(x + k));
+  return limit.value();
 }
