@@ -41,6 +41,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_adds", &attnext::cpu::multiply_adds, pybind11::arg("rounds"),
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Does nothing but float32 multiply-adds, on the calling thread, and returns how many: for the machine's peak.");
-  m.def("set_scratch_poison", &attnext::cpu::set_scratch_poison, pybind11::arg("on"),
-        "Whether scratch memory is filled with NaN before its use; for tests.");
+  m.def("set_poison", &attnext::cpu::set_poison, pybind11::arg("on"),
+        "Whether new and scratch memory is filled with NaN; for tests.");
 }

@@ -16,7 +16,7 @@ def _poisoned_memory() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     if module := _extension.load():
-        module.set_scratch_poison(True)
+        module.set_poison(True)
     yield
     torch.use_deterministic_algorithms(before)
 

@@ -4,7 +4,9 @@
 #include "cpu/additive.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -29,20 +31,45 @@ constexpr int64_t kBackwardTasks = 32;
 // Score elements below which a second thread costs more than it gives.
 constexpr int64_t kElementsPerThread = 1 << 16;
 
+// The dtype as torch numbers it: Tensor::scalar_type() translates it by a dozen calls, and is for errors and rare
+// cases.
+int32_t dtype_of(const Tensor& x) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+const int32_t kFloatDtype = aoti_torch_dtype_float32(), kDoubleDtype = aoti_torch_dtype_float64();
+const int32_t kHalfDtype = aoti_torch_dtype_float16(), kBFloat16Dtype = aoti_torch_dtype_bfloat16();
+
 Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Type::kFloat;
-    case ScalarType::Double:
-      return Type::kDouble;
-    case ScalarType::Half:
-      return Type::kHalf;
-    case ScalarType::BFloat16:
-      return Type::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "attnext: unsupported dtype");
-      return Type::kFloat;
-  }
+  const int32_t dtype = dtype_of(x);
+  if (dtype == kFloatDtype) return Type::kFloat;
+  if (dtype == kDoubleDtype) return Type::kDouble;
+  if (dtype == kHalfDtype) return Type::kHalf;
+  STD_TORCH_CHECK(dtype == kBFloat16Dtype, "attnext: unsupported dtype");
+  return Type::kBFloat16;
+}
+
+// A new contiguous tensor, without the way through the dispatcher, which costs more than a small step.
+template <size_t N>
+Tensor empty(const std::array<int64_t, N>& sizes, int32_t dtype) {
+  std::array<int64_t, N> strides;
+  int64_t numbers = 1;
+  for (size_t k = N; k-- > 0; numbers *= std::max<int64_t>(sizes[k], 1)) strides[k] = numbers;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(N), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor result(handle);
+  if (poisoned() && result.numel() > 0) std::memset(result.data_ptr(), 0xff, result.numel() * result.element_size());
+  return result;
+}
+
+std::array<int64_t, 3> sizes_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2)}; }
+
+template <class T>
+int32_t arithmetic_dtype() {
+  return sizeof(T) == 4 ? kFloatDtype : kDoubleDtype;
 }
 
 Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), type_of(x)}; }
@@ -70,18 +97,16 @@ int64_t padded_features(const Tensor& query, const Tensor& key, const Tensor* va
   check_shape(query, "query", {batch, query.size(1), features});
   check_shape(key, "key", {batch, keys, features});
   check_shape(score_weight, "score_weight", {features});
-  bool same = key.scalar_type() == query.scalar_type() && score_weight.scalar_type() == query.scalar_type();
+  const int32_t dtype = dtype_of(query);
+  bool same = dtype_of(key) == dtype && dtype_of(score_weight) == dtype;
   if (value) {
     check_rank(*value, "value", 3);
     check_shape(*value, "value", {batch, keys, value->size(2)});
-    same &= value->scalar_type() == query.scalar_type();
+    same &= dtype_of(*value) == dtype;
   }
   STD_TORCH_CHECK(same, "attnext: the inputs differ in dtype");
   return round_up(features, kFeatureBlock);
 }
-
-template <class T>
-constexpr ScalarType kScalar = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 // The padded constants that stand for the score weight.
 template <class T>
@@ -91,10 +116,11 @@ struct Weights {
         gain(scratch.take<T>(padded)),
         fold(scratch.take<T>(padded)),
         offset(scratch.take<T>(padded)) {
-    const int64_t n = score_weight.size(0), stride = score_weight.stride(0);
+    read(score_weight);
+    std::fill(times + score_weight.size(0), times + padded, T(0));
     double total = 0;
     for (int64_t d = 0; d < padded; ++d) {
-      const double v = d < n ? scale * read(score_weight, d * stride) : 0.;
+      const double v = scale * double(times[d]);
       total += v;
       if (!(2 * std::abs(v) <= double(limit)) && !std::isnan(limit)) limit = T(2 * std::abs(v));  // a NaN stays
       times[d] = T(-2 * v);
@@ -120,18 +146,19 @@ struct Weights {
     plain_limit = limit > 0 ? (bits - std::log2(limit / smallest)) * T(0.34657) : bits * T(0.34657);
   }
 
-  static double read(const Tensor& x, int64_t at) {
-    const void* data = x.data_ptr();
-    switch (x.scalar_type()) {
-      case ScalarType::Float:
-        return static_cast<const float*>(data)[at];
-      case ScalarType::Double:
-        return static_cast<const double*>(data)[at];
-      case ScalarType::Half:
-        return float(static_cast<const torch::headeronly::Half*>(data)[at]);
-      default:
-        return float(static_cast<const torch::headeronly::BFloat16*>(data)[at]);
-    }
+  void read(const Tensor& x) {
+    const Type type = type_of(x);
+    if (type == Type::kFloat) return read_as<float>(x);
+    if (type == Type::kDouble) return read_as<double>(x);
+    if (type == Type::kHalf) return read_as<torch::headeronly::Half>(x);
+    read_as<torch::headeronly::BFloat16>(x);
+  }
+
+  template <class Stored>
+  void read_as(const Tensor& x) {
+    const int64_t n = x.size(0), stride = x.stride(0);
+    const Stored* data = static_cast<const Stored*>(x.data_ptr());
+    for (int64_t d = 0; d < n; ++d) times[d] = T(data[d * stride]);
   }
 
   T *times, *gain;   // w = -2 scale v, 4 scale v
@@ -213,8 +240,9 @@ struct Setup {
     if (exp_key && key_limit) {
       check_shape(*exp_key, "exp_key", {problem.batch, problem.keys, padded});
       check_shape(*key_limit, "key_limit", {problem.batch, problem.keys});
-      STD_TORCH_CHECK(exp_key->is_contiguous() && key_limit->is_contiguous() && exp_key->scalar_type() == kScalar<T> &&
-                          key_limit->scalar_type() == kScalar<T>,
+      const int32_t dtype = arithmetic_dtype<T>();
+      STD_TORCH_CHECK(exp_key->is_contiguous() && key_limit->is_contiguous() && dtype_of(*exp_key) == dtype &&
+                          dtype_of(*key_limit) == dtype,
                       "attnext: the prepared keys are not as prepare made them");
       problem.exp_key = static_cast<const T*>(exp_key->data_ptr());
       problem.key_limit = static_cast<const T*>(key_limit->data_ptr());
@@ -252,8 +280,8 @@ std::tuple<Tensor, Tensor> prepare_as(const Tensor& key, const Optional& lengths
   check_rank(key, "key", 3);
   const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2),
                 padded = round_up(features, kFeatureBlock);
-  Tensor exp_key = torch::stable::new_empty(key, {batch, keys, padded}, kScalar<T>);
-  Tensor limit = torch::stable::new_empty(key, {batch, keys}, kScalar<T>);
+  Tensor exp_key = empty<3>({batch, keys, padded}, arithmetic_dtype<T>());
+  Tensor limit = empty<2>({batch, keys}, arithmetic_dtype<T>());
   Optional kept;
   STD_TORCH_CHECK(!mask || mask->dim() == 2, "attnext: mask must have 2 dimensions");
   exponentials<T>(rows_of(key), batch, keys, features, padded, lengths_of(lengths, batch, keys, kept),
@@ -271,10 +299,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_as(const Tensor& query, const Tenso
   Setup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
   const Problem<T>& p = setup.problem;
-  Tensor context = torch::stable::new_empty(query, {p.batch, p.queries, p.values});
-  Tensor weights = need_weights ? torch::stable::new_empty(query, {p.batch, p.queries, p.keys})
-                                : torch::stable::new_empty(query, {0});
-  Tensor log_sum_exp = torch::stable::new_empty(query, {p.batch, p.queries}, kScalar<T>);
+  const int32_t dtype = dtype_of(query);
+  Tensor context = empty<3>({p.batch, p.queries, p.values}, dtype);
+  Tensor weights = need_weights ? empty<3>({p.batch, p.queries, p.keys}, dtype) : empty<1>({0}, dtype);
+  Tensor log_sum_exp = empty<2>({p.batch, p.queries}, arithmetic_dtype<T>());
   const Forward<T> f{p, rows_of(context), need_weights ? rows_of(weights) : Rows{},
                      static_cast<T*>(log_sum_exp.data_ptr())};
   const auto& kernels = kernels_of<T>();
@@ -291,7 +319,7 @@ Tensor scores_as(const Tensor& query, const Tensor& key, const Tensor& score_wei
                  const Optional& mask, double scale) {
   Setup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
   const Problem<T>& p = setup.problem;
-  Tensor result = torch::stable::new_empty(query, {p.batch, p.queries, p.keys});
+  Tensor result = empty<3>({p.batch, p.queries, p.keys}, dtype_of(query));
   const Scores<T> s{p, setup.weights.sum, rows_of(result)};
   const auto& kernels = kernels_of<T>();
   parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
@@ -311,10 +339,10 @@ struct Gradients {
         exp_query(
             setup.scratch.template take<T>((setup.problem.batch * setup.problem.queries + 1) * row_of(setup.padded))),
         query_limit(setup.scratch.template take<T>(setup.problem.batch * setup.problem.queries)),
-        grad_query(torch::stable::new_empty(query, query.sizes())),
-        grad_key(torch::stable::new_empty(key, key.sizes())),
-        grad_value(torch::stable::new_empty(value ? *value : key, value ? value->sizes() : key.sizes())),
-        grad_weight(torch::stable::new_empty(score_weight, score_weight.sizes())) {
+        grad_query(empty(sizes_of(query), dtype_of(query))),
+        grad_key(empty(sizes_of(key), dtype_of(key))),
+        grad_value(empty(sizes_of(value ? *value : key), dtype_of(query))),
+        grad_weight(empty<1>({score_weight.size(0)}, dtype_of(score_weight))) {
     const Problem<T>& p = setup.problem;
     g.problem = p;
     // Few batch rows are split by keys, each part with its own sums for the queries, as long as those stay small beside
@@ -394,7 +422,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_as(
   const Problem<T>& p = setup.problem;
   check_shape(context, "context", {p.batch, p.queries, p.values});
   check_shape(log_sum_exp, "log_sum_exp", {p.batch, p.queries});
-  STD_TORCH_CHECK(log_sum_exp.scalar_type() == kScalar<T> && log_sum_exp.is_contiguous(),
+  STD_TORCH_CHECK(dtype_of(log_sum_exp) == arithmetic_dtype<T>() && log_sum_exp.is_contiguous(),
                   "attnext: log_sum_exp is not as the forward pass made it");
   if (grad_context) check_shape(*grad_context, "grad_context", {p.batch, p.queries, p.values});
   if (grad_weights) {
@@ -432,7 +460,7 @@ std::tuple<Tensor, Tensor, Tensor> scores_backward_as(const Tensor& grad, const 
   return {gradients.grad_query, gradients.grad_key, gradients.grad_weight};
 }
 
-bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+bool is_double(const Tensor& x) { return dtype_of(x) == kDoubleDtype; }
 
 }  // namespace
 

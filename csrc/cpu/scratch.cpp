@@ -69,10 +69,12 @@ void* Scratch::take_bytes(size_t bytes) {
   }
   void* result = static_cast<char*>(m.chunks[m.chunk].data.get()) + m.used;
   m.used += bytes;
-  if (poison.load(std::memory_order_relaxed)) std::memset(result, 0xff, bytes);
+  if (poisoned()) std::memset(result, 0xff, bytes);
   return result;
 }
 
-void set_scratch_poison(bool on) { poison.store(on, std::memory_order_relaxed); }
+bool poisoned() { return poison.load(std::memory_order_relaxed); }
+
+void set_poison(bool on) { poison.store(on, std::memory_order_relaxed); }
 
 }  // namespace attnext::cpu

@@ -26,7 +26,9 @@ class Scratch {
   size_t chunk_, used_;  // where the thread's memory was filled up to
 };
 
-// For tests: fills what is taken with NaN, so that a number which is read before it is written shows.
-void set_scratch_poison(bool on);
+// For tests: whether what is taken, and new tensors, are filled with NaN, so that a number which is read before it is
+// written shows.
+bool poisoned();
+void set_poison(bool on);
 
 }  // namespace attnext::cpu
