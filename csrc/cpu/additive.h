@@ -17,6 +17,8 @@ constexpr int64_t kQueryBlock = 16;   // queries of one forward task
 constexpr int64_t kKeyTile = 64;      // keys scored at a time
 constexpr int64_t kGradQueries = 32;  // queries and keys of one step of a backward task
 constexpr int64_t kGradKeyTile = 32;
+constexpr int64_t kKept =
+    32;  // pairs whose r a backward task keeps: two queries, and keys as many as the widest vector
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -125,7 +127,7 @@ int64_t forward_scratch(const Problem<T>& p, bool weights) {
 template <class T>
 int64_t backward_scratch(const Problem<T>& p) {
   return kGradQueries * (row_of(p.padded) + 4 * kGradKeyTile) +
-         kGradKeyTile * (row_of(p.padded) + 2 * row_of(p.padded_values)) + 4 * p.padded;
+         kGradKeyTile * (row_of(p.padded) + 2 * row_of(p.padded_values)) + 4 * p.padded + kKept * p.padded;
 }
 
 struct InstructionSet {

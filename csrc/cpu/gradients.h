@@ -42,40 +42,63 @@ void delta(const Backward<T>& g, const Rows& context, const Rows& grad_context, 
   }
 }
 
-// Sums of u and of t = ds r, two vectors of features and one key at a time. The division for the next query is under
-// way while this one's sums are made; its row is there also after the last.
-template <class T, bool Capped>
-inline void near_gradients(const Tile<T>& t, int64_t padded, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
+// Pairs whose r are kept between the score and the gradients: 16 KiB of float at 256 features.
+constexpr int kKeptQueries = 2;
+
+// Scores of I queries and up to a vector of keys; their r, two vectors of features at a time, to kept.
+template <class T, int I, bool Capped>
+inline void keep_r(const Problem<T>& p, const Tile<T>& t, T* scores, T* kept) {
   constexpr int W = kLanes<T>;
-  const int64_t row = row_of(padded);
+  // In variables of their own: a store to kept could change what a reference refers to, for all the compiler knows.
+  const int64_t padded = p.padded, row = row_of(padded), nj = t.nj;
+  const T* weight = p.weight;
+  Vec<T> sum[I * W] = {};
   for (int64_t d = 0; d < padded; d += 2 * W) {
-    Vec<T> sum0 = {}, sum1 = {};
-    for (int64_t j = 0; j < t.nj; ++j) {
-      const Vec<T> f0 = load(t.f + j * padded + d), f1 = load(t.f + j * padded + d + W);
-      Vec<T> key0 = {}, key1 = {}, weight0 = {}, weight1 = {};
-      const T *e = t.e + d, *ds_ij = ds + j;
-      T* query = grad_query + d;
-      Vec<T> x0 = one_plus<T, Capped>(load(e), f0), x1 = one_plus<T, Capped>(load(e + W), f1);
-      Vec<T> inverse = T(1) / (x0 * x1);
-      for (int64_t i = 0; i < t.ni; ++i, query += row, ds_ij += kGradKeyTile) {
-        e += row;
-        const Vec<T> next0 = one_plus<T, Capped>(load(e), f0), next1 = one_plus<T, Capped>(load(e + W), f1);
-        const Vec<T> next_inverse = T(1) / (next0 * next1);
-        const Vec<T> r0 = inverse * x1, r1 = inverse * x0;
-        const Vec<T> t0 = *ds_ij * r0, t1 = *ds_ij * r1;
+    const Vec<T> w0 = load(weight + d), w1 = load(weight + d + W);
+    const T* f = t.f + d;
+    for (int64_t j = 0; j < nj; ++j, f += padded) {
+      const Vec<T> f0 = load(f), f1 = load(f + W);
+      const T* e = t.e + d;
+      for (int i = 0; i < I; ++i, kept += 2 * W, e += row) {
+        const Vec<T> x0 = one_plus<T, Capped>(load(e), f0), x1 = one_plus<T, Capped>(load(e + W), f1);
+        const Vec<T> inverse = T(1) / (x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
+        store<T>(kept, r0);
+        store<T>(kept + W, r1);
+        sum[i * W + j] = (sum[i * W + j] + w0 * r0) + w1 * r1;
+      }
+    }
+  }
+  for (int i = 0; i < I; ++i) store<T>(scores + i * kGradKeyTile, lane_sums<T>(sum + i * W));
+}
+
+// From the r of keep_r: sums of u and of t = ds r.
+template <class T, int I>
+inline void kept_gradients(const Tile<T>& t, int64_t padded, const T* kept, const T* ds, T* grad_query, T* grad_key,
+                           T* grad_weight) {
+  constexpr int W = kLanes<T>;
+  const int64_t row = row_of(padded), nj = t.nj;
+  for (int64_t d = 0; d < padded; d += 2 * W) {
+    Vec<T> query0[I] = {}, query1[I] = {}, weight0 = {}, weight1 = {};
+    T* key = grad_key + d;
+    for (int64_t j = 0; j < nj; ++j, key += row) {
+      Vec<T> key0 = load(key), key1 = load(key + W);
+      for (int i = 0; i < I; ++i, kept += 2 * W) {
+        const Vec<T> r0 = load(kept), r1 = load(kept + W);
+        const Vec<T> t0 = ds[i * kGradKeyTile + j] * r0, t1 = ds[i * kGradKeyTile + j] * r1;
         const Vec<T> u0 = t0 - t0 * r0, u1 = t1 - t1 * r1;
-        add_to<T>(query, u0);
-        add_to<T>(query + W, u1);
+        query0[i] += u0, query1[i] += u1;
         key0 += u0, key1 += u1;
         weight0 += t0, weight1 += t1;
-        x0 = next0, x1 = next1, inverse = next_inverse;
       }
-      add_to<T>(grad_key + j * row + d, key0);
-      add_to<T>(grad_key + j * row + d + W, key1);
-      sum0 += weight0, sum1 += weight1;
+      store<T>(key, key0);
+      store<T>(key + W, key1);
     }
-    add_to<T>(grad_weight + d, sum0);
-    add_to<T>(grad_weight + d + W, sum1);
+    for (int i = 0; i < I; ++i) {
+      add_to<T>(grad_query + i * row + d, query0[i]);
+      add_to<T>(grad_query + i * row + d + W, query1[i]);
+    }
+    add_to<T>(grad_weight + d, weight0);
+    add_to<T>(grad_weight + d + W, weight1);
   }
 }
 
@@ -104,18 +127,16 @@ inline void far_gradients(const Problem<T>& p, const Tile<T>& t, const T* ds, T*
 
 template <class T>
 struct BackwardTiles {  // what a task keeps for one tile of keys
-  T *grad_key, *grad_value, *values, *scores, *ds, *weights, *grads;
+  T *grad_key, *grad_value, *values, *scores, *ds, *weights, *grads, *kept;
 };
 
-// From the scores of a tile: ds, and in tiles.weights what multiplies the incoming gradient in grad_value.
+// From the scores of a tile, and dC . h in tiles.grads: ds, and in tiles.weights what multiplies the incoming gradient
+// in grad_value. Keys up to a whole vector are written, with ds = 0 beyond nj.
 template <class T>
-inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value,
-                            const BackwardTiles<T>& tiles) {
+inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const BackwardTiles<T>& tiles) {
   const Problem<T>& p = g.problem;
   constexpr int64_t row = kGradKeyTile;
-  if (!g.from_scores)
-    product_transposed<T>(g.grad_context + (t.b * p.queries + t.i0) * row_of(p.padded_values), row_of(p.padded_values),
-                          t.ni, value.data, value.row, t.nj, p.padded_values, tiles.grads, row);
+  const int64_t width = round_up(t.nj, kLanes<T>);
   for (int64_t i = 0; i < t.ni; ++i) {
     T *s = tiles.scores + i * row, *ds = tiles.ds + i * row, *weights = tiles.weights + i * row,
       *grad = tiles.grads + i * row;
@@ -126,15 +147,15 @@ inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueT
       if (!g.from_scores)
         for (int64_t j = 0; j < t.nj; ++j) grad[j] += ds[j];
     }
-    for (int64_t j = t.nj; j < row; ++j) ds[j] = 0;
+    for (int64_t j = t.nj; j < width; ++j) ds[j] = 0;
     if (g.from_scores) {
       for (int64_t j = 0; j < t.nj; ++j) ds[j] = s[j] == kHidden<T> ? T(0) : grad[j];
       continue;
     }
     const int64_t at = t.b * p.queries + t.i0 + i;
     const T shift = g.log_sum_exp[at] == kHidden<T> ? -kHidden<T> : g.log_sum_exp[at], delta = g.delta[at];
-    for (int64_t j = t.nj; j < row; ++j) s[j] = kHidden<T>;
-    for (int64_t j = 0; j < row; j += kLanes<T>) store<T>(s + j, exp<T>(load(s + j) - shift));  // p
+    for (int64_t j = t.nj; j < width; ++j) s[j] = kHidden<T>;
+    for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(s + j, exp<T>(load(s + j) - shift));  // p
     for (int64_t j = 0; j < t.nj; ++j) weights[j] = 1;
     if (p.keep_threshold) drop(p, t.b, t.i0 + i, t.j0, t.nj, weights);
     for (int64_t j = 0; j < t.nj; ++j) {
@@ -144,33 +165,69 @@ inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const ValueT
   }
 }
 
+template <class T, int I, bool Capped>
+inline void near_block(const Backward<T>& g, const Tile<T>& t, const BackwardTiles<T>& tiles, T* grad_query,
+                       T* grad_weight) {
+  const Problem<T>& p = g.problem;
+  keep_r<T, I, Capped>(p, t, tiles.scores, tiles.kept);
+  hide(p, t, tiles.scores, kGradKeyTile);
+  score_gradients(g, t, tiles);
+  kept_gradients<T, I>(t, p.padded, tiles.kept, tiles.ds, grad_query, tiles.grad_key, grad_weight);
+}
+
+// Block by block of the tile, so that r stays in the first-level cache.
+template <class T, bool Capped>
+inline void near_tile(const Backward<T>& g, const Tile<T>& t, const BackwardTiles<T>& tiles, T* grad_query,
+                      T* grad_weight) {
+  constexpr int I = kKeptQueries, J = kLanes<T>;
+  const int64_t padded = g.problem.padded, row = row_of(padded);
+  for (int64_t j = 0; j < t.nj; j += J)
+    for (int64_t i = 0; i < t.ni; i += I) {
+      const int64_t ni = t.ni - i < I ? t.ni - i : I, nj = t.nj - j < J ? t.nj - j : J;
+      const int64_t at = i * kGradKeyTile + j;
+      const Tile<T> block{t.b, t.i0 + i, ni, t.j0 + j, nj, t.e + i * row, t.f + j * padded, t.range, t.folded, t.row};
+      BackwardTiles<T> parts = tiles;
+      parts.grad_key += j * row;
+      parts.scores += at, parts.ds += at, parts.weights += at, parts.grads += at;
+      if (ni == I) {
+        near_block<T, I, Capped>(g, block, parts, grad_query + i * row, grad_weight);
+      } else {
+        near_block<T, 1, Capped>(g, block, parts, grad_query + i * row, grad_weight);
+      }
+    }
+}
+
 // Adds what the queries [i0, i0 + ni) give to a tile of keys, and takes what they get from it.
 template <class T>
 inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value,
                           const BackwardTiles<T>& tiles, T* grad_query, T* grad_weight, T& ds_sum) {
   const Problem<T>& p = g.problem;
-  score_tile(p, t, tiles.scores, kGradKeyTile);
-  score_gradients(g, t, value, tiles);
-  Vec<T> sum = {};
-  for (int64_t k = 0; k < t.ni * kGradKeyTile; k += kLanes<T>) sum += load(tiles.ds + k);
-  for (int lane = 0; lane < kLanes<T>; ++lane) ds_sum += sum[lane];
-  if (!g.from_scores) {
-    const int64_t values_row = row_of(p.padded_values);
-    const T* grad_context = g.grad_context + (t.b * p.queries + t.i0) * values_row;
-    product<T>({tiles.grad_value, values_row, tiles.weights, 1, kGradKeyTile, grad_context, values_row, t.ni}, 0, t.nj,
-               p.padded_values);
-  }
+  const int64_t values_row = row_of(p.padded_values), query = t.b * p.queries + t.i0;
+  if (!g.from_scores)
+    product_transposed<T>(g.grad_context + query * values_row, values_row, t.ni, value.data, value.row, t.nj,
+                          p.padded_values, tiles.grads, kGradKeyTile);
   switch (t.range) {
     case Range::kPlain:
-      near_gradients<T, false>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight);
+      near_tile<T, false>(g, t, tiles, grad_query, grad_weight);
       break;
     case Range::kCapped:
-      near_gradients<T, true>(t, p.padded, tiles.ds, grad_query, tiles.grad_key, grad_weight);
+      near_tile<T, true>(g, t, tiles, grad_query, grad_weight);
       break;
     case Range::kFar:
+      score_tile(p, t, tiles.scores, kGradKeyTile);
+      score_gradients(g, t, tiles);
       far_gradients(p, t, tiles.ds, grad_query, tiles.grad_key, grad_weight);
       break;
   }
+  const int64_t width = round_up(t.nj, kLanes<T>);
+  Vec<T> sum = {};
+  for (int64_t i = 0; i < t.ni; ++i)
+    for (int64_t j = 0; j < width; j += kLanes<T>) sum += load(tiles.ds + i * kGradKeyTile + j);
+  for (int lane = 0; lane < kLanes<T>; ++lane) ds_sum += sum[lane];
+  if (!g.from_scores)
+    product<T>({tiles.grad_value, values_row, tiles.weights, 1, kGradKeyTile, g.grad_context + query * values_row,
+                values_row, t.ni},
+               0, t.nj, p.padded_values);
 }
 
 template <class T>
@@ -188,7 +245,8 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
   T* folded = tiles.values + kGradKeyTile * values_row;
   tiles.scores = folded + kGradQueries * features_row;
   tiles.ds = tiles.scores + tile, tiles.weights = tiles.ds + tile, tiles.grads = tiles.weights + tile;
-  T* row = tiles.grads + tile;  // 3 padded
+  tiles.kept = tiles.grads + tile;
+  T* row = tiles.kept + kKept * p.padded;  // 3 padded
   // Summed tile by tile first: one long sum of like terms would lose a bit with every doubling of its length.
   T* tile_weight = row + 3 * p.padded;
   T* grad_query = g.grad_query + (split * p.batch + b) * p.queries * features_row;
@@ -232,12 +290,12 @@ template <class T>
 void finish_query(const Backward<T>& g, const Rows& grad_query, T* scratch, int64_t begin, int64_t end) {
   const Problem<T>& p = g.problem;
   for (int64_t row = begin; row < end; ++row) {
-    for (int64_t d = 0; d < p.padded; ++d) {
-      T sum = 0;
-      for (int64_t s = 0; s < g.splits; ++s)
-        sum += g.grad_query[(s * p.batch * p.queries + row) * row_of(p.padded) + d];
-      scratch[d] = sum * g.gain[d];
+    zero(scratch, p.padded);
+    for (int64_t s = 0; s < g.splits; ++s) {
+      const T* part = g.grad_query + (s * p.batch * p.queries + row) * row_of(p.padded);
+      for (int64_t d = 0; d < p.padded; ++d) scratch[d] += part[d];
     }
+    for (int64_t d = 0; d < p.padded; ++d) scratch[d] *= g.gain[d];
     store_row(grad_query, row / p.queries, row % p.queries, p.features, scratch);
   }
 }

@@ -97,13 +97,15 @@ constexpr int kBlockKeys = kLanes<T> > 8 ? kLanes<T> : 8;
 template <class T>
 inline void folded_block(const Problem<T>& p, const T* ce, int64_t ni, const T* f, int64_t nj, Vec<T>* sum) {
   constexpr int W = kLanes<T>;
-  const int64_t row = row_of(p.padded);
+  // In variables of their own: a store to sum could change what p refers to, for all the compiler knows.
+  const int64_t padded = p.padded, row = row_of(padded);
+  const T* offset = p.offset;
   int64_t d = 0;
-  for (; d + 4 * W <= p.padded; d += 4 * W) {
-    const T* c = p.offset + d;
+  for (; d + 4 * W <= padded; d += 4 * W) {
+    const T* c = offset + d;
     const Vec<T> c0 = load(c), c1 = load(c + W), c2 = load(c + 2 * W), c3 = load(c + 3 * W);
     for (int64_t j = 0; j < nj; ++j) {
-      const T* fj = f + j * p.padded + d;
+      const T* fj = f + j * padded + d;
       const Vec<T> f0 = load(fj), f1 = load(fj + W), f2 = load(fj + 2 * W), f3 = load(fj + 3 * W);
       for (int64_t i = 0; i < ni; ++i) {
         const T* ei = ce + i * row + d;
@@ -114,10 +116,10 @@ inline void folded_block(const Problem<T>& p, const T* ce, int64_t ni, const T* 
       }
     }
   }
-  for (; d < p.padded; d += 2 * W) {
-    const Vec<T> c0 = load(p.offset + d), c1 = load(p.offset + d + W);
+  for (; d < padded; d += 2 * W) {
+    const Vec<T> c0 = load(offset + d), c1 = load(offset + d + W);
     for (int64_t j = 0; j < nj; ++j) {
-      const Vec<T> f0 = load(f + j * p.padded + d), f1 = load(f + j * p.padded + d + W);
+      const Vec<T> f0 = load(f + j * padded + d), f1 = load(f + j * padded + d + W);
       for (int64_t i = 0; i < ni; ++i) {
         const Vec<T> y0 = load(ce + i * row + d) * f0 + c0, y1 = load(ce + i * row + d + W) * f1 + c1;
         sum[i * kBlockKeys<T> + j] += (y0 + y1) / (y0 * y1);
@@ -216,6 +218,14 @@ inline void far_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t ou
   }
 }
 
+template <class T>
+inline void hide(const Problem<T>& p, const Tile<T>& t, T* out, int64_t out_row) {
+  if (!p.mask.data) return;
+  for (int64_t i = 0; i < t.ni; ++i)
+    for (int64_t j = 0; j < t.nj; ++j)
+      if (!visible(p.mask, t.b, t.i0 + i, t.j0 + j)) out[i * out_row + j] = kHidden<T>;
+}
+
 // out[i][j] = scale * (v . tanh(q_i + k_j) - sum v), minus infinity where the mask hides the slot.
 template <class T>
 inline void score_tile(const Problem<T>& p, const Tile<T>& t, T* out, int64_t out_row) {
@@ -231,10 +241,7 @@ inline void score_tile(const Problem<T>& p, const Tile<T>& t, T* out, int64_t ou
       far_scores(p, t, out, out_row);
       break;
   }
-  if (!p.mask.data) return;
-  for (int64_t i = 0; i < t.ni; ++i)
-    for (int64_t j = 0; j < t.nj; ++j)
-      if (!visible(p.mask, t.b, t.i0 + i, t.j0 + j)) out[i * out_row + j] = kHidden<T>;
+  hide(p, t, out, out_row);
 }
 
 template <class T>
