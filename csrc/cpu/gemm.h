@@ -57,7 +57,7 @@ inline void product(const Product<T>& p, int64_t row, int64_t end, int64_t colum
 template <class V>
 inline void keep(V& x) {
 #if defined(__x86_64__)
-  asm("" : "+x"(x));
+  asm("" : "+v"(x));
 #endif
 }
 
