@@ -51,24 +51,27 @@ def test_random_cases() -> None:
 
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("least", [1.0, 1e-3, 1e-9, 1e-30, 0.0])
-@pytest.mark.parametrize("size", [1.0, 4.0, 6.0, 8.0, 10.0, 13.0, 30.0])
+@pytest.mark.parametrize("least", [1.0, 1e-3, 1e-6, 1e-9, 1e-30, 0.0])
+@pytest.mark.parametrize("size", [1, *range(7, 26), 60, 100])
 def test_weights_of_every_size(size: float, least: float, dtype: torch.dtype) -> None:
-    """The kernels divide by the weights: small ones and large inputs share the range of an exponent."""
-    query, key, v = size * torch.randn(1, 21, 75), size * torch.randn(1, 67, 75), torch.rand(75) + 0.5
-    query[:, :, ::4], key[:, :, ::4] = size, size  # both at once, in features of each kind
-    v[1::2] *= -least
-    x = [t.to(dtype).requires_grad_() for t in (query, key, v)]
+    """The kernels divide by the weights: small ones share the range of an exponent with the largest |q| + |k|."""
+    query, key = (size / 2 * (2 * torch.rand(1, n, 75) - 1) for n in (21, 67))
+    v = torch.rand(75) + 0.5
+    small = torch.rand(75) < 0.8
+    v[small] *= -least
+    large = small & (torch.rand(75) < 0.9)  # so that many a division is shared by three of these and one that counts
+    query[:, :, large], key[:, :, large] = size / 2, size / 2
+    x = [t.to(dtype, copy=True).requires_grad_() for t in (query, key, v)]
     exact = [t.detach().double().requires_grad_() for t in x]
     scores, expected = attnext.additive_scores(*x, backend="cpu"), reference.additive_scores(*exact)
-    # An ulp for the exponentials and one for the division, of each weight.
-    rounding = 8 * torch.finfo(dtype).eps * float(v.detach().abs().sum())
+    # Each weight's term is off by a few roundings, and so is the reference's where it is no more exact.
+    rounding = (4 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps * float(v.abs().sum())
     torch.testing.assert_close(scores.double(), expected, rtol=0.0, atol=rounding)
     incoming = torch.randn(expected.shape, dtype=torch.float64)
     grads = torch.autograd.grad(scores, x, incoming.to(dtype))
     for grad, right in zip(grads, torch.autograd.grad(expected, exact, incoming), strict=True):
         largest = float(right.abs().max())
-        torch.testing.assert_close(grad.double(), right, rtol=0.0, atol=256 * torch.finfo(dtype).eps * largest)
+        torch.testing.assert_close(grad.double(), right, rtol=0.0, atol=32 * torch.finfo(dtype).eps * largest)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -102,6 +102,43 @@ inline void kept_gradients(const Tile<T>& t, int64_t padded, const T* kept, cons
   }
 }
 
+// The same where ds is known before r is: no scores, and nothing to keep. One key at a time; the division for the next
+// query is under way while this one's sums are made, and its row is there also after the last.
+template <class T, bool Capped>
+inline void near_gradients(const Tile<T>& t, int64_t padded, const T* ds, T* grad_query, T* grad_key, T* grad_weight) {
+  constexpr int W = kLanes<T>;
+  const int64_t row = row_of(padded), ni = t.ni, nj = t.nj;
+  for (int64_t d = 0; d < padded; d += 2 * W) {
+    Vec<T> sum0 = {}, sum1 = {};
+    for (int64_t j = 0; j < nj; ++j) {
+      const Vec<T> f0 = load(t.f + j * padded + d), f1 = load(t.f + j * padded + d + W);
+      Vec<T> key0 = {}, key1 = {}, weight0 = {}, weight1 = {};
+      const T *e = t.e + d, *ds_ij = ds + j;
+      T* query = grad_query + d;
+      Vec<T> x0 = one_plus<T, Capped>(load(e), f0), x1 = one_plus<T, Capped>(load(e + W), f1);
+      Vec<T> inverse = T(1) / (x0 * x1);
+      for (int64_t i = 0; i < ni; ++i, query += row, ds_ij += kGradKeyTile) {
+        e += row;
+        const Vec<T> next0 = one_plus<T, Capped>(load(e), f0), next1 = one_plus<T, Capped>(load(e + W), f1);
+        const Vec<T> next_inverse = T(1) / (next0 * next1);
+        const Vec<T> r0 = inverse * x1, r1 = inverse * x0;
+        const Vec<T> t0 = *ds_ij * r0, t1 = *ds_ij * r1;
+        const Vec<T> u0 = t0 - t0 * r0, u1 = t1 - t1 * r1;
+        add_to<T>(query, u0);
+        add_to<T>(query + W, u1);
+        key0 += u0, key1 += u1;
+        weight0 += t0, weight1 += t1;
+        x0 = next0, x1 = next1, inverse = next_inverse;
+      }
+      add_to<T>(grad_key + j * row + d, key0);
+      add_to<T>(grad_key + j * row + d + W, key1);
+      sum0 += weight0, sum1 += weight1;
+    }
+    add_to<T>(grad_weight + d, sum0);
+    add_to<T>(grad_weight + d + W, sum1);
+  }
+}
+
 // Slot by slot, and only where ds is not 0: a hidden slot may hold a NaN.
 template <class T>
 inline void far_gradients(const Problem<T>& p, const Tile<T>& t, const T* ds, T* grad_query, T* grad_key,
@@ -181,6 +218,7 @@ inline void near_tile(const Backward<T>& g, const Tile<T>& t, const BackwardTile
                       T* grad_weight) {
   constexpr int I = kKeptQueries, J = kLanes<T>;
   const int64_t padded = g.problem.padded, row = row_of(padded);
+  if (g.from_scores) return near_gradients<T, Capped>(t, padded, tiles.ds, grad_query, tiles.grad_key, grad_weight);
   for (int64_t j = 0; j < t.nj; j += J)
     for (int64_t i = 0; i < t.ni; i += I) {
       const int64_t ni = t.ni - i < I ? t.ni - i : I, nj = t.nj - j < J ? t.nj - j : J;
@@ -203,9 +241,14 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTil
                           const BackwardTiles<T>& tiles, T* grad_query, T* grad_weight, T& ds_sum) {
   const Problem<T>& p = g.problem;
   const int64_t values_row = row_of(p.padded_values), query = t.b * p.queries + t.i0;
-  if (!g.from_scores)
+  if (g.from_scores) {
+    zero(tiles.scores, t.ni * kGradKeyTile);
+    hide(p, t, tiles.scores, kGradKeyTile);
+    score_gradients(g, t, tiles);
+  } else {
     product_transposed<T>(g.grad_context + query * values_row, values_row, t.ni, value.data, value.row, t.nj,
                           p.padded_values, tiles.grads, kGradKeyTile);
+  }
   switch (t.range) {
     case Range::kPlain:
       near_tile<T, false>(g, t, tiles, grad_query, grad_weight);
@@ -214,8 +257,10 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTil
       near_tile<T, true>(g, t, tiles, grad_query, grad_weight);
       break;
     case Range::kFar:
-      score_tile(p, t, tiles.scores, kGradKeyTile);
-      score_gradients(g, t, tiles);
+      if (!g.from_scores) {
+        score_tile(p, t, tiles.scores, kGradKeyTile);
+        score_gradients(g, t, tiles);
+      }
       far_gradients(p, t, tiles.ds, grad_query, tiles.grad_key, grad_weight);
       break;
   }
