@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -192,16 +193,22 @@ const int64_t* lengths_of(const Optional& lengths, int64_t batch, int64_t keys, 
   return data;
 }
 
-// Runs work(begin, end) over [0, tasks) on torch's threads, on one where the elements are few.
+// Runs work(begin, end) over [0, tasks) on torch's threads, on one where the elements are few. Each thread takes the
+// next few tasks when it is done with the last: rows differ in length, and cores in what else they have to do.
 template <class Work>
 void parallel(int64_t tasks, int64_t elements, const Work& work) {
-  if (tasks == 0) return;
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread * tasks / std::max<int64_t>(elements, 1));
-  if (grain >= tasks) {
-    work(0, tasks);
-  } else {
-    torch::stable::parallel_for(0, tasks, grain, work);
+  const int64_t threads = std::min(
+      {int64_t(torch::stable::get_num_threads()), tasks, (elements + kElementsPerThread - 1) / kElementsPerThread});
+  if (threads < 2) {
+    if (tasks > 0) work(0, tasks);
+    return;
   }
+  const int64_t few = std::max<int64_t>(1, tasks / (16 * threads));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(few); begin < tasks; begin = next.fetch_add(few))
+      work(begin, std::min(begin + few, tasks));
+  });
 }
 
 template <class T>
