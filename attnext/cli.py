@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import attnext
+from attnext._support import InputError, MissingExtra, extra
 from attnext.backends import choose
-from attnext.seq2seq._support import InputError, MissingExtra, demo_extra
 
 __all__ = ["main", "non_negative", "positive", "require_backend", "share"]
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     for summary, load in (
         ("show the installation, for a bug report", _info),
         ("check the kernels against the reference", _verify),
-        ("time the kernels beside PyTorch eager", _bench),
+        ("time the kernels beside their peers", _bench),
         ("train the reference model", _train),
         ("pronounce words with a trained model", _predict),
         ("verify, time, train and pronounce, in four minutes", _demo),
@@ -99,21 +99,20 @@ def _verify() -> _Command:
     from attnext import verify
 
     def run(args: argparse.Namespace) -> int:
-        with demo_extra():
+        with extra("demo"):
             return verify.run(args)
 
     return _Command(verify.add_arguments, run)
 
 
 def _bench() -> _Command:
-    from attnext import bench
+    from attnext.bench import command
 
     def run(args: argparse.Namespace) -> int:
-        require_backend(None)
-        with demo_extra():
-            return bench.run(args)
+        with extra("bench"):
+            return command.run(args)
 
-    return _Command(bench.add_arguments, run)
+    return _Command(command.add_arguments, run)
 
 
 def _train() -> _Command:
@@ -134,14 +133,14 @@ def _demo() -> _Command:
     return _Command(demo.add_arguments, demo.run)
 
 
-def require_backend(name: str | None) -> None:
-    """One that can't serve CPU tensors, asked for by name or in ATTNEXT_BACKEND, is the user's error.
+def require_backend(name: str | None, device_type: str = "cpu") -> None:
+    """One that can't serve such tensors, asked for by name or in ATTNEXT_BACKEND, is the user's error.
 
     Raises:
         InputError: the message says why.
     """
     try:
-        choose(name, "cpu")
+        choose(name, device_type)
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from error
 

@@ -6,8 +6,8 @@ import argparse
 import random
 from pathlib import Path
 
+from attnext._support import extra, make_writable
 from attnext.cli import main, positive
-from attnext.seq2seq._support import demo_extra, make_writable
 from attnext.seq2seq.checkpoint import load
 from attnext.seq2seq.data import Entry, load_cmudict, split
 from attnext.seq2seq.plots import alignment
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     folder, picture = args.out / "g2p", args.out / "alignment.png"
     for command in (
         ("verify", "--cases", "20"),
-        ("bench",),
+        ("bench", "--quick", "--peers", "eager", "--cases", "forward,training,step"),
         ("train", "g2p", "--seconds", f"{args.seconds:g}", "--out", str(folder)),
     ):
         print(f"\n$ attnext {' '.join(command)}", flush=True)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show_words(folder: Path, picture: Path, *, count: int = 12, drawn: int = 6) -> None:
     """Prints held-out words as the model and as the dictionary has them, and draws where the model looked."""
-    with demo_extra():
+    with extra("demo"):
         from rich.console import Console
         from rich.table import Table
     # Not names' plurals and abbreviations, which tell little.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -14,8 +13,10 @@ import pytest
 import torch
 
 import attnext
-from attnext import bench, cli, demo, verify
+from attnext import cli, demo, verify
 from attnext.backends import choose
+from attnext.bench import command
+from attnext.bench.cases import CASES
 from attnext.cli import main
 from attnext.seq2seq import InputError, ModelConfig, Seq2Seq, commands
 from attnext.seq2seq.checkpoint import Checkpoint, load, save
@@ -100,7 +101,7 @@ assert main(["verify"]) == main(["train", "g2p", "--out", out]) == main(["predic
         assert "pip install 'attnext[demo]'" in line
 
 
-@pytest.mark.parametrize("name", ["verify", "train", "predict", "demo"])
+@pytest.mark.parametrize("name", ["verify", "bench", "train", "predict", "demo"])
 def test_every_command_has_help(name: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main([name, "--help"])
@@ -315,8 +316,8 @@ def test_a_reader_that_has_seen_enough(trained: Path) -> None:
 
 @pytest.mark.usefixtures("_small_dictionary")
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.setattr(bench, "CASES", [replace(case, batch=2, queries=1, keys=4) for case in bench.CASES])
-    monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(command, "CASES", [replace(case, batch=2, queries=1, keys=4) for case in CASES])
+    monkeypatch.setattr(command, "_QUICK_SECONDS", 0.0)
     monkeypatch.setattr(verify, "run", lambda args: 0)
     folder = tmp_path / "g2p"
     commands_run: list[str] = []
@@ -327,9 +328,13 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured)
 
     monkeypatch.setattr(demo, "main", run)
     assert main(["demo", "--seconds", "0.5", "--out", str(tmp_path)]) == 0
-    assert commands_run == ["verify --cases 20", "bench", f"train g2p --seconds 0.5 --out {folder}"]
+    assert commands_run == [
+        "verify --cases 20",
+        "bench --quick --peers eager --cases forward,training,step",
+        f"train g2p --seconds 0.5 --out {folder}",
+    ]
     shown = capsys.readouterr().out
-    for text in ("forward + backward", "PyTorch", "PER ", "dictionary", str(folder), "alignment.png"):
+    for text in ("forward + backward", "eager", "PER ", "dictionary", str(folder), "alignment.png"):
         assert text in shown
     assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
     assert load(folder).metrics["pairs"] > 0
@@ -337,32 +342,5 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured)
 
 def test_demo_stops_where_a_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "run", lambda args: 1)
-    monkeypatch.setattr(bench, "run", lambda args: pytest.fail("too late"))
+    monkeypatch.setattr(command, "run", lambda args: pytest.fail("too late"))
     assert main(["demo", "--out", str(tmp_path)]) == 1
-
-
-class TestBench:
-    def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-        for name, reason in (("cuda", "is not available"), ("cdua", "must be None or one of")):
-            with monkeypatch.context() as patch:
-                patch.setattr(importlib.import_module("attnext.backends"), "_forced", name)
-                assert main(["bench"]) == 2
-            error = capsys.readouterr().err
-            assert error.startswith("attnext: error: ")
-            assert reason in error
-            assert error.count("\n") == 1
-
-    def test_peers_that_disagree_are_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        case = bench.Case("forward", 2, 3, 5, 8, 4)
-        assert set(bench.calls(case, "cpu")) == {"PyTorch eager", "attnext cpu"}
-        monkeypatch.setattr(bench, "eager", lambda *x: torch.zeros(2, 3, 4))
-        with pytest.raises(RuntimeError, match="disagree"):
-            bench.calls(case, "cpu")
-
-    def test_threads_are_put_back(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-        monkeypatch.setattr(bench, "CASES", [bench.Case("step", 2, 1, 4, 8, 4)])
-        monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
-        before = torch.get_num_threads()
-        assert main(["bench", "--threads", "1"]) == 0
-        assert torch.get_num_threads() == before
-        assert "1 threads" in capsys.readouterr().out

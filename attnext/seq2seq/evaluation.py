@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from attnext.seq2seq._support import demo_extra
+from attnext._support import extra
 from attnext.seq2seq.checkpoint import Checkpoint
 from attnext.seq2seq.data import Entry
 from attnext.seq2seq.search import pronounce
@@ -36,7 +36,7 @@ def error_rates(outputs: Iterable[Sequence[str]], references: Iterable[Sequence[
         ValueError: there are more outputs than references or fewer, or a word has no reference.
         MissingExtra: rapidfuzz is not installed.
     """
-    with demo_extra():
+    with extra("demo"):
         from rapidfuzz.distance import Levenshtein
     edits = phonemes = wrong = words = 0
     for output, right in zip(outputs, references, strict=True):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnext.seq2seq._support import demo_extra, write_atomically
+from attnext._support import extra, write_atomically
 from attnext.seq2seq.search import Pronunciation
 
 __all__ = ["alignment"]
@@ -26,7 +26,7 @@ def alignment(path: Path, pronunciations: Sequence[Pronunciation]) -> None:
     """
     if not pronunciations or any(word.weights is None for word in pronunciations):
         raise ValueError("pronunciations must have attention weights: ask pronounce() for them")
-    with demo_extra():
+    with extra("demo"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize

@@ -1,4 +1,4 @@
-"""What every part of the reference model shares: errors for bad input, optional packages, atomic files."""
+"""What the commands share: errors for bad input, optional packages, atomic files."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["InputError", "MissingExtra", "demo_extra", "make_writable", "write_atomically"]
+__all__ = ["InputError", "MissingExtra", "extra", "make_writable", "writable_file", "write_atomically"]
 
 
 class InputError(ValueError):
-    """Something the user gave can't be used: a word, a folder, a checkpoint. The message is one line."""
+    """Something the user gave can't be used: a word, a folder, a file. The message is one line."""
 
 
 class MissingExtra(ImportError):
-    """A package of the ``demo`` extra is not installed."""
+    """A package of one of the extras is not installed."""
 
 
 @contextmanager
-def demo_extra() -> Iterator[None]:
-    """Around imports of optional packages: for a missing one, :class:`MissingExtra` names the extra."""
+def extra(name: str) -> Iterator[None]:
+    """Around imports of the packages of an extra: for a missing one, :class:`MissingExtra` says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise MissingExtra(
-            f"this needs the package {package!r}, which is not installed: pip install 'attnext[demo]'"
+            f"this needs the package {package!r}, which is not installed: pip install 'attnext[{name}]'"
         ) from error
 
 
@@ -43,6 +43,17 @@ def make_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from error
+
+
+def writable_file(option: str, path: Path) -> None:
+    """Makes sure, before long work, that the file of an option can be written; makes its folder if need be.
+
+    Raises:
+        InputError: it can't.
+    """
+    make_writable(path.parent)
+    if path.is_dir():
+        raise InputError(f"{option} must be a file, got the folder {str(path)!r}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

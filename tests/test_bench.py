@@ -1,0 +1,466 @@
+"""``attnext bench``: right before timed, what is chosen, what is kept, what has changed. No test judges a time."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from attnext.bench import command, machine, memory, plots, report, studies, timing
+from attnext.bench.cases import CASES, Case
+from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong, checked, cores, ours
+from attnext.bench.timing import Plan, measure
+from attnext.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+Captured = pytest.CaptureFixture[str]
+
+TINY = {case.name: replace(case, batch=2, queries=min(case.queries, 18), keys=21, features=24) for case in CASES}
+PEERS = {"attnext": ours("cpu")[0], **OTHERS}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases that take no time, and as few samples as there may be; a thread that leaves jax all the cores it finds."""
+    monkeypatch.setattr(command, "CASES", tuple(TINY.values()))
+    monkeypatch.setattr(studies, "CASES", tuple(TINY.values()))
+    for name in ("_QUICK_SECONDS", "_SECONDS", "_STUDY_SECONDS"):
+        monkeypatch.setattr(command, name, 0.0)
+    monkeypatch.setattr(timing, "_BLOCK_SECONDS", 1e-9)
+    monkeypatch.setattr(importlib.import_module("attnext.bench.peers"), "cores", lambda: 1)
+    monkeypatch.setattr(machine, "_READ_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "last_level_cache", lambda: 1 << 18)
+
+
+def bench(*arguments: str) -> int:
+    return main(["bench", *arguments])
+
+
+@pytest.fixture(scope="module")
+def _compiled() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def serving() -> list[tuple[str, str]]:
+    """Each peer with each kind and dtype it serves: cases of one kind differ in sizes alone."""
+    chosen = ("forward", "training", "step", "scores", "scores-backward", "forward-float16", "forward-bfloat16")
+    return [(name, case) for name, peer in PEERS.items() for case in chosen if peer.serves(TINY[case])]
+
+
+@pytest.mark.usefixtures("_compiled")
+@pytest.mark.parametrize(("name", "case"), serving())
+def test_every_peer_is_right(name: str, case: str) -> None:
+    if name == "jax":
+        pytest.importorskip("jax")
+        torch.set_num_threads(cores())
+    tiny = TINY[case]
+    with torch.set_grad_enabled(tiny.differentiated):
+        try:
+            checked(tiny, PEERS[name], tiny.inputs("cpu"))
+        except Unavailable as reason:
+            assert name == "compile"  # which needs a compiler
+            pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("case", ["forward", "training", "step", "scores", "scores-backward", "forward-bfloat16"])
+@pytest.mark.parametrize("fault", [1.05, float("nan")])
+def test_wrong_peer_is_refused_before_anything_is_timed(
+    case: str, fault: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("timed"))
+
+    def build(case: Case, inputs: Any) -> Any:
+        run = OTHERS["eager"].build(case, inputs)
+
+        def wrong() -> list[torch.Tensor]:
+            found = run()
+            results = [x.detach().clone() for x in (found if isinstance(found, tuple) else (found,))]
+            results[-1].view(-1)[results[-1].abs().argmax()] *= fault
+            return results
+
+        return wrong
+
+    faulty = Peer("faulty", build, OTHERS["eager"].formula)
+    with pytest.raises(Wrong, match=rf"faulty is wrong on the case {case}: off by"):
+        measure(TINY[case], [OTHERS["eager"], faulty], Plan("cpu", 0.0, 1))
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_wrong_peer_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    broken = replace(OTHERS["eager"], build=lambda case, inputs: lambda: torch.zeros(case.batch, case.queries, 512))
+    monkeypatch.setitem(OTHERS, "eager", broken)
+    assert bench("--quick", "--cases", "forward", "--peers", "eager") == 1
+    shown = capsys.readouterr().out
+    assert "FAILED: eager is wrong on the case forward" in " ".join(shown.split())
+    assert "faster" not in shown
+
+
+class TestWork:
+    def test_of_a_case(self) -> None:
+        pairs, elements = 2 * 3 * 5, 2 * 3 * 5 * 7
+        sizes = (2, 3, 5, 7, 11)
+        assert Case("", "forward", *sizes).elements == elements
+        assert Case("", "forward", *sizes).multiply_adds == 3 * elements + 11 * pairs
+        assert Case("", "forward + backward", *sizes).multiply_adds == 10.5 * elements + 33 * pairs
+        assert Case("", "scores", *sizes[:4]).multiply_adds == 3 * elements
+        assert Case("", "backward of the scores", *sizes[:4]).multiply_adds == 4.5 * elements
+        assert Case("", "forward", *sizes).memory_bytes == 0
+        assert Case("", "step", 2, 1, 5, 7, 11).memory_bytes == 2 * 5 * 18 * 4
+
+    def test_bound_is_the_slower_of_arithmetic_and_reading(self) -> None:
+        peaks = {"multiply_adds": 100.0, "read_bandwidth": 10.0, "last_level_cache": 50}
+        result = {"multiply_adds": 200.0, "memory_bytes": 0}
+        assert report.bound(result, peaks) == 2.0
+        assert report.bound(result | {"memory_bytes": 60}, peaks) == 6.0
+        assert report.bound(result | {"memory_bytes": 40}, peaks) == 2.0  # from the cache
+        assert report.bound(result, peaks | {"multiply_adds": 0.0}) is None
+
+    def test_exponent(self) -> None:
+        sizes = [1.0, 2.0, 4.0, 8.0, 16.0]
+        assert studies.exponent(sizes, [3e-3 * size**2 for size in sizes]) == pytest.approx(2.0)
+        assert studies.exponent(sizes, [5e-3 * size for size in sizes]) == pytest.approx(1.0)
+        assert 0.3 < studies.exponent(sizes, [1.0 + 0.2 * size for size in sizes]) < 0.9
+
+
+def test_peers_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(timing, "_on_cpu", lambda run, calls: run() or 1.0)
+    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    samples = timing.interleaved(runs, Plan("cpu", 0.0, 4))
+    assert "".join(order) == "abc" * 4
+    assert samples == {name: [1.0] * 4 for name in "abc"}
+
+
+@pytest.mark.usefixtures("_tiny")
+class TestCommand:
+    def test_table_and_json(self, tmp_path: Path, capsys: Captured) -> None:
+        path = tmp_path / "new" / "run.json"
+        assert bench("--quick", "--cases", "forward,step", "--cases", "scores", "--peers", "eager,sdpa",
+                     "--json", str(path)) == 0  # fmt: skip
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err
+        assert max(map(len, shown.out.splitlines())) <= 80
+        document = report.load(path)
+        found = [(result["case"], result["peer"]) for result in document["results"]]
+        kernel = PEERS["attnext"].name
+        assert found == [
+            ("forward", kernel), ("forward", "eager"), ("forward", "sdpa"),
+            ("step", kernel), ("step", "eager"), ("step", "sdpa"), ("scores", kernel), ("scores", "eager"),
+        ]  # fmt: skip
+        for result in document["results"]:
+            assert len(result["seconds"]) >= 3
+        assert document["versions"]["torch"] == torch.__version__
+        assert document["threads"] == 1
+        assert document["machine"]["cpu"] in shown.out
+        assert document["device"] == "cpu"
+        assert document["peaks"]["read_bandwidth"] > 0
+        assert document["studies"] == {}
+        if (ROOT / ".git").exists():
+            assert len(document["commit"]["id"]) == 40
+        assert f"forward: forward, {TINY['forward']}, float32" in shown.out
+        eager = next(result for result in document["results"] if result["peer"] == "eager")
+        times = report.ratio(eager, document["results"])
+        assert times == median(eager["seconds"]) / median(document["results"][0]["seconds"])
+        text = f"{times:.3g}x faster" if times >= 1 else f"{1 / times:.3g}x slower"
+        assert text in next(line for line in shown.out.splitlines() if line.startswith("eager"))
+
+    def test_all_but_studies_with_quick(self) -> None:
+        parser = command.argparse.ArgumentParser()
+        command.add_arguments(parser)
+        asked = command._asked(parser.parse_args(["--quick"]))
+        assert asked == (list(TINY.values()), [])
+        assert command._asked(parser.parse_args([]))[1] == list(studies.STUDIES)
+        assert command._asked(parser.parse_args(["--cases", "linearity"])) == ([], ["linearity"])
+        assert command._asked(parser.parse_args(["--quick", "--plot", "x.png"]))[1] == ["memory"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--cases", "froward"], "argument --cases: unknown name 'froward': did you mean 'forward'?"),
+            (["--cases", "step,linear"], "argument --cases: unknown name 'linear': did you mean 'linearity'?"),
+            (["--peers", "jacks"], "argument --peers: unknown name 'jacks': did you mean 'jax'?"),
+            (["--cases", ","], "argument --cases: must name at least one"),
+            (["--threads", "0"], "argument --threads: must be an integer above 0, got '0'"),
+        ],
+    )
+    def test_bad_usage(self, arguments: list[str], message: str, capsys: Captured) -> None:
+        with pytest.raises(SystemExit, match=r"^2$"):
+            bench(*arguments)
+        assert message in capsys.readouterr().err
+
+    def test_files_are_tried_before_the_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("too late"))
+        (tmp_path / "file").write_text("")
+        for option, path, message in (
+            ("--json", tmp_path, "--json must be a file, got the folder"),
+            ("--json", tmp_path / "file" / "a.json", "can't write to the folder"),
+            ("--plot", tmp_path / "file" / "a.png", "can't write to the folder"),
+            ("--plot", tmp_path / "a.pdf", "--plot must end in .png or .svg"),
+        ):
+            assert bench(option, str(path)) == 2
+            assert message in capsys.readouterr().err
+
+    def test_help_lists_cases_and_studies(self, capsys: Captured) -> None:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            bench("--help")
+        shown = capsys.readouterr().out
+        for name in (*TINY, *studies.STUDIES):
+            assert f"\n  {name} " in shown
+
+    def test_threads_are_put_back(self, capsys: Captured) -> None:
+        torch.set_num_threads(2)
+        assert bench("--threads", "1", "--quick", "--cases", "step", "--peers", "attnext") == 0
+        assert torch.get_num_threads() == 2
+        assert "1 threads" in capsys.readouterr().out
+
+    def test_without_jax(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setitem(sys.modules, "jax", None)
+        assert bench("--quick", "--cases", "step", "--peers", "jax,eager") == 0
+        shown = capsys.readouterr()
+        notes = " ".join(shown.out.split())
+        assert "note: jax was left out: jax is not installed: pip install 'attnext[bench]'" in notes
+        assert "\neager" in shown.out
+        assert "\njax" not in shown.out
+        assert shown.err == ""
+
+    def test_jax_on_fewer_threads_than_it_takes(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setattr(importlib.import_module("attnext.bench.peers"), "cores", lambda: 2)
+        assert bench("--threads", "1", "--quick", "--cases", "step", "--peers", "jax") == 0
+        assert "note: jax was left out: it would take all cores" in " ".join(capsys.readouterr().out.split())
+
+    def test_compile_that_fails(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        def fail(*args: object, **options: object) -> None:
+            raise RuntimeError("no compiler\nand a long story")
+
+        monkeypatch.setattr(torch, "compile", fail)
+        assert bench("--quick", "--cases", "step", "--peers", "compile") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "note: compile was left out: torch.compile failed: no compiler" in shown
+        assert "long story" not in shown
+
+    def test_without_the_extra(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        assert bench("--quick") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("attnext: error: this needs the package 'rich'")
+        assert "pip install 'attnext[bench]'" in error
+        assert error.count("\n") == 1
+
+    def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        for name, reason in (("cuda", "is not available"), ("cdua", "must be None or one of")):
+            with monkeypatch.context() as patch:
+                patch.setattr(importlib.import_module("attnext.backends"), "_forced", name)
+                assert bench() == 2
+            error = capsys.readouterr().err
+            assert error.startswith("attnext: error: ")
+            assert reason in error
+            assert error.count("\n") == 1
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_device_that_is_not_there(self, capsys: Captured) -> None:
+        assert bench("--device", "cuda") == 2
+        assert "torch sees no GPU" in capsys.readouterr().err
+
+    def test_studies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setattr(studies, "_BASE", {"batch": 1, "queries": 2, "keys": 3, "features": 4, "values": 2})
+        path = tmp_path / "run.json"
+        assert bench("--cases", "threads,linearity", "--threads", "2", "--json", str(path)) == 0
+        document = json.loads(path.read_text())
+        assert [row["case"] for row in document["studies"]["threads"]] == ["forward", "training"]
+        growth = document["studies"]["linearity"]
+        assert [(row["kind"], row["size"]) for row in growth[3:5]] == [
+            ("forward", "features"),
+            ("forward + backward", "batch"),
+        ]
+        assert growth[3]["sizes"] == [4, 8, 16, 32, 64]
+        assert growth[0]["exponent"] == pytest.approx(studies.exponent(growth[0]["sizes"], growth[0]["seconds"]))
+        shown = capsys.readouterr().out
+        assert "threads: one against 2" in shown
+        assert f"{growth[0]['exponent']:.2f}" in shown
+        assert bench("--cases", "threads", "--threads", "1") == 0
+        assert "the study of threads was left out" in capsys.readouterr().out
+
+
+def document(**seconds: list[float]) -> dict[str, Any]:
+    """A run of the case ``forward``, by peer; the kernels' name is ``attnext``."""
+    case = {"case": "forward", "kind": "forward", "sizes": "B 1", "dtype": "float32"}
+    work = {"elements": 10, "multiply_adds": 30.0, "memory_bytes": 0}
+    results = [case | work | {"peer": peer, "seconds": times} for peer, times in seconds.items()]
+    memory_rows = [
+        {"peer": peer, "keys": keys, "seconds": keys * 1e-3, "bytes": keys << 20}
+        for peer in seconds
+        for keys in (32, 64)
+    ]
+    return {
+        "schema": report.SCHEMA,
+        "machine": {"cpu": "a cpu"},
+        "versions": {"torch": "2.13.0", "jax": None, "python": "3.11"},
+        "device": "cpu",
+        "threads": 2,
+        "peaks": {"multiply_adds": 1e9, "read_bandwidth": 1e9, "last_level_cache": 1},
+        "results": results,
+        "studies": {"memory": memory_rows},
+        "notes": [],
+    }
+
+
+class TestCompare:
+    STEADY = [1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01]  # noqa: RUF012
+
+    def write(self, path: Path, content: dict[str, Any]) -> str:
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    def compared(self, tmp_path: Path, before: dict[str, Any], after: dict[str, Any]) -> int:
+        return bench("--compare", self.write(tmp_path / "a.json", before), self.write(tmp_path / "b.json", after))
+
+    def test_what_changed(self, tmp_path: Path, capsys: Captured) -> None:
+        noisy = [0.5, 1.0, 1.5, 0.7, 1.3]
+        before = document(same=self.STEADY, slow=self.STEADY, fast=self.STEADY, noisy=noisy, gone=self.STEADY)
+        after = document(
+            same=[1.01 * t for t in self.STEADY],
+            slow=[1.2 * t for t in self.STEADY],
+            fast=[0.5 * t for t in self.STEADY],
+            noisy=[1.2 * t for t in noisy],
+        )
+        assert self.compared(tmp_path, before, after) == 0
+        shown = capsys.readouterr().out
+        rows = {line.split()[1]: line.split() for line in shown.splitlines() if line.startswith("forward, ")}
+        assert {name: row[-1] for name, row in rows.items()} == {
+            "same": "same", "slow": "slower", "fast": "faster", "noisy": "same",
+        }  # fmt: skip
+        assert rows["slow"][-2] == "1.20x"
+        assert "only in one of them: forward, gone" in shown
+        assert "99% bootstrap interval" in shown
+        assert "warning" not in shown
+
+    def test_another_machine(self, tmp_path: Path, capsys: Captured) -> None:
+        before, after = document(eager=self.STEADY), document(eager=self.STEADY)
+        after["threads"], after["machine"]["cpu"] = 4, "another"
+        assert self.compared(tmp_path, before, after) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "warning: not measured alike: machine (a cpu, then another); threads (2, then 4)" in shown
+
+    def test_other_sizes_are_another_case(self, tmp_path: Path, capsys: Captured) -> None:
+        before, after = document(eager=self.STEADY), document(eager=self.STEADY)
+        after["results"][0]["sizes"] = "B 2"
+        assert self.compared(tmp_path, before, after) == 0
+        shown = capsys.readouterr().out
+        assert "only in one of them: forward, eager; forward, eager" in shown
+
+    def test_files_that_are_no_results(self, tmp_path: Path, capsys: Captured) -> None:
+        good = self.write(tmp_path / "good.json", document(eager=self.STEADY))
+        other = document(eager=self.STEADY) | {"schema": 99}
+        no_times = copy.deepcopy(document(eager=self.STEADY))
+        no_times["results"][0]["seconds"] = []
+        for content, message in (
+            ("junk", "is not a result of attnext bench --json"),
+            ("[1]", "is not a result of attnext bench --json"),
+            ('{"schema": 1}', "is not a result of attnext bench --json"),
+            (json.dumps(no_times), "is not a result of attnext bench --json"),
+            (json.dumps(other), "has schema 99"),
+            (None, "No such file"),
+        ):
+            bad = tmp_path / "bad.json"
+            bad.unlink(missing_ok=True)
+            if content is not None:
+                bad.write_text(content)
+            assert bench("--compare", good, str(bad)) == 2
+            error = capsys.readouterr().err
+            assert message in error
+            assert error.count("\n") == 1
+
+
+class TestPicture:
+    @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
+    def test_is_written(self, tmp_path: Path, name: str, start: bytes) -> None:
+        plots.draw(tmp_path / name, document(attnext=[1.0, 1.1], eager=[2.0, 2.1], sdpa=[0.5, 0.4]))
+        assert (tmp_path / name).read_bytes().startswith(start)
+
+    def test_shows_the_ratios_on_no_ground(self, tmp_path: Path) -> None:
+        svg, png = tmp_path / "a.svg", tmp_path / "a.png"
+        for path in (svg, png):
+            plots.draw(path, document(attnext=[1.0, 1.1], eager=[20.0, 21.0]))
+        assert "<!-- 19.5 -->" in svg.read_text()
+        image = pytest.importorskip("matplotlib.image").imread(png)
+        assert image[0, 0, 3] == 0
+        visible = image[image[..., 3] > 0.9][:, :3]
+        lightness = visible @ [0.2126, 0.7152, 0.0722]
+        assert 0.3 < lightness.min() < lightness.max() < 0.75  # far enough from white and from black
+
+    @pytest.mark.usefixtures("_tiny")
+    def test_brings_the_sweep_it_needs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        row = {"peer": "eager", "keys": 32, "seconds": 1.0, "bytes": 1}
+        monkeypatch.setitem(studies.STUDIES, "memory", lambda *_: [row])
+        path, kept = tmp_path / "a.png", tmp_path / "a.json"
+        arguments = ("--quick", "--cases", "step", "--peers", "eager", "--plot", str(path), "--json", str(kept))
+        assert bench(*arguments) == 0
+        assert json.loads(kept.read_text())["studies"] == {"memory": [row]}
+        assert path.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark can't be set back")
+def test_memory_of_a_call() -> None:
+    case = Case("memory", "forward + backward", 8, 64, 64, 256, 64)
+    intermediate = case.elements * 4  # 32 MiB
+    fused, eager = (memory.peak(case, name, "cpu", 1) for name in (PEERS["attnext"].name, "eager"))
+    # Eager keeps the tanh while it makes its gradient; the kernels' sums are a few times the gradients of the inputs.
+    assert 2 * intermediate <= eager < 6 * intermediate
+    assert 0 < fused < eager / 4
+
+
+def test_memory_that_can_not_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(TINY["training"], name="memory")
+    with pytest.raises(Unavailable, match="its memory at Tk 21 could not be measured: KeyError: 'nobody'"):
+        memory.peak(case, "nobody", "cpu", 1)
+    assert memory.fits(case)
+    assert not memory.fits(replace(case, batch=1 << 40))
+
+
+class TestMachine:
+    def test_peaks_are_the_best_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rates = iter([3.0, 5.0, 4.0])
+        monkeypatch.setattr(machine, "multiply_add_rate", lambda threads: next(rates))
+        monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 1.0)
+        peaks = machine.Peaks()
+        for _ in range(3):
+            peaks.update(2)
+        assert peaks == machine.Peaks(5.0, 1.0)
+
+    def test_rates(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "_READ_BYTES", 1 << 20)
+        monkeypatch.setattr(machine, "last_level_cache", lambda: 1 << 18)
+        # No processor reads less, or makes a hundred thousand multiply-adds in the time of one.
+        assert 1e8 < machine.read_bandwidth(1) < 1e13
+        assert machine.last_level_cache() > 0
+        if machine._extension.load() is not None:
+            assert 1e8 < machine.multiply_add_rate(2, seconds=0.005) < 1e13
+        monkeypatch.setattr(machine._extension, "load", lambda: None)
+        assert machine.multiply_add_rate(1) == 0.0
+
+
+def test_suite_of_pytest_benchmark() -> None:
+    pytest.importorskip("pytest_benchmark")
+    if not (ROOT / "benchmarks").is_dir():
+        pytest.skip("the benchmarks are in the repository only")
+    words = ("benchmarks", "--benchmark-disable", "-q", "-p", "no:cacheprovider", "-k", "step-small and not compile")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout.splitlines()[-1]
