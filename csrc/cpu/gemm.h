@@ -42,14 +42,37 @@ inline void product_columns(const Product<T>& p, int64_t row, int64_t column, in
   if constexpr (N > 1) product_columns<T, I, N / 2>(p, row, column, end);
 }
 
-// Rows [row, end) in tiles of I rows and as many columns as the registers hold: of sixteen, twelve take 6 x 2 sums; a
-// single row takes a wide panel, so that it streams B.
+// A single row of C: B goes by row by row, as memory has it, four rows to each pass over C.
+template <class T>
+inline void product_row(const Product<T>& p, int64_t row, int64_t columns) {
+  constexpr int W = kLanes<T>;
+  const T *a = p.a + row * p.a_row, *b = p.b;
+  T* c = p.c + row * p.c_row;
+  const int64_t step = p.b_row;
+  int64_t k = 0;
+  for (; k + 4 <= p.depth; k += 4, b += 4 * step, a += 4 * p.a_column) {
+    const T a0 = a[0], a1 = a[p.a_column], a2 = a[2 * p.a_column], a3 = a[3 * p.a_column];
+    for (int64_t n = 0; n < columns; n += W) {
+      const T* x = b + n;
+      store<T>(c + n, load(c + n) +
+                          ((a0 * load(x) + a1 * load(x + step)) + (a2 * load(x + 2 * step) + a3 * load(x + 3 * step))));
+    }
+  }
+  for (; k < p.depth; ++k, b += step, a += p.a_column)
+    for (int64_t n = 0; n < columns; n += W) add_to<T>(c + n, *a * load(b + n));
+}
+
+// Rows [row, end) in tiles of I rows and as many columns as the registers hold: of sixteen, twelve take 6 x 2 sums.
 template <int I>
 constexpr int kPanel = I == 6 ? 2 : kRegisters / 2 / I;
 template <class T, int I = (kRegisters > 16 ? 8 : 6)>
 inline void product(const Product<T>& p, int64_t row, int64_t end, int64_t columns) {
-  for (; row + I <= end; row += I) product_columns<T, I, kPanel<I>>(p, row, 0, columns);
-  if constexpr (I > 1) product<T, (I > 4 ? 4 : I / 2)>(p, row, end, columns);
+  if constexpr (I > 1) {
+    for (; row + I <= end; row += I) product_columns<T, I, kPanel<I>>(p, row, 0, columns);
+    product<T, (I > 4 ? 4 : I / 2)>(p, row, end, columns);
+  } else if (row < end) {
+    product_row(p, row, columns);
+  }
 }
 
 // Keeps a vector that is used several times in its register: the compiler would rather load it for each use, and loads

@@ -183,8 +183,10 @@ inline void near_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t o
       for (int64_t k = 0; k < ni * J; ++k) sum[k] = Vec<T>{};
       if constexpr (Capped) {
         capped_block(p, e + i * row, ni, t.f + j * p.padded, nj, sum);
-      } else {
+      } else if (ni > 1) {
         folded_block(p, e + i * row, ni, t.f + j * p.padded, nj, sum);
+      } else {  // key by key: a step waits for memory, which is fastest in the order of its addresses
+        for (int64_t k = 0; k < nj; ++k) folded_block(p, e + i * row, 1, t.f + (j + k) * p.padded, 1, sum + k);
       }
       for (int64_t k = 0; k < ni; ++k)
         for (int64_t l = 0; l < J; l += W)
