@@ -105,11 +105,10 @@ def attend(
             need_weights=need_weights,
             seed=seed,
         )
-    single = query.dim() == 2
     prepared = memory.prepared if memory.prepared is not None and memory.prepared.backend == family else None
     context, weights, _ = _call(
         operators[family].attention,
-        (query.unsqueeze(1) if single else query, memory.key, memory.value, memory.score_weight),
+        (query, memory.key, memory.value, memory.score_weight),
         prepared.exp_key if prepared else None,
         prepared.key_limit if prepared else None,
         memory.lengths,
@@ -119,8 +118,6 @@ def attend(
         dropout_p,
         need_weights,
     )
-    if single:
-        return context.squeeze(1), weights.squeeze(1) if need_weights else None
     return context, weights if need_weights else None
 
 
@@ -156,10 +153,8 @@ def additive_scores(
     if family == "reference":
         query, key, score_weight = _autocast(query, key, score_weight)
         return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
-    single = query.dim() == 2
-    inputs = (query.unsqueeze(1) if single else query, key, score_weight)
-    scores: Tensor = _call(operators[family].scores, inputs, lengths, mask, scale)
-    return scores.squeeze(1) if single else scores
+    scores: Tensor = _call(operators[family].scores, (query, key, score_weight), lengths, mask, scale)
+    return scores
 
 
 def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:

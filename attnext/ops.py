@@ -1,8 +1,9 @@
 """The operators' contracts with PyTorch: schema, fake (shapes without data), autograd and autocast.
 
 Every kernel family has the same operators under its own suffix, ``attnext::additive_attention_cpu`` and so on; the
-family's own code only registers the kernels. Kernels take query (B, Tq, D), key (B, Tk, D), value (B, Tk, H) and
-score_weight (D,) in one dtype, on one device, with checked arguments (:mod:`attnext.functional`).
+family's own code only registers the kernels. Kernels take query (B, Tq, D) or (B, D), key (B, Tk, D), value (B, Tk, H)
+and score_weight (D,) in one dtype, on one device, with checked arguments (:mod:`attnext.functional`); for a query of (B, D)
+context and weights or scores are without Tq too, and only log_sum_exp is always (B, Tq).
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ def _fake_prepare(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _fake_attention(
     query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, queries, _ = query.shape
     need_weights: bool = options[-1]
-    weights = query.new_empty((batch, queries, key.shape[1]) if need_weights else (0,))
-    log_sum_exp = query.new_empty(batch, queries, dtype=_accumulator(query.dtype))
-    return query.new_empty(batch, queries, value.shape[2]), weights, log_sum_exp
+    weights = query.new_empty((*query.shape[:-1], key.shape[1]) if need_weights else (0,))
+    queries = query.shape[1] if query.dim() == 3 else 1
+    log_sum_exp = query.new_empty(query.shape[0], queries, dtype=_accumulator(query.dtype))
+    return query.new_empty(*query.shape[:-1], value.shape[2]), weights, log_sum_exp
 
 
 def _fake_attention_backward(
@@ -73,7 +74,7 @@ def _fake_attention_backward(
 
 
 def _fake_scores(query: Tensor, key: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape[0], query.shape[1], key.shape[1])
+    return query.new_empty(*query.shape[:-1], key.shape[1])
 
 
 def _fake_scores_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:

@@ -321,7 +321,8 @@ def test_lengths_of_any_integers(backend: str, dtype: torch.dtype) -> None:
     context, weights = attnext.additive_attention(**x, lengths=lengths, need_weights=True, backend=backend)
     mask = torch.arange(KEYS) < torch.tensor([[3], [KEYS]])
     expected = attnext.additive_attention(**x, mask=mask, need_weights=True, backend=backend)
-    torch.testing.assert_close((context, weights), expected, rtol=0, atol=0)
+    # Not to the bit: a sum over fewer keys may be taken in another order.
+    torch.testing.assert_close((context, weights), expected, rtol=1e-6, atol=1e-7)
     assert weights is not None
     assert torch.equal(weights > 0, mask.unsqueeze(1).expand_as(weights))
 

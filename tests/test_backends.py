@@ -31,9 +31,9 @@ MISSING = [name for name, backend in attnext.backends().items() if not backend.a
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No backend is forced, no choice remembered."""
     monkeypatch.setattr(registry, "_forced", None)
-    registry._choose_automatically.cache_clear()
+    registry._resolved.cache_clear()
     yield
-    registry._choose_automatically.cache_clear()
+    registry._resolved.cache_clear()
 
 
 @pytest.fixture

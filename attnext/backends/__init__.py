@@ -76,6 +76,13 @@ def choose(name: str | None, device_type: str) -> str:
 # A constant to the compiler: what this machine has doesn't change while it runs. What does, _forced, is read outside.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _resolve(name: str | None, device_type: str) -> str:
+    if name is not None and not isinstance(name, str):
+        _require(name)  # says what it may be; the cache below takes no lists
+    return _resolved(name, device_type)
+
+
+@functools.cache
+def _resolved(name: str | None, device_type: str) -> str:
     if name is None:
         return _choose_automatically(device_type)
     family = _require(name)
@@ -97,7 +104,6 @@ def _require(name: str) -> Family:
     return family
 
 
-@functools.cache
 def _choose_automatically(device_type: str) -> str:
     for name in _AUTOMATIC:
         family = _FAMILIES[name]

@@ -52,39 +52,55 @@ Type type_of(const Tensor& x) {
   return Type::kBFloat16;
 }
 
+// Up to three sizes.
+struct Shape {
+  Shape(std::initializer_list<int64_t> list) : rank(int64_t(list.size())) {
+    std::copy(list.begin(), list.end(), sizes.begin());
+  }
+  explicit Shape(const Tensor& x) : rank(x.dim()) {
+    for (int64_t k = 0; k < rank; ++k) sizes[k] = x.size(k);
+  }
+  std::array<int64_t, 3> sizes{};
+  int64_t rank;
+};
+
+// That of a result: (B, Tq, n), or (B, n) for a query of (B, D).
+Shape by_query(const Tensor& query, int64_t n) {
+  return query.dim() == 2 ? Shape{query.size(0), n} : Shape{query.size(0), query.size(1), n};
+}
+
 // A new contiguous tensor, without the way through the dispatcher, which costs more than a small step.
-template <size_t N>
-Tensor empty(const std::array<int64_t, N>& sizes, int32_t dtype) {
-  std::array<int64_t, N> strides;
+Tensor empty(const Shape& shape, int32_t dtype) {
+  std::array<int64_t, 3> strides;
   int64_t numbers = 1;
-  for (size_t k = N; k-- > 0; numbers *= std::max<int64_t>(sizes[k], 1)) strides[k] = numbers;
+  for (int64_t k = shape.rank; k-- > 0; numbers *= std::max<int64_t>(shape.sizes[k], 1)) strides[k] = numbers;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(N), sizes.data(), strides.data(), dtype,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.rank, shape.sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor result(handle);
   if (poisoned() && result.numel() > 0) std::memset(result.data_ptr(), 0xff, result.numel() * result.element_size());
   return result;
 }
 
-std::array<int64_t, 3> sizes_of(const Tensor& x) { return {x.size(0), x.size(1), x.size(2)}; }
-
 template <class T>
 int32_t arithmetic_dtype() {
   return sizeof(T) == 4 ? kFloatDtype : kDoubleDtype;
 }
 
-Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), type_of(x)}; }
+// A tensor of (B, n) is one row for each batch row.
+Rows rows_of(const Tensor& x) {
+  const bool single = x.dim() == 2;
+  return {x.data_ptr(), x.stride(0), single ? 0 : x.stride(1), x.stride(single ? 1 : 2), type_of(x)};
+}
 
 Rows rows_of(const Optional& x) { return x ? rows_of(*x) : Rows{}; }
 
-void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> shape) {
+void check_shape(const Tensor& x, const char* name, const Shape& shape) {
   STD_TORCH_CHECK(x.is_cpu(), "attnext: ", name, " is not on the CPU");
-  STD_TORCH_CHECK(x.dim() == int64_t(shape.size()), "attnext: ", name, " has ", x.dim(), " dimensions");
-  int64_t k = 0;
-  for (const int64_t n : shape) {
-    STD_TORCH_CHECK(x.size(k) == n, "attnext: ", name, " has size ", x.size(k), " in dimension ", k, ", needs ", n);
-    ++k;
-  }
+  STD_TORCH_CHECK(x.dim() == shape.rank, "attnext: ", name, " has ", x.dim(), " dimensions, needs ", shape.rank);
+  for (int64_t k = 0; k < shape.rank; ++k)
+    STD_TORCH_CHECK(x.size(k) == shape.sizes[k], "attnext: ", name, " has size ", x.size(k), " in dimension ", k,
+                    ", needs ", shape.sizes[k]);
 }
 
 void check_rank(const Tensor& x, const char* name, int64_t rank) {
@@ -93,9 +109,12 @@ void check_rank(const Tensor& x, const char* name, int64_t rank) {
 
 // The size of rows of exponentials. Before anything is read: the inputs fit together.
 int64_t padded_features(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight) {
-  check_rank(query, "query", 3), check_rank(key, "key", 3);
-  const int64_t batch = query.size(0), keys = key.size(1), features = query.size(2);
-  check_shape(query, "query", {batch, query.size(1), features});
+  check_rank(key, "key", 3);
+  const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2);
+  STD_TORCH_CHECK(query.dim() == 2 || query.dim() == 3, "attnext: query has ", query.dim(),
+                  " dimensions, needs 2 or 3");
+  STD_TORCH_CHECK(query.size(0) == batch, "attnext: query has batch size ", query.size(0), ", key ", batch);
+  check_shape(query, "query", by_query(query, features));
   check_shape(key, "key", {batch, keys, features});
   check_shape(score_weight, "score_weight", {features});
   const int32_t dtype = dtype_of(query);
@@ -226,7 +245,8 @@ struct Setup {
   Setup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
         const Optional& exp_key, const Optional& key_limit, const Optional& lengths, const Optional& mask, double scale)
       : padded(padded_features(query, key, value, score_weight)), weights(scratch, score_weight, scale, padded) {
-    const int64_t batch = query.size(0), queries = query.size(1), keys = key.size(1), features = query.size(2);
+    const int64_t batch = key.size(0), queries = query.dim() == 2 ? 1 : query.size(1), keys = key.size(1),
+                  features = key.size(2);
     problem.batch = batch, problem.queries = queries, problem.keys = keys;
     problem.features = features, problem.padded = padded;
     problem.values = value ? value->size(2) : 0;
@@ -287,8 +307,8 @@ std::tuple<Tensor, Tensor> prepare_as(const Tensor& key, const Optional& lengths
   check_rank(key, "key", 3);
   const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2),
                 padded = round_up(features, kFeatureBlock);
-  Tensor exp_key = empty<3>({batch, keys, padded}, arithmetic_dtype<T>());
-  Tensor limit = empty<2>({batch, keys}, arithmetic_dtype<T>());
+  Tensor exp_key = empty({batch, keys, padded}, arithmetic_dtype<T>());
+  Tensor limit = empty({batch, keys}, arithmetic_dtype<T>());
   Optional kept;
   STD_TORCH_CHECK(!mask || mask->dim() == 2, "attnext: mask must have 2 dimensions");
   exponentials<T>(rows_of(key), batch, keys, features, padded, lengths_of(lengths, batch, keys, kept),
@@ -307,9 +327,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_as(const Tensor& query, const Tenso
   setup.set_dropout(dropout_p, seed);
   const Problem<T>& p = setup.problem;
   const int32_t dtype = dtype_of(query);
-  Tensor context = empty<3>({p.batch, p.queries, p.values}, dtype);
-  Tensor weights = need_weights ? empty<3>({p.batch, p.queries, p.keys}, dtype) : empty<1>({0}, dtype);
-  Tensor log_sum_exp = empty<2>({p.batch, p.queries}, arithmetic_dtype<T>());
+  Tensor context = empty(by_query(query, p.values), dtype);
+  Tensor weights = empty(need_weights ? by_query(query, p.keys) : Shape{0}, dtype);
+  Tensor log_sum_exp = empty({p.batch, p.queries}, arithmetic_dtype<T>());
   const Forward<T> f{p, rows_of(context), need_weights ? rows_of(weights) : Rows{},
                      static_cast<T*>(log_sum_exp.data_ptr())};
   const auto& kernels = kernels_of<T>();
@@ -326,7 +346,7 @@ Tensor scores_as(const Tensor& query, const Tensor& key, const Tensor& score_wei
                  const Optional& mask, double scale) {
   Setup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
   const Problem<T>& p = setup.problem;
-  Tensor result = empty<3>({p.batch, p.queries, p.keys}, dtype_of(query));
+  Tensor result = empty(by_query(query, p.keys), dtype_of(query));
   const Scores<T> s{p, setup.weights.sum, rows_of(result)};
   const auto& kernels = kernels_of<T>();
   parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
@@ -346,10 +366,10 @@ struct Gradients {
         exp_query(
             setup.scratch.template take<T>((setup.problem.batch * setup.problem.queries + 1) * row_of(setup.padded))),
         query_limit(setup.scratch.template take<T>(setup.problem.batch * setup.problem.queries)),
-        grad_query(empty(sizes_of(query), dtype_of(query))),
-        grad_key(empty(sizes_of(key), dtype_of(key))),
-        grad_value(empty(sizes_of(value ? *value : key), dtype_of(query))),
-        grad_weight(empty<1>({score_weight.size(0)}, dtype_of(score_weight))) {
+        grad_query(empty(Shape(query), dtype_of(query))),
+        grad_key(empty(Shape(key), dtype_of(key))),
+        grad_value(empty(Shape(value ? *value : key), dtype_of(query))),
+        grad_weight(empty(Shape(score_weight), dtype_of(score_weight))) {
     const Problem<T>& p = setup.problem;
     g.problem = p;
     // Few batch rows are split by keys, each part with its own sums for the queries, as long as those stay small beside
@@ -427,14 +447,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_as(
   Setup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
   const Problem<T>& p = setup.problem;
-  check_shape(context, "context", {p.batch, p.queries, p.values});
+  check_shape(context, "context", by_query(query, p.values));
   check_shape(log_sum_exp, "log_sum_exp", {p.batch, p.queries});
   STD_TORCH_CHECK(dtype_of(log_sum_exp) == arithmetic_dtype<T>() && log_sum_exp.is_contiguous(),
                   "attnext: log_sum_exp is not as the forward pass made it");
-  if (grad_context) check_shape(*grad_context, "grad_context", {p.batch, p.queries, p.values});
+  if (grad_context) check_shape(*grad_context, "grad_context", by_query(query, p.values));
   if (grad_weights) {
-    check_shape(*grad_weights, "grad_weights", {p.batch, p.queries, p.keys});
-    check_shape(weights, "weights", {p.batch, p.queries, p.keys});
+    check_shape(*grad_weights, "grad_weights", by_query(query, p.keys));
+    check_shape(weights, "weights", by_query(query, p.keys));
   }
   Gradients<T> gradients(setup, query, key, &value, score_weight, scale);
   const int64_t rows = p.batch * p.queries;
@@ -459,7 +479,7 @@ std::tuple<Tensor, Tensor, Tensor> scores_backward_as(const Tensor& grad, const 
                                                       const Tensor& score_weight, const Optional& lengths,
                                                       const Optional& mask, double scale) {
   Setup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
-  check_shape(grad, "grad", {setup.problem.batch, setup.problem.queries, setup.problem.keys});
+  check_shape(grad, "grad", by_query(query, setup.problem.keys));
   Gradients<T> gradients(setup, query, key, nullptr, score_weight, scale);
   gradients.g.from_scores = true;
   gradients.g.grad_weights = rows_of(grad);
