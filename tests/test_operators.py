@@ -56,6 +56,21 @@ class TestOpcheck:
         args = (torch.randn(2, 3, 5), query, key, v, LENGTHS, MASK, 1.0)
         torch.library.opcheck(OPS.additive_scores_backward_cpu.default, args)
 
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_one_query(self, requires_grad: bool) -> None:
+        """A query of (B, D): results and gradients are without Tq too."""
+        _, *rest = inputs(requires_grad=requires_grad)
+        x = [torch.randn(2, 8, requires_grad=requires_grad), *rest]
+        options = (None, None, LENGTHS, MASK, None, 1.0, 0.0)
+        torch.library.opcheck(OPS.additive_attention_cpu.default, (*x, *options, True))
+        torch.library.opcheck(OPS.additive_scores_cpu.default, (x[0], x[1], x[3], None, None, 1.0))
+        x = [tensor.detach() for tensor in x]
+        saved = OPS.additive_attention_cpu(*x, *options, True)
+        args = (torch.randn(2, 6), torch.randn(2, 5), *x, *options, *saved)
+        torch.library.opcheck(OPS.additive_attention_backward_cpu.default, args)
+        args = (torch.randn(2, 5), x[0], x[1], x[3], LENGTHS, MASK, 1.0)
+        torch.library.opcheck(OPS.additive_scores_backward_cpu.default, args)
+
     def test_prepare(self) -> None:
         torch.library.opcheck(OPS.additive_prepare_cpu.default, (torch.randn(2, 5, 40), LENGTHS, MASK))
 
@@ -190,7 +205,11 @@ class TestDirectCalls:
     @pytest.mark.parametrize(
         "change",
         [
-            {0: torch.randn(2, 8)},
+            {0: torch.randn(8)},
+            {0: torch.randn(2, 9)},
+            {0: torch.randn(3, 8)},
+            {0: torch.randn(3, 4, 8)},
+            {0: torch.randn(2, 1, 4, 8)},
             {1: torch.randn(2, 5)},
             {1: torch.randn(2, 5, 9)},
             {2: torch.randn(2, 4, 6)},

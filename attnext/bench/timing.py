@@ -21,6 +21,8 @@ __all__ = ["Plan", "interleaved", "measure", "threads"]
 # A block this long is far above the resolution of the clock and the cost of reading it.
 _BLOCK_SECONDS = 2e-3
 _MOST_ROUNDS = 50
+# A call this long hardly notices what was done just before it.
+_SHORT_SECONDS = 5e-2
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,15 @@ def interleaved(runs: Mapping[str, Run], plan: Plan, name: str = "") -> dict[str
                 # One that is much faster than the rest may take several samples of a round.
                 block = once[peer] * calls[peer]
                 repeats = max(1, min(20, int(plan.seconds / (rounds * len(runs)) / block)))
+                if block < _SHORT_SECONDS:
+                    # Finds the caches as the peer before it left them, and the cores: its threads may be waiting there.
+                    run()
                 while len(samples[peer]) < number * repeats:
                     samples[peer].append(take(run, calls[peer]))
     return samples
 
 
 def _on_cpu(run: Run, calls: int) -> float:
-    if calls > 1:
-        run()  # finds the caches as the peer before it left them
     return timeit.Timer(run).timeit(calls) / calls
 
 
