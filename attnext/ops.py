@@ -2,8 +2,8 @@
 
 Every kernel family has the same operators under its own suffix, ``attnext::additive_attention_cpu`` and so on; the
 family's own code only registers the kernels. Kernels take query (B, Tq, D) or (B, D), key (B, Tk, D), value (B, Tk, H)
-and score_weight (D,) in one dtype, on one device, with checked arguments (:mod:`attnext.functional`); for a query of (B, D)
-context and weights or scores are without Tq too, and only log_sum_exp is always (B, Tq).
+and score_weight (D,) in one dtype, on one device, with checked arguments (:mod:`attnext.functional`). For a query of
+(B, D), context, weights and scores are without Tq too; log_sum_exp is always (B, Tq).
 """
 
 from __future__ import annotations
