@@ -17,8 +17,8 @@ constexpr int64_t kQueryBlock = 16;   // queries of one forward task
 constexpr int64_t kKeyTile = 64;      // keys scored at a time
 constexpr int64_t kGradQueries = 32;  // queries and keys of one step of a backward task
 constexpr int64_t kGradKeyTile = 32;
-constexpr int64_t kKept =
-    32;  // pairs whose r a backward task keeps: two queries, and keys as many as the widest vector
+// Pairs whose r a backward task keeps: two queries, and as many keys as the widest vector has lanes.
+constexpr int64_t kKept = 32;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
