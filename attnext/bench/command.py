@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-_QUICK_SECONDS, _QUICK_SAMPLES = 1.0, 3
-_QUICK_COMPILED = ("forward", "training", "step")
+_QUICK_SECONDS, _QUICK_SAMPLES = 0.5, 3
+_QUICK_COMPILED = ("forward", "step")
 _SECONDS, _SAMPLES = 8.0, 5
 _STUDY_SECONDS = 0.5
 
