@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-__all__ = ["FEATURE_BLOCK", "Operators", "operators"]
+__all__ = ["FEATURE_BLOCK", "KEY_BLOCK", "Operators", "implement", "operators"]
 
 FEATURE_BLOCK = 32
-"""Features of a prepared memory are padded to a multiple of this many (``kFeatureBlock`` in C++)."""
+"""Features of a memory prepared by the CPU kernels are padded to a multiple of this many (``kFeatureBlock`` in C++)."""
+KEY_BLOCK = 128
+"""Keys of a memory prepared by the Triton kernels are padded to a multiple of this many (``kernels/tiles.py``)."""
 
 _library = torch.library.Library("attnext", "DEF")
 
@@ -50,11 +52,19 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake_prepare(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_prepare_cpu(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = _accumulator(key.dtype)
     batch, keys, size = key.shape
     padded = (size + FEATURE_BLOCK - 1) // FEATURE_BLOCK * FEATURE_BLOCK
     return key.new_empty(batch, keys, padded, dtype=dtype), key.new_empty(batch, keys, dtype=dtype)
+
+
+def _fake_prepare_triton(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator(key.dtype)
+    batch, keys, size = key.shape
+    padded = (max(keys, 1) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
+    features = 2 * max(1, (size + 1) // 2)
+    return key.new_empty(batch, features, padded, dtype=dtype), key.new_empty(batch, padded, dtype=dtype)
 
 
 def _fake_attention(
@@ -81,8 +91,8 @@ def _fake_scores_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in inputs[:3])
 
 
+_FAKES_OF_PREPARE: dict[str, Callable[..., Any]] = {"cpu": _fake_prepare_cpu, "triton": _fake_prepare_triton}
 _FAKES: dict[str, Callable[..., Any]] = {
-    "additive_prepare": _fake_prepare,
     "additive_attention": _fake_attention,
     "additive_attention_backward": _fake_attention_backward,
     "additive_scores": _fake_scores,
@@ -149,9 +159,10 @@ def _cast_under_autocast(name: str, tensors: int, device_type: str) -> None:
 
 
 def _define(family: str, device_type: str) -> Operators:
+    fakes = _FAKES | {"additive_prepare": _FAKES_OF_PREPARE[family]}
     for name, schema in _SCHEMAS.items():
         _library.define(f"{name}_{family}{schema}")
-        torch.library.register_fake(f"attnext::{name}_{family}", _FAKES[name], lib=_library)
+        torch.library.register_fake(f"attnext::{name}_{family}", fakes[name], lib=_library)
     _attention_autograd(family)
     _scores_autograd(family)
     for name in ("additive_attention", "additive_scores"):
@@ -166,5 +177,11 @@ def _define(family: str, device_type: str) -> Operators:
     )
 
 
-operators: dict[str, Operators] = {"cpu": _define("cpu", "cpu")}
+def implement(family: str, dispatch_key: str, kernel: Callable[[str], Callable[..., Any]]) -> None:
+    """Registers the kernels of a family that is written in Python: ``kernel`` gives that of an operator's name."""
+    for name in _SCHEMAS:
+        _library.impl(f"{name}_{family}", kernel(name), dispatch_key)
+
+
+operators: dict[str, Operators] = {"cpu": _define("cpu", "cpu"), "triton": _define("triton", "cuda")}
 """The operators of each kernel family, by backend name."""

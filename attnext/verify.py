@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from attnext.backends import backends
+from attnext.backends import backends, kernel_devices
 from attnext.cases import CASES, DTYPES, Case, compare, random_cases
 from attnext.cli import non_negative
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RESULTS = ("scores", "context", "weights", "grad query", "grad key", "grad value", "grad score_weight")
-# Where each backend that has kernels finds its tensors.
-DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases", type=non_negative, default=200, help="random ones beside the table (default %(default)s)"
     )
-    parser.add_argument("--backend", action="append", choices=list(DEVICES), help="only this backend; repeatable")
+    parser.add_argument("--backend", action="append", choices=list(kernel_devices()), help="only this backend; repeatable")
 
 
 @dataclass
@@ -39,7 +37,7 @@ class Report:
     def verify(self, backend: str, case: Case, seed: int) -> None:
         """Compares one case and counts it in."""
         try:
-            errors = compare(case, backend, seed, DEVICES[backend])
+            errors = compare(case, backend, seed, kernel_devices()[backend])
         except Exception as raised:  # whatever a kernel may raise: the rest is verified all the same
             self.failures.append(f"{backend}: {case}, seed {seed}: {type(raised).__name__}: {raised}")
             return
@@ -91,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     status = backends()
-    asked = args.backend or list(DEVICES)
+    asked = args.backend or list(kernel_devices())
     ready = [name for name in asked if status[name].available]
     report = Report()
     work = [(backend, *item) for backend in ready for item in _work(args.seed, args.cases)]

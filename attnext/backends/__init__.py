@@ -18,7 +18,7 @@ import torch
 from attnext.backends import cpu, cuda, reference, triton
 from attnext.backends._base import Backend, Family
 
-__all__ = ["Backend", "backends", "choose", "use_backend"]
+__all__ = ["Backend", "backends", "choose", "kernel_devices", "use_backend"]
 
 _FAMILIES: dict[str, Family] = {
     "reference": reference.FAMILY,
@@ -39,6 +39,11 @@ def backends() -> dict[str, Backend]:
         For every backend name whether it is available, and the reason: what it runs, or why it can't and how to get it.
     """
     return {name: family.probe() for name, family in _FAMILIES.items()}
+
+
+def kernel_devices() -> dict[str, str]:
+    """The device type that each backend with kernels serves on this machine, by name."""
+    return {name: family.device_types[0] for name, family in _FAMILIES.items() if family.device_types}
 
 
 @contextmanager

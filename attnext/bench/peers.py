@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnext import additive_attention, additive_scores, backends, functional, reference
-from attnext.backends import choose
+from attnext.backends import choose, kernel_devices
 from attnext.bench.cases import Case
 from attnext.cases import Inputs
 from attnext.memory import Memory
-from attnext.verify import DEVICES
 
 __all__ = ["OTHERS", "Peer", "Unavailable", "Wrong", "checked", "cores", "exact", "ours"]
 
@@ -172,7 +171,7 @@ OTHERS = {
 def ours(device: str) -> list[Peer]:
     """This project's backends that serve a device: the one that is chosen first, then other kernels."""
     status = backends()
-    kernels = [name for name, served in DEVICES.items() if served == device and status[name].available]
+    kernels = [name for name, served in kernel_devices().items() if served == device and status[name].available]
     names = dict.fromkeys([choose(None, device), *kernels])
     return [Peer(f"attnext {name}", partial(_attnext, name), _additive) for name in names]
 

@@ -1,0 +1,551 @@
+"""Triton kernels of additive attention: exponentials, forward with its combination of splits, backward.
+
+Letters as in ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r. E and F are kept
+with features along the rows, (B, padded features, padded rows), so that the score of a tile is a sum of outer products:
+each thread holds its own pairs and adds feature after feature, without a shuffle or a word of shared memory.
+
+Feature d goes with d + half: the two share a reciprocal. The weight is folded in: y = c x with c = unit max|w| / w, so
+w r is 1/y up to a constant, and a pair is (y0 + y1) / (y0 y1): three multiply-adds, two additions or products, and one
+reciprocal for two features.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A folded y is at least UNIT in size and at most 2^63 where a tile is near: the product of two stays a normal number.
+# PLAIN is |q| + |k| up to which the product of two x = 1 + E F is finite; MAX_WEIGHT as on the CPU.
+UNIT = {"float32": 2.0**-62, "float64": 2.0**-510}
+FOLD_BITS = {"float32": 124.5, "float64": 1020.0}
+PLAIN = {"float32": 21.5, "float64": 177.0}
+MAX_WEIGHT = {"float32": 2.0**30, "float64": 2.0**200}
+# A weight this much smaller than the largest, over D, counts as 0.
+SMALLEST = {"float32": 2.0**-26, "float64": 2.0**-55}
+HALF_LN2 = tl.constexpr(0.34657)
+
+
+@triton.jit
+def _reciprocal(x, TARGET: tl.constexpr):
+    """1/x to an ulp or two: the hardware's own estimate in float32, a division elsewhere."""
+    if TARGET == "cuda" and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    elif TARGET == "hip" and x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("v_rcp_f32 $0, $1", "=v,v", [x], tl.float32, True, 1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def _mix(x):
+    """The hash of reference.dropout_keep."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _keep(seed_pointer, row, j, threshold):
+    """Which weights of rows (BM,), counted over batch and queries, and keys (BN,) dropout keeps: (BM, BN)."""
+    seed = tl.load(seed_pointer).to(tl.uint64)
+    row = row.to(tl.uint64)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    row_hash = _mix((_mix(row.to(tl.uint32) ^ low) + (row >> 32).to(tl.uint32)) ^ high)
+    bits = _mix(row_hash[:, None] ^ _mix(j.to(tl.uint32))[None, :])
+    return bits.to(tl.int64) >= threshold
+
+
+@triton.jit
+def fold_weight(
+    weight, folded, D, HALF, scale, UNIT: tl.constexpr, BITS: tl.constexpr, MAX: tl.constexpr, SMALLEST: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of the score weight v, into ``folded`` (3, 2 HALF) and two numbers behind it: w = -2 scale v; c, or 0 where w is
+    too small to count; c again, or 1 / unit there; max|w|, and |q| + |k| up to which folding is safe."""
+    d = tl.arange(0, BLOCK)
+    w = -2 * scale * tl.load(weight + d, d < D, 0.0).to(ACC)
+    size = tl.abs(w)
+    whole = tl.min((size <= MAX).to(tl.int32), 0) == 1  # no NaN, and nothing too large
+    limit = tl.max(tl.where(size <= MAX, size, 0.0), 0)
+    counts = (size > limit * (SMALLEST / D)) & (size > 0)
+    c = tl.where(counts, UNIT * (limit / tl.where(counts, w, 1.0)), 0.0)
+    smallest = tl.min(tl.where(counts, size, limit), 0)
+    spread = tl.where(limit > 0, tl.log2(limit / tl.where(limit > 0, smallest, 1.0)), 0.0)
+    safe = d < 2 * HALF
+    tl.store(folded + d, w, safe)
+    tl.store(folded + 2 * HALF + d, c, safe)
+    tl.store(folded + 4 * HALF + d, tl.where(counts, c, 1 / UNIT), safe)
+    tl.store(folded + 6 * HALF, limit)
+    tl.store(folded + 6 * HALF + 1, tl.where(whole, (BITS - spread) * HALF_LN2, -1.0))
+
+
+@triton.jit
+def exponentials(
+    rows, lengths, mask, out, limits, T, D, padded_rows, padded_features,
+    HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out (B, padded_features, padded_rows) = exp(2 x) of rows (B, T, D), 0 in the padding and in hidden rows; limits
+    (B, padded_rows) = max|x|, infinity where a row is not finite, 0 where it is hidden."""
+    b = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    here = t < T
+    if HAS_LENGTHS:
+        here = here & (t < tl.load(lengths + b))
+    if HAS_MASK:
+        here = here & (tl.load(mask + b * T + t, here, 0) != 0)
+    size = tl.zeros((BT,), ACC)
+    broken = tl.zeros((BT,), tl.int32)
+    x_row = rows + (b * T + t)[:, None] * D
+    out_row = out + b * padded_features * padded_rows + t[:, None]
+    for d0 in range(0, padded_features, BD):
+        d = d0 + tl.arange(0, BD)
+        inside = here[:, None] & (d < D)[None, :]
+        x = tl.load(x_row + d[None, :], inside, 0.0).to(ACC)
+        finite = tl.abs(x) < float("inf")
+        broken += tl.sum(tl.where(finite, 0, 1), 1)
+        size = tl.maximum(size, tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
+        e = tl.where(inside, tl.exp(2 * x), 0.0)
+        stored = (t < padded_rows)[:, None] & (d < padded_features)[None, :]
+        tl.store(out_row + d.to(tl.int64)[None, :] * padded_rows, e, stored)
+    tl.store(limits + b * padded_rows + t, tl.where(broken > 0, float("inf"), size), t < padded_rows)
+
+
+@triton.jit
+def _scores(
+    query, key, e, f, folded, near, i, j, Tq, Tk, D, HALF, q_rows, k_rows,
+    UNIT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """scale * (v . tanh(q_i + k_j) - sum v) of a tile. query, key, e and f point to the batch row."""
+    acc = tl.zeros((BM, BN), ACC)
+    if near:
+        e_d = e + i
+        f_d = f + j
+        c = folded + 4 * HALF
+        for _ in tl.range(0, HALF, loop_unroll_factor=2):
+            e0 = tl.load(e_d) * tl.load(c - 2 * HALF)
+            e1 = tl.load(e_d + HALF * q_rows) * tl.load(c - HALF)
+            y0 = e0[:, None] * tl.load(f_d)[None, :] + tl.load(c)
+            y1 = e1[:, None] * tl.load(f_d + HALF * k_rows)[None, :] + tl.load(c + HALF)
+            acc += (y0 + y1) * _reciprocal(y0 * y1, TARGET)
+            e_d += q_rows
+            f_d += k_rows
+            c += 1
+        # In two steps, as their product may be too small for a number.
+        acc = acc * UNIT * tl.load(folded + 6 * HALF)
+    else:  # exp of the sum itself saturates on both sides
+        q_d = query + i.to(tl.int64) * D
+        k_d = key + j.to(tl.int64) * D
+        for d in range(D):
+            total = tl.load(q_d + d, i < Tq, 0.0).to(ACC)[:, None] + tl.load(k_d + d, j < Tk, 0.0).to(ACC)[None, :]
+            acc += tl.load(folded + d) / (tl.exp(2 * total) + 1)
+    return acc
+
+
+@triton.jit
+def _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Which slots of a tile may be attended, (BM, BN), rows beyond Tq included where no mask hides them."""
+    seen = (j < Tk)[None, :] & (i >= 0)[:, None]
+    if HAS_LENGTHS:
+        seen = seen & (j < tl.load(lengths + b))[None, :]
+    if HAS_MASK:  # mask_row is 0 for a mask of (B, Tk)
+        rows = tl.where(mask_row == 0, 1, Tq)
+        at = (b * rows * Tk + i.to(tl.int64) * mask_row)[:, None] + j[None, :]
+        seen = seen & (tl.load(mask + at, seen & (i < Tq)[:, None], 0) != 0)
+    return seen
+
+
+@triton.jit
+def _near(folded, HALF, q_limit, k_limit, i, j):
+    """Whether the folded form is safe for a tile."""
+    limit = tl.max(tl.load(q_limit + i), 0) + tl.max(tl.load(k_limit + j), 0)
+    return limit <= tl.load(folded + 6 * HALF + 1)
+
+
+@triton.jit
+def _write_weights(
+    raw, weights, seed, lse, b, i, first, end, Tq, Tk, threshold, keep_scale, DROPOUT: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Weights of keys [first, end) from the raw scores of the same slots."""
+    row = b * Tq + i
+    for j0 in range(first, end, BN):
+        j = j0 + tl.arange(0, BN)
+        at = row.to(tl.int64)[:, None] * Tk + j[None, :]
+        inside = (i < Tq)[:, None] & (j < Tk)[None, :]
+        s = tl.load(raw + at, inside, float("-inf"))
+        p = tl.where(s == float("-inf"), 0.0, tl.exp(s - lse[:, None]))
+        if DROPOUT:
+            p = tl.where(_keep(seed, row, j, threshold), p * keep_scale, 0.0)
+        tl.store(weights + at, p.to(weights.dtype.element_ty), inside)
+
+
+@triton.jit
+def forward(
+    query, key, value, folded, e, f, q_limit, k_limit, lengths, mask, seed,
+    part, part_max, part_sum, context, lse_out, raw, weights,
+    B, Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, keys_each, threshold, keep_scale,
+    UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    WEIGHTS: tl.constexpr, ONLY_SCORES: tl.constexpr, SPLIT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Scores, online softmax and context of a tile of queries over the keys [split keys_each, ...).
+
+    The context of a tile of queries is summed in ``part`` (splits, B, Tq, H), which only this program touches; without
+    SPLIT it is divided by the sum and written to ``context`` here, with SPLIT by :func:`combine`. ``raw`` (B, Tq, Tk)
+    takes the scores, from which the weights come once the sum is known, or, with ONLY_SCORES, all that was asked for.
+    """
+    b = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = b * Tq + i
+    first = split.to(tl.int32) * keys_each
+    end = tl.minimum(first + keys_each, Tk)
+    stop = end
+    if HAS_LENGTHS:
+        if not (WEIGHTS or ONLY_SCORES):
+            stop = tl.minimum(end.to(tl.int64), tl.load(lengths + b)).to(tl.int32)
+    e += b * 2 * HALF * q_rows
+    f += b * 2 * HALF * k_rows
+    q_limit += b * q_rows
+    k_limit += b * k_rows
+    constant = tl.zeros((), ACC)
+    if ONLY_SCORES:
+        for d in range(D):
+            constant -= tl.load(folded + d) / 2
+    rows_in = (i < Tq)[:, None]
+    part_row = part + ((split * B + b) * Tq + i)[:, None] * H
+    top = tl.full((BM,), float("-inf"), ACC)
+    total = tl.zeros((BM,), ACC)
+    if not ONLY_SCORES:
+        for h0 in range(0, H, BH):
+            h = h0 + tl.arange(0, BH)[None, :]
+            tl.store(part_row + h, tl.zeros((BM, BH), ACC), rows_in & (h < H))
+        tl.debug_barrier()
+    for j0 in range(first, stop, BN):
+        j = j0 + tl.arange(0, BN)
+        near = _near(folded, HALF, q_limit, k_limit, i, j)
+        s = _scores(
+            query + b * Tq * D, key + b * Tk * D, e, f, folded, near, i, j, Tq, Tk, D, HALF, q_rows, k_rows,
+            UNIT, TARGET, ACC, BM, BN,
+        )  # fmt: skip
+        seen = _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS, HAS_MASK)
+        s = tl.where(seen, s + constant, float("-inf"))
+        if WEIGHTS or ONLY_SCORES:
+            at = row[:, None] * Tk + j[None, :]
+            tl.store(raw + at, s.to(raw.dtype.element_ty), rows_in & (j < Tk)[None, :])
+        if not ONLY_SCORES:
+            high = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(high == float("-inf"), 0.0, high)
+            p = tl.exp(s - shift[:, None])
+            alpha = tl.exp(top - shift)
+            total = total * alpha + tl.sum(p, 1)
+            top = high
+            if DROPOUT:
+                p = tl.where(_keep(seed, row, j, threshold), p * keep_scale, 0.0)
+            attended = tl.max(tl.where(seen, 1, 0), 0) == 1
+            for h0 in range(0, H, BH):
+                h = h0 + tl.arange(0, BH)
+                at = part_row + h[None, :]
+                inside = attended[:, None] & (h < H)[None, :]
+                v = tl.load(value + (b * Tk + j)[:, None] * H + h[None, :], inside, 0.0).to(ACC)
+                c = tl.load(at, rows_in & (h < H)[None, :], 0.0) * alpha[:, None]
+                if HAS_MASK:  # a NaN may stand in a slot that one query may attend and another may not
+                    if tl.max(tl.max(tl.where(tl.abs(v) < float("inf"), 0, 1), 1), 0) == 1:
+                        for k in range(BN):
+                            p_k = tl.sum(tl.where((tl.arange(0, BN) == k)[None, :], p, 0.0), 1)[:, None]
+                            k_in = (h < H) & (j0 + k < Tk)
+                            v_k = tl.load(value + (b * Tk + j0 + k) * H + h, k_in, 0.0).to(ACC)[None, :]
+                            c += tl.where(p_k == 0, 0.0, p_k * v_k)
+                        v = tl.zeros((BN, BH), ACC)
+                if BM >= 16:
+                    c = tl.dot(p, v, c, input_precision="ieee", out_dtype=ACC)
+                else:
+                    c += tl.sum(p[:, :, None] * v[None, :, :], 1)
+                tl.store(at, c, rows_in & (h < H)[None, :])
+            tl.debug_barrier()
+    if SPLIT:
+        at = (split * B + b) * Tq + i
+        tl.store(part_max + at, top, i < Tq)
+        tl.store(part_sum + at, total, i < Tq)
+    elif not ONLY_SCORES:
+        lse = tl.where(total > 0, top + tl.log(total), tl.where(total == 0, float("-inf"), total))
+        tl.store(lse_out + row, lse, i < Tq)
+        gain = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))[:, None]
+        for h0 in range(0, H, BH):
+            h = h0 + tl.arange(0, BH)[None, :]
+            c = tl.load(part_row + h, rows_in & (h < H), 0.0) * gain
+            tl.store(context + row[:, None] * H + h, c.to(context.dtype.element_ty), rows_in & (h < H))
+        if WEIGHTS:
+            _write_weights(raw, weights, seed, lse, b, i, first, end, Tq, Tk, threshold, keep_scale, DROPOUT, BN)
+
+
+@triton.jit
+def combine(
+    part, part_max, part_sum, context, lse_out, raw, weights, seed, B, Tq, Tk, H, splits, threshold, keep_scale,
+    DROPOUT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Context, log-sum-exp and weights of a row from its splits, in their order."""
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0)
+    row = b * Tq + i
+    top = tl.full((), float("-inf"), ACC)
+    for s in range(splits):
+        top = tl.maximum(top, tl.load(part_max + s * B * Tq + row))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros((), ACC)
+    for s in range(splits):
+        at = s * B * Tq + row
+        total += tl.load(part_sum + at) * tl.exp(tl.load(part_max + at) - shift)
+    gain = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
+    for h0 in range(0, H, BH):
+        h = h0 + tl.arange(0, BH)
+        c = tl.zeros((BH,), ACC)
+        for s in range(splits):
+            at = s * B * Tq + row
+            c += tl.load(part + at * H + h, h < H, 0.0) * tl.exp(tl.load(part_max + at) - shift)
+        tl.store(context + row * H + h, (c * gain).to(context.dtype.element_ty), h < H)
+    lse = tl.where(total > 0, top + tl.log(total), tl.where(total == 0, float("-inf"), total))
+    tl.store(lse_out + row, lse)
+    if WEIGHTS:
+        one = i + tl.arange(0, 1)
+        _write_weights(
+            raw, weights, seed, lse + tl.zeros((1,), ACC), b, one, 0, Tk, Tq, Tk, threshold, keep_scale, DROPOUT, BN
+        )
+
+
+@triton.jit
+def row_sums(
+    grad_context, context, grad_weights, weights, delta, Tk, H,
+    CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """delta = dC . C + dA . A of each row; a weight of 0 hides what its gradient holds."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), ACC)
+    if CONTEXT:
+        for h0 in range(0, H, BLOCK):
+            h = h0 + tl.arange(0, BLOCK)
+            c = tl.load(context + row * H + h, h < H, 0.0).to(ACC)
+            g = tl.load(grad_context + row * H + h, h < H, 0.0).to(ACC)
+            total += tl.where(c == 0, 0.0, c * g)
+    if WEIGHTS:
+        for j0 in range(0, Tk, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            a = tl.load(weights + row * Tk + j, j < Tk, 0.0).to(ACC)
+            g = tl.load(grad_weights + row * Tk + j, j < Tk, 0.0).to(ACC)
+            total += tl.where(a == 0, 0.0, a * g)
+    tl.store(delta + row, tl.sum(total, 0))
+
+
+@triton.jit
+def score_gradients(
+    query, key, value, folded, e, f, q_limit, k_limit, lengths, mask, seed,
+    grad_context, grad_weights, lse, delta, ds_out, p_out,
+    Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, i_first, slab, threshold, keep_scale,
+    UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr, FROM_SCORES: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """ds and, for the values, the weights after dropout of the queries [i_first, i_first + slab): (B, slab, k_rows)."""
+    b = tl.program_id(2).to(tl.int64)
+    local = tl.program_id(1) * BM + tl.arange(0, BM)
+    i = i_first + local
+    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = b * Tq + i
+    rows_in = (i < Tq) & (local < slab)
+    seen = _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS, HAS_MASK) & rows_in[:, None]
+    out = (b * slab + local)[:, None] * k_rows + j[None, :]
+    stored = (local < slab)[:, None] & (j < k_rows)[None, :]
+    at = row[:, None] * Tk + j[None, :]
+    if FROM_SCORES:
+        ds = tl.load(grad_weights + at, seen, 0.0).to(ACC)
+        tl.store(ds_out + out, ds, stored)
+    else:
+        row_lse = tl.load(lse + row, rows_in, float("-inf"))
+        seen = seen & (row_lse > float("-inf"))[:, None]
+        p = tl.zeros((BM, BN), ACC)
+        ds = tl.zeros((BM, BN), ACC)
+        if tl.max(tl.max(seen.to(tl.int32), 1), 0) == 1:
+            near = _near(folded, HALF, q_limit + b * q_rows, k_limit + b * k_rows, i, j)
+            s = _scores(
+                query + b * Tq * D, key + b * Tk * D, e + b * 2 * HALF * q_rows, f + b * 2 * HALF * k_rows, folded,
+                near, i, j, Tq, Tk, D, HALF, q_rows, k_rows, UNIT, TARGET, ACC, BM, BN,
+            )  # fmt: skip
+            p = tl.where(seen, tl.exp(s - row_lse[:, None]), 0.0)
+            dp = tl.zeros((BM, BN), ACC)
+            if CONTEXT:
+                attended = tl.max(tl.where(seen, 1, 0), 0) == 1
+                for h0 in range(0, H, BH):
+                    h = h0 + tl.arange(0, BH)
+                    g = tl.load(grad_context + row[:, None] * H + h[None, :], rows_in[:, None] & (h < H)[None, :], 0.0)
+                    v = tl.load(
+                        value + (b * Tk + j)[None, :] * H + h[:, None], attended[None, :] & (h < H)[:, None], 0.0
+                    )
+                    dp = tl.dot(g.to(ACC), v.to(ACC), dp, input_precision="ieee", out_dtype=ACC)
+            if WEIGHTS:
+                dp += tl.load(grad_weights + at, seen, 0.0).to(ACC)
+            kept = tl.zeros((BM, BN), ACC) + 1
+            if DROPOUT:
+                kept = tl.where(_keep(seed, row, j, threshold), keep_scale, 0.0).to(ACC)
+            ds = tl.where(p == 0, 0.0, p * (kept * dp - tl.load(delta + row, rows_in, 0.0)[:, None]))
+            p *= kept
+        tl.store(ds_out + out, ds, stored)
+        tl.store(p_out + out, p, stored)
+
+
+@triton.jit
+def _pair(e0, e1, f0, f1, TARGET: tl.constexpr):
+    """r of two features from their exponentials."""
+    x0 = e0 * f0 + 1
+    x1 = e1 * f1 + 1
+    inverse = _reciprocal(x0 * x1, TARGET)
+    return inverse * x1, inverse * x0
+
+
+@triton.jit
+def _far(q, k):
+    return 1 / (tl.exp(2 * (q + k)) + 1)
+
+
+@triton.jit
+def _features_tile(
+    own, own_raw, own_limit, other, other_raw, other_limit, ds, folded, grad, weight_grad, stop, other_first,
+    t, d, own_T, D, HALF, own_rows, other_rows, ds_own, ds_other, add,
+    PLAIN: tl.constexpr, WEIGHT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """Sums over the other side of ds r (1 - r), for features (BD,) and their partners and rows t (BT,) of one side.
+
+    With WEIGHT also the sum of ds (1 - 2r) over both, for the score weight.
+    """
+    e = own + d.to(tl.int64)[:, None] * own_rows + t[None, :]
+    inside = (d < HALF)[:, None]
+    e0 = tl.load(e, inside, 0.0)
+    e1 = tl.load(e + HALF * own_rows, inside, 0.0)
+    f = other + d.to(tl.int64) * other_rows + other_first
+    slots = ds + t * ds_own
+    sum0 = tl.zeros((BD, BT), ACC)
+    sum1 = tl.zeros((BD, BT), ACC)
+    weight0 = tl.zeros((BD, BT), ACC)
+    weight1 = tl.zeros((BD, BT), ACC)
+    ds_sum = tl.zeros((BT,), ACC)
+    limit = tl.max(tl.load(own_limit + t), 0)
+    largest = tl.zeros((), ACC)
+    for n in range(stop):
+        largest = tl.maximum(largest, tl.load(other_limit + other_first + n))
+    if limit + largest <= PLAIN:
+        for _ in range(stop):
+            slot = tl.load(slots)
+            f0 = tl.load(f, d < HALF, 0.0)[:, None]
+            f1 = tl.load(f + HALF * other_rows, d < HALF, 0.0)[:, None]
+            slots += ds_other
+            f += 1
+            r0, r1 = _pair(e0, e1, f0, f1, TARGET)
+            sum0 += slot[None, :] * (r0 - r0 * r0)
+            sum1 += slot[None, :] * (r1 - r1 * r1)
+            if WEIGHT:
+                weight0 += slot[None, :] * r0
+                weight1 += slot[None, :] * r1
+                ds_sum += slot
+    else:  # slot by slot, and only where ds is not 0: a hidden slot may hold a NaN
+        x = own_raw + t.to(tl.int64)[None, :] * D
+        in0 = (t < own_T)[None, :] & (d < HALF)[:, None]
+        in1 = (t < own_T)[None, :] & ((d < HALF) & (d + HALF < D))[:, None]
+        q0 = tl.load(x + d[:, None], in0, 0.0).to(ACC)
+        q1 = tl.load(x + (d + HALF)[:, None], in1, 0.0).to(ACC)
+        y = other_raw + other_first.to(tl.int64) * D + d
+        for _ in range(stop):
+            slot = tl.load(slots)[None, :]
+            k0 = tl.load(y, d < HALF, 0.0).to(ACC)[:, None]
+            k1 = tl.load(y + HALF, (d < HALF) & (d + HALF < D), 0.0).to(ACC)[:, None]
+            slots += ds_other
+            y += D
+            r0 = tl.where(slot == 0, 0.0, _far(q0, k0))
+            r1 = tl.where(slot == 0, 0.0, _far(q1, k1))
+            sum0 += slot * (r0 - r0 * r0)
+            sum1 += slot * (r1 - r1 * r1)
+            if WEIGHT:
+                weight0 += slot * r0
+                weight1 += slot * r1
+                ds_sum += tl.sum(slot, 0)
+    out = grad + t.to(tl.int64)[None, :] * D + d[:, None]
+    in0 = (t < own_T)[None, :] & (d < HALF)[:, None]
+    in1 = (t < own_T)[None, :] & ((d < HALF) & (d + HALF < D))[:, None]
+    w0 = -2 * tl.load(folded + d, d < HALF, 0.0)[:, None]
+    w1 = -2 * tl.load(folded + HALF + d, d < HALF, 0.0)[:, None]
+    if add:
+        tl.store(out, tl.load(out, in0, 0.0) + w0 * sum0, in0)
+        tl.store(out + HALF, tl.load(out + HALF, in1, 0.0) + w1 * sum1, in1)
+    else:
+        tl.store(out, w0 * sum0, in0)
+        tl.store(out + HALF, w1 * sum1, in1)
+    if WEIGHT:
+        total = tl.sum(ds_sum, 0)
+        tl.store(weight_grad + d, total - 2 * tl.sum(weight0, 1), d < HALF)
+        tl.store(weight_grad + HALF + d, total - 2 * tl.sum(weight1, 1), d < HALF)
+
+
+@triton.jit
+def input_gradients(
+    query, key, folded, e, f, q_limit, k_limit, lengths, ds, p, grad_context, lse,
+    grad_query, grad_key, grad_value, grad_weight,
+    Tq, Tk, D, H, HALF, q_rows, k_rows, i_first, slab, add, query_programs, key_programs,
+    PLAIN: tl.constexpr, HAS_LENGTHS: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The gradients of query, key, score weight and value from ds and p: each program owns a tile of one of them.
+
+    In float32 buffers, (B, T, D) and so on; grad_weight (B, key tiles, 2 HALF) holds one row for each tile of keys.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0)
+    length = Tk
+    if HAS_LENGTHS:
+        length = tl.minimum(tl.load(lengths + b), Tk).to(tl.int32)
+    e += b * 2 * HALF * q_rows
+    f += b * 2 * HALF * k_rows
+    q_limit += b * q_rows
+    k_limit += b * k_rows
+    ds += b * slab * k_rows
+    rows = tl.minimum(slab, Tq - i_first)
+    tiles = tl.cdiv(HALF, BD)
+    if program < query_programs:
+        t = i_first + program // tiles * BT + tl.arange(0, BT)
+        d = program % tiles * BD + tl.arange(0, BD)
+        # ds of a query beyond the slab would be another batch row's: such rows are not stored, but must be in bounds.
+        shifted = tl.minimum(t, i_first + slab - 1)
+        _features_tile(
+            e, query + b * Tq * D, q_limit, f, key + b * Tk * D, k_limit, ds - i_first * k_rows.to(tl.int64), folded,
+            grad_query + b * Tq * D, grad_weight, length, i_first * 0, shifted, d, Tq, D, HALF, q_rows, k_rows,
+            k_rows.to(tl.int64), 1, False, PLAIN, False, TARGET, ACC, BT, BD,
+        )  # fmt: skip
+    elif program < query_programs + key_programs:
+        n = program - query_programs
+        t = n // tiles * BT + tl.arange(0, BT)
+        d = n % tiles * BD + tl.arange(0, BD)
+        partial = grad_weight + (b * tl.cdiv(k_rows, BT) + n // tiles) * 2 * HALF
+        _features_tile(
+            f, key + b * Tk * D, k_limit, e, query + b * Tq * D, q_limit, ds, folded, grad_key + b * Tk * D, partial,
+            rows, i_first, t, d, Tk, D, HALF, k_rows, q_rows, 1, k_rows, add, PLAIN, True, TARGET, ACC, BT, BD,
+        )  # fmt: skip
+    else:
+        n = program - query_programs - key_programs
+        columns = tl.cdiv(H, BH)
+        j = n // columns * BN + tl.arange(0, BN)
+        h = n % columns * BH + tl.arange(0, BH)
+        at = grad_value + (b * Tk + j)[:, None] * H + h[None, :]
+        inside = (j < Tk)[:, None] & (h < H)[None, :]
+        acc = tl.zeros((BN, BH), ACC)
+        if add:
+            acc = tl.load(at, inside, 0.0)
+        p += b * slab * k_rows
+        for i0 in range(0, rows, BM):
+            local = i0 + tl.arange(0, BM)
+            row = b * Tq + i_first + local
+            valid = local < rows
+            attends = valid & (tl.load(lse + row, valid, float("-inf")) > float("-inf"))
+            weights = tl.load(
+                p + local.to(tl.int64)[None, :] * k_rows + j[:, None], valid[None, :] & (j < k_rows)[:, None], 0.0
+            )
+            g = tl.load(grad_context + row[:, None] * H + h[None, :], attends[:, None] & (h < H)[None, :], 0.0)
+            acc = tl.dot(weights, g.to(ACC), acc, input_precision="ieee", out_dtype=ACC)
+        tl.store(at, acc, inside)
