@@ -1,8 +1,9 @@
 """Triton kernels of additive attention: exponentials, forward with its combination of splits, backward.
 
-Letters as in ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r. E and F are kept
-with features along the rows, (B, padded features, padded rows), so that the score of a tile is a sum of outer products:
-each thread holds its own pairs and adds feature after feature, without a shuffle or a word of shared memory.
+Letters as in ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r. Everything of size
+Tq Tk is a sum of outer products: each thread holds its own part of a tile and adds a feature, key, query or value column
+after the other to it, without a shuffle or a word of shared memory. So E, F, and in backward the values and dC, are kept
+with features first, (B, features, padded rows).
 
 Feature d goes with d + half: the two share a reciprocal. The weight is folded in: y = c x with c = unit max|w| / w, so
 w r is 1/y up to a constant, and a pair is (y0 + y1) / (y0 y1): three multiply-adds, two additions or products, and one
@@ -80,12 +81,15 @@ def fold_weight(
 
 
 @triton.jit
-def exponentials(
+def features_first(
     rows, lengths, mask, out, limits, T, D, padded_rows, padded_features,
-    HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    EXP: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    """out (B, padded_features, padded_rows) = exp(2 x) of rows (B, T, D), 0 in the padding and in hidden rows; limits
-    (B, padded_rows) = max|x|, infinity where a row is not finite, 0 where it is hidden."""
+    """out (B, padded_features, padded_rows) = rows (B, T, D), or exp(2 rows) with EXP; 0 in the padding and hidden rows.
+
+    With EXP also limits (B, padded_rows) = max|x|, infinity where a row is not finite, 0 where it is hidden.
+    """
     b = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     here = t < T
@@ -101,19 +105,22 @@ def exponentials(
         d = d0 + tl.arange(0, BD)
         inside = here[:, None] & (d < D)[None, :]
         x = tl.load(x_row + d[None, :], inside, 0.0).to(ACC)
-        finite = tl.abs(x) < float("inf")
-        broken += tl.sum(tl.where(finite, 0, 1), 1)
-        size = tl.maximum(size, tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
-        e = tl.where(inside, tl.exp(2 * x), 0.0)
+        if EXP:
+            finite = tl.abs(x) < float("inf")
+            broken += tl.sum(tl.where(finite, 0, 1), 1)
+            size = tl.maximum(size, tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
+            x = tl.where(inside, tl.exp(2 * x), 0.0)
         stored = (t < padded_rows)[:, None] & (d < padded_features)[None, :]
-        tl.store(out_row + d.to(tl.int64)[None, :] * padded_rows, e, stored)
-    tl.store(limits + b * padded_rows + t, tl.where(broken > 0, float("inf"), size), t < padded_rows)
+        tl.store(out_row + d.to(tl.int64)[None, :] * padded_rows, x, stored)
+    if EXP:
+        tl.store(limits + b * padded_rows + t, tl.where(broken > 0, float("inf"), size), t < padded_rows)
 
 
 @triton.jit
 def _scores(
     query, key, e, f, folded, near, i, j, Tq, Tk, D, HALF, q_rows, k_rows,
     UNIT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNROLL: tl.constexpr = 2,
 ):  # fmt: skip
     """scale * (v . tanh(q_i + k_j) - sum v) of a tile. query, key, e and f point to the batch row."""
     acc = tl.zeros((BM, BN), ACC)
@@ -121,7 +128,7 @@ def _scores(
         e_d = e + i
         f_d = f + j
         c = folded + 4 * HALF
-        for _ in tl.range(0, HALF, loop_unroll_factor=2):
+        for _ in tl.range(0, HALF, loop_unroll_factor=UNROLL):
             e0 = tl.load(e_d) * tl.load(c - 2 * HALF)
             e1 = tl.load(e_d + HALF * q_rows) * tl.load(c - HALF)
             y0 = e0[:, None] * tl.load(f_d)[None, :] + tl.load(c)
@@ -182,7 +189,7 @@ def _write_weights(
 @triton.jit
 def forward(
     query, key, value, folded, e, f, q_limit, k_limit, lengths, mask, seed,
-    part, part_max, part_sum, context, lse_out, raw, weights,
+    part, part_max, part_sum, stage, context, lse_out, raw, weights,
     B, Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, keys_each, threshold, keep_scale,
     UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHTS: tl.constexpr, ONLY_SCORES: tl.constexpr, SPLIT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
@@ -190,9 +197,10 @@ def forward(
 ):  # fmt: skip
     """Scores, online softmax and context of a tile of queries over the keys [split keys_each, ...).
 
-    The context of a tile of queries is summed in ``part`` (splits, B, Tq, H), which only this program touches; without
-    SPLIT it is divided by the sum and written to ``context`` here, with SPLIT by :func:`combine`. ``raw`` (B, Tq, Tk)
-    takes the scores, from which the weights come once the sum is known, or, with ONLY_SCORES, all that was asked for.
+    The context of a tile of queries is summed in ``part`` (splits, B, Tq, H), and a tile's p goes through ``stage``
+    (programs, BM, BN), which only this program touches; without SPLIT the context is divided by the sum and written here,
+    with SPLIT by :func:`combine`. ``raw`` (B, Tq, Tk) takes the scores, from which the weights come once the sum is
+    known, or, with ONLY_SCORES, all that was asked for.
     """
     b = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
@@ -214,6 +222,8 @@ def forward(
             constant -= tl.load(folded + d) / 2
     rows_in = (i < Tq)[:, None]
     part_row = part + ((split * B + b) * Tq + i)[:, None] * H
+    program = (b * tl.num_programs(1) + split) * tl.num_programs(0) + tl.program_id(0)
+    stage += program * (BM * BN) + tl.arange(0, BM) * BN
     top = tl.full((BM,), float("-inf"), ACC)
     total = tl.zeros((BM,), ACC)
     if not ONLY_SCORES:
@@ -242,26 +252,24 @@ def forward(
             top = high
             if DROPOUT:
                 p = tl.where(_keep(seed, row, j, threshold), p * keep_scale, 0.0)
-            attended = tl.max(tl.where(seen, 1, 0), 0) == 1
+            tl.store(stage[:, None] + tl.arange(0, BN)[None, :], p)
+            tl.debug_barrier()
             for h0 in range(0, H, BH):
                 h = h0 + tl.arange(0, BH)
-                at = part_row + h[None, :]
-                inside = attended[:, None] & (h < H)[None, :]
-                v = tl.load(value + (b * Tk + j)[:, None] * H + h[None, :], inside, 0.0).to(ACC)
-                c = tl.load(at, rows_in & (h < H)[None, :], 0.0) * alpha[:, None]
-                if HAS_MASK:  # a NaN may stand in a slot that one query may attend and another may not
-                    if tl.max(tl.max(tl.where(tl.abs(v) < float("inf"), 0, 1), 1), 0) == 1:
-                        for k in range(BN):
-                            p_k = tl.sum(tl.where((tl.arange(0, BN) == k)[None, :], p, 0.0), 1)[:, None]
-                            k_in = (h < H) & (j0 + k < Tk)
-                            v_k = tl.load(value + (b * Tk + j0 + k) * H + h, k_in, 0.0).to(ACC)[None, :]
-                            c += tl.where(p_k == 0, 0.0, p_k * v_k)
-                        v = tl.zeros((BN, BH), ACC)
-                if BM >= 16:
-                    c = tl.dot(p, v, c, input_precision="ieee", out_dtype=ACC)
-                else:
-                    c += tl.sum(p[:, :, None] * v[None, :, :], 1)
-                tl.store(at, c, rows_in & (h < H)[None, :])
+                summed = part_row + h[None, :]
+                inside = rows_in & (h < H)[None, :]
+                c = tl.load(summed, inside, 0.0) * alpha[:, None]
+                v = value + (b * Tk + j0) * H + h
+                p_k = stage
+                for _ in range(tl.minimum(stop - j0, BN)):
+                    weight = tl.load(p_k)[:, None]
+                    product = weight * tl.load(v, h < H, 0.0).to(ACC)[None, :]
+                    if HAS_MASK:  # a weight of 0 hides a NaN
+                        product = tl.where(weight == 0, 0.0, product)
+                    c += product
+                    v += H
+                    p_k += 1
+                tl.store(summed, c, inside)
             tl.debug_barrier()
     if SPLIT:
         at = (split * B + b) * Tq + i
@@ -338,14 +346,17 @@ def row_sums(
 
 @triton.jit
 def score_gradients(
-    query, key, value, folded, e, f, q_limit, k_limit, lengths, mask, seed,
-    grad_context, grad_weights, lse, delta, ds_out, p_out,
+    query, key, folded, e, f, q_limit, k_limit, lengths, mask, seed,
+    value_columns, grad_columns, grad_weights, lse, delta, ds_out, p_out,
     Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, i_first, slab, threshold, keep_scale,
     UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr, FROM_SCORES: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """ds and, for the values, the weights after dropout of the queries [i_first, i_first + slab): (B, slab, k_rows)."""
+    """ds and, for the values, the weights after dropout of the queries [i_first, i_first + slab): (B, slab, k_rows).
+
+    value_columns (B, H, k_rows) and grad_columns (B, H, q_rows) are the values and dC with the columns first.
+    """
     b = tl.program_id(2).to(tl.int64)
     local = tl.program_id(1) * BM + tl.arange(0, BM)
     i = i_first + local
@@ -373,14 +384,12 @@ def score_gradients(
             p = tl.where(seen, tl.exp(s - row_lse[:, None]), 0.0)
             dp = tl.zeros((BM, BN), ACC)
             if CONTEXT:
-                attended = tl.max(tl.where(seen, 1, 0), 0) == 1
-                for h0 in range(0, H, BH):
-                    h = h0 + tl.arange(0, BH)
-                    g = tl.load(grad_context + row[:, None] * H + h[None, :], rows_in[:, None] & (h < H)[None, :], 0.0)
-                    v = tl.load(
-                        value + (b * Tk + j)[None, :] * H + h[:, None], attended[None, :] & (h < H)[:, None], 0.0
-                    )
-                    dp = tl.dot(g.to(ACC), v.to(ACC), dp, input_precision="ieee", out_dtype=ACC)
+                g = grad_columns + b * H * q_rows + i
+                v = value_columns + b * H * k_rows + j
+                for _ in tl.range(0, H, loop_unroll_factor=2):
+                    dp += tl.load(g)[:, None] * tl.load(v)[None, :]
+                    g += q_rows
+                    v += k_rows
             if WEIGHTS:
                 dp += tl.load(grad_weights + at, seen, 0.0).to(ACC)
             kept = tl.zeros((BM, BN), ACC) + 1
@@ -486,11 +495,11 @@ def _features_tile(
 
 @triton.jit
 def input_gradients(
-    query, key, folded, e, f, q_limit, k_limit, lengths, ds, p, grad_context, lse,
+    query, key, folded, e, f, q_limit, k_limit, lengths, ds, p, grad_context,
     grad_query, grad_key, grad_value, grad_weight,
     Tq, Tk, D, H, HALF, q_rows, k_rows, i_first, slab, add, query_programs, key_programs,
     PLAIN: tl.constexpr, HAS_LENGTHS: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of query, key, score weight and value from ds and p: each program owns a tile of one of them.
 
@@ -537,15 +546,12 @@ def input_gradients(
         acc = tl.zeros((BN, BH), ACC)
         if add:
             acc = tl.load(at, inside, 0.0)
-        p += b * slab * k_rows
-        for i0 in range(0, rows, BM):
-            local = i0 + tl.arange(0, BM)
-            row = b * Tq + i_first + local
-            valid = local < rows
-            attends = valid & (tl.load(lse + row, valid, float("-inf")) > float("-inf"))
-            weights = tl.load(
-                p + local.to(tl.int64)[None, :] * k_rows + j[:, None], valid[None, :] & (j < k_rows)[:, None], 0.0
-            )
-            g = tl.load(grad_context + row[:, None] * H + h[None, :], attends[:, None] & (h < H)[None, :], 0.0)
-            acc = tl.dot(weights, g.to(ACC), acc, input_precision="ieee", out_dtype=ACC)
+        p += b * slab * k_rows + j
+        g = grad_context + (b * Tq + i_first) * H + h
+        for _ in range(rows):
+            weight = tl.load(p)[:, None]  # 0 hides a NaN that came in for a row which attends nothing
+            product = weight * tl.load(g, h < H, 0.0).to(ACC)[None, :]
+            acc += tl.where(weight == 0, 0.0, product)
+            p += k_rows
+            g += H
         tl.store(at, acc, inside)

@@ -64,9 +64,8 @@ class _Problem:
         self.lengths = None if self.lengths is None else self.lengths.to(torch.int64).contiguous()
         self.mask = None if self.mask is None else self.mask.contiguous()
         self.half = _half(self.features)
-        double = self.query.dtype == torch.float64
-        self.dtype = torch.float64 if double else torch.float32
-        self.name = "float64" if double else "float32"
+        self.dtype = _arithmetic(self.query.dtype)
+        self.name = str(self.dtype).removeprefix("torch.")
         self.folded = self.query.new_empty(6 * self.half + 2, dtype=self.dtype)
         kernels.fold_weight[(1,)](
             self.weight, self.folded, self.features, self.half, self.scale, kernels.UNIT[self.name],
@@ -118,17 +117,39 @@ def _triton_type(dtype: torch.dtype) -> Any:
 
 
 def _exponentials(x: Tensor, lengths: Tensor | None, mask: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    batch, rows, features = x.shape
-    padded_rows, padded_features = _round_up(max(rows, 1), block), 2 * _half(features)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = x.new_empty(batch, padded_features, padded_rows, dtype=dtype)
-    limit = x.new_empty(batch, padded_rows, dtype=dtype)
-    if batch:
-        kernels.exponentials[(triton.cdiv(padded_rows, 32), batch)](
-            x, lengths, mask, out, limit, rows, features, padded_rows, padded_features,
-            HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, ACC=_triton_type(dtype), BT=32, BD=32,
-        )  # fmt: skip
+    """exp(2x) with features first, in pairs, and the rows' limits."""
+    limit = x.new_empty(x.shape[0], _round_up(max(x.shape[1], 1), block), dtype=_arithmetic(x.dtype))
+    out = _features_first(x, limit, lengths, mask, 2 * _half(x.shape[2]))
     return out, limit
+
+
+def _columns(x: Tensor, padded_rows: int) -> Tensor:
+    """x (B, T, n) as (B, n, padded rows), in the arithmetic's dtype."""
+    limit = x.new_empty(x.shape[0], padded_rows, dtype=_arithmetic(x.dtype))
+    return _features_first(x, limit, None, None, x.shape[2], exp=False)
+
+
+def _features_first(
+    x: Tensor, limit: Tensor, lengths: Tensor | None, mask: Tensor | None, padded_features: int, exp: bool = True
+) -> Tensor:
+    batch, rows, features = x.shape
+    padded_rows = limit.shape[1]
+    out = x.new_empty(batch, padded_features, padded_rows, dtype=limit.dtype)
+    if out.numel():
+        kernels.features_first[(triton.cdiv(padded_rows, 32), batch)](
+            x, lengths, mask, out, limit, rows, features, padded_rows, padded_features, EXP=exp,
+            HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, ACC=_triton_type(limit.dtype), BT=32, BD=32,
+        )  # fmt: skip
+    return out
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rounded_by_kernels(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels write results in: Triton's interpreter cuts bfloat16 off where a GPU rounds."""
+    return _arithmetic(dtype) if INTERPRETED else dtype
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float, dict[str, bool]]:
@@ -165,17 +186,20 @@ def attention(
         value, size = value.contiguous(), value.shape[2]
         splits, keys_each = _splits(p)
         shape = (p.batch, p.queries)
-        context, lse = query.new_empty(*shape, size), query.new_empty(shape, dtype=p.dtype)
-        weights = query.new_empty(*shape, p.keys) if need_weights else query.new_empty(0)
-        native = query.dtype == p.dtype
+        dtype = _rounded_by_kernels(query.dtype)
+        context, lse = query.new_empty(*shape, size, dtype=dtype), query.new_empty(shape, dtype=p.dtype)
+        weights = query.new_empty((*shape, p.keys) if need_weights else (0,), dtype=dtype)
+        native = dtype == p.dtype
         part = context if native and splits == 1 else query.new_empty(splits, *shape, size, dtype=p.dtype)
         partial = query.new_empty(2, splits if splits > 1 else 0, *shape, dtype=p.dtype)
         raw = weights if native else query.new_empty(weights.shape, dtype=p.dtype)
+        grid = triton.cdiv(p.queries, tiles.queries), splits, p.batch
+        stage = query.new_empty(grid[0] * grid[1] * grid[2], tiles.queries, tiles.keys, dtype=p.dtype)
         threshold, gain, dropout = _dropout(dropout_p, seed)
         options = {**dropout, "WEIGHTS": need_weights}
         if p.batch and p.queries:
-            kernels.forward[(triton.cdiv(p.queries, tiles.queries), splits, p.batch)](
-                p.query, p.key, value, *p.inputs, p.mask, seed, part, partial[0], partial[1], context, lse, raw,
+            kernels.forward[grid](
+                p.query, p.key, value, *p.inputs, p.mask, seed, part, partial[0], partial[1], stage, context, lse, raw,
                 weights, p.batch, p.queries, p.keys, p.features, size, p.half, *p.rows, p.mask_row, keys_each,
                 threshold, gain, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1, **tiles.blocks,
             )  # fmt: skip
@@ -184,6 +208,7 @@ def attention(
                     part, partial[0], partial[1], context, lse, raw, weights, seed, p.batch, p.queries, p.keys, size,
                     splits, threshold, gain, **options, ACC=_triton_type(p.dtype), BH=128, BN=128,
                 )  # fmt: skip
+        context, weights = context.to(query.dtype), weights.to(query.dtype)
         return p.by_query(context), p.by_query(weights) if need_weights else weights, lse
 
 
@@ -194,16 +219,16 @@ def scores(
         queries = query.shape[1] if query.dim() == 3 else 1
         tiles = tiles_for("forward" if queries > 8 else "step", queries, query.dtype, _target())
         p = _Problem(query, key, score_weight, lengths, mask, scale, tiles)
-        out = query.new_empty(p.batch, p.queries, p.keys)
+        out = query.new_empty(p.batch, p.queries, p.keys, dtype=_rounded_by_kernels(query.dtype))
         if out.numel():
             nothing = query.new_empty(0)
             splits, keys_each = _splits(p)
             kernels.forward[(triton.cdiv(p.queries, tiles.queries), splits, p.batch)](
-                p.query, p.key, nothing, *p.inputs, p.mask, None, nothing, nothing, nothing, nothing, nothing, out,
-                nothing, p.batch, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row, keys_each, 0, 1.0,
+                p.query, p.key, nothing, *p.inputs, p.mask, None, nothing, nothing, nothing, nothing, nothing, nothing,
+                out, nothing, p.batch, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row, keys_each, 0, 1.0,
                 **p.flags, DROPOUT=False, WEIGHTS=False, ONLY_SCORES=True, SPLIT=False, **tiles.blocks,
             )  # fmt: skip
-        return p.by_query(out)
+        return p.by_query(out.to(query.dtype))
 
 
 @dataclass
@@ -245,22 +270,26 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
     value_programs = 0 if incoming.from_scores or incoming.grad_context is None else value_programs
     if not value_programs:
         grad_value.zero_()
+    columns: tuple[Tensor | None, Tensor | None] = (None, None)
+    if value_programs:
+        assert incoming.grad_context is not None
+        columns = _columns(incoming.value, k_rows), _columns(incoming.grad_context, q_rows)
     for number in range(slabs if batch and p.keys else 0):
         first = number * slab
         kernels.score_gradients[(triton.cdiv(k_rows, tiles.keys), triton.cdiv(slab, tiles.queries), batch)](
-            p.query, p.key, incoming.value, *p.inputs, p.mask, incoming.seed, incoming.grad_context,
-            incoming.grad_weights, incoming.lse, incoming.delta, ds, weights, p.queries, p.keys, p.features, size,
+            p.query, p.key, *p.inputs, p.mask, incoming.seed, *columns, incoming.grad_weights,
+            incoming.lse, incoming.delta, ds, weights, p.queries, p.keys, p.features, size,
             p.half, q_rows, k_rows, p.mask_row, first, slab, threshold, gain, **p.flags, **dropout,
-            CONTEXT=incoming.grad_context is not None, WEIGHTS=incoming.grad_weights is not None,
-            FROM_SCORES=incoming.from_scores, **tiles.blocks,
+            CONTEXT=value_programs > 0, WEIGHTS=incoming.grad_weights is not None,
+            FROM_SCORES=incoming.from_scores, BM=tiles.queries, BN=tiles.keys, **tiles.options,
         )  # fmt: skip
         query_programs = triton.cdiv(min(slab, p.queries - first), tiles.rows) * feature_tiles
         flags = {name: p.flags[name] for name in ("HAS_LENGTHS", "TARGET", "ACC")}
         kernels.input_gradients[(query_programs + key_programs + value_programs, batch)](
-            p.query, p.key, *p.inputs, ds, weights, incoming.grad_context, incoming.lse, grad_query, grad_key,
+            p.query, p.key, *p.inputs, ds, weights, incoming.grad_context, grad_query, grad_key,
             grad_value, by_tile[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows, first, slab,
             int(number > 0), query_programs, key_programs, PLAIN=kernels.PLAIN[p.name], **flags,
-            BT=tiles.rows, BD=tiles.features, **(tiles.blocks | {"BH": tiles.values}),
+            BT=tiles.rows, BD=tiles.features, BN=tiles.keys, BH=tiles.values, **tiles.options,
         )  # fmt: skip
     grad_weight = by_tile.sum((0, 1, 2))[: p.features] * p.scale
     kind = p.query.dtype

@@ -21,24 +21,25 @@ class Tiles:
     keys: int
     values: int
     warps: int
-    stages: int = 2
     rows: int = 64
     features: int = 16
     backward: bool = False
 
     @property
     def blocks(self) -> dict[str, Any]:
-        """The launch's arguments."""
-        return {
-            "BM": self.queries, "BN": self.keys, "BH": self.values, "num_warps": self.warps,
-            "num_stages": self.stages,
-        }  # fmt: skip
+        """Arguments of the forward kernel's launch."""
+        return {"BM": self.queries, "BN": self.keys, "BH": self.values, **self.options}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Arguments of any launch. Nothing is loaded ahead by stages: there are no matrix products to feed."""
+        return {"num_warps": self.warps, "num_stages": 1}
 
 
 TILES = {
-    "forward": Tiles(32, 128, 64, 4),
-    "step": Tiles(8, 128, 32, 4),
-    "backward": Tiles(32, 128, 64, 4, backward=True),
+    "forward": Tiles(32, 128, 128, 4),
+    "step": Tiles(8, 128, 128, 4),
+    "backward": Tiles(32, 128, 128, 4, backward=True),
 }
 
 
