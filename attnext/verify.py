@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cases", type=non_negative, default=200, help="random ones beside the table (default %(default)s)"
     )
-    parser.add_argument("--backend", action="append", choices=list(kernel_devices()), help="only this backend; repeatable")
+    parser.add_argument(
+        "--backend", action="append", choices=list(kernel_devices()), help="only this backend; repeatable"
+    )
 
 
 @dataclass

@@ -195,6 +195,53 @@ def test_large_score_weights(size: float) -> None:
     assert context.isfinite().all()
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4, 1e6, 1e8])
+def test_weights_of_backward_are_those_of_forward(scale: float) -> None:
+    """Recomputed from the log-sum-exp, they add up to 1 however much a score may be off."""
+    query, key, value = 0.3 * torch.randn(1, 37, 70), 0.3 * torch.randn(1, 130, 70), torch.randn(1, 130, 9)
+    value.requires_grad_()
+    context, weights = attnext.additive_attention(
+        query, key, value, torch.randn(70), scale=scale, need_weights=True, backend="cpu"
+    )
+    assert weights is not None
+    (grad,) = torch.autograd.grad(context[..., 0].sum(), value)
+    # The log-sum-exp itself is rounded: by half an ulp of a score of up to 40 times the scale.
+    rounding = 1e-5 + torch.finfo(torch.float32).eps * 20 * scale
+    assert float(weights.detach().max()) <= 1.0
+    torch.testing.assert_close(grad[..., 0].sum(), torch.tensor(37.0), rtol=min(rounding, 0.1), atol=0.0)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("mask", ["keys", "slots"])
+def test_a_nan_query_reaches_no_hidden_slot(mask: str) -> None:
+    query, key, value, v = (torch.randn(s, requires_grad=True) for s in ((1, 3, 20), (1, 40, 20), (1, 40, 5), (20,)))
+    with torch.no_grad():
+        query[0, 1] = torch.nan
+    visible = torch.rand(1, 3, 40) < 0.5
+    visible[..., ::4] = False
+    visible = visible[:, 1] if mask == "keys" else visible
+    context, weights = attnext.additive_attention(query, key, value, v, mask=visible, need_weights=True, backend="cpu")
+    assert weights is not None
+    hidden = ~visible.expand(1, 3, 40)
+    assert torch.equal(weights[hidden], torch.zeros(int(hidden.sum())))
+    assert torch.isnan(context[0, 1]).all()
+    grads = torch.autograd.grad(context.sum() + weights.square().sum(), (key, value))
+    for grad in grads:
+        assert torch.equal(grad[:, ::4], torch.zeros_like(grad[:, ::4]))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 3e38])
+@pytest.mark.usefixtures("instruction_set")
+def test_a_weight_beyond_range_is_not_taken_for_a_hidden_row(bad: float) -> None:
+    v = torch.randn(20)
+    v[3] = bad
+    context, _ = attnext.additive_attention(
+        torch.randn(1, 2, 20), torch.randn(1, 5, 20), torch.randn(1, 5, 4), v, scale=8.0, backend="cpu"
+    )
+    assert torch.isnan(context).all()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("kind", ["lengths", "keys", "slots"])
 def test_what_comes_in_for_an_empty_row_reaches_nothing(kind: str, backend: str) -> None:

@@ -60,7 +60,7 @@ class Case:
 
     @property
     def multiply_adds(self) -> float:
-        """How many float32 multiply-adds the case costs at least."""
+        """The bound: float32 multiply-adds of the paired form. The kernels' folded scores make do with fewer."""
         element, value = _WORK[self.kind]
         return self.elements * element + self.batch * self.queries * self.keys * self.values * value
 

@@ -142,9 +142,11 @@ struct Weights {
     for (int64_t d = 0; d < padded; ++d) {
       const double v = scale * double(times[d]);
       total += v;
-      if (!(2 * std::abs(v) <= double(limit)) && !std::isnan(limit)) limit = T(2 * std::abs(v));  // a NaN stays
-      times[d] = T(-2 * v);
+      const T w = T(-2 * v);
+      times[d] = std::isfinite(w) ? w : std::numeric_limits<T>::quiet_NaN();  // not the score of a hidden slot
       gain[d] = T(4 * v);
+      size += std::abs(times[d]);
+      if (!(std::abs(times[d]) <= limit) && !std::isnan(limit)) limit = std::abs(times[d]);  // a NaN stays
     }
     sum = T(total);
     fold_features(padded);
@@ -185,6 +187,7 @@ struct Weights {
   T *fold, *offset;  // as in Problem
   T sum;             // scale * sum v
   T limit = 0;       // max |w|
+  T size = 0;        // sum |w|
   T plain_limit;
 };
 
@@ -382,6 +385,7 @@ struct Gradients {
     g.splits = (tiles + tiles_each - 1) / tiles_each;
     g.scale = T(scale);
     g.gain = setup.weights.gain;
+    g.scores_by_tile = !(setup.weights.size <= kSmallWeights);
     exponentials<T>(p.query, p.batch, p.queries, p.features, p.padded, nullptr, {}, exp_query, row_of(p.padded),
                     query_limit);
     g.exp_query = exp_query, g.query_limit = query_limit;

@@ -19,6 +19,8 @@ constexpr int64_t kGradQueries = 32;  // queries and keys of one step of a backw
 constexpr int64_t kGradKeyTile = 32;
 // Pairs whose r a backward task keeps: two queries, and as many keys as the widest vector has lanes.
 constexpr int64_t kKept = 32;
+// Two ways to a score differ by some roundings of sum |w|, by which p is then off. Up to this sum that is a few ulps.
+constexpr int kSmallWeights = 32;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -79,6 +81,7 @@ struct Backward {
   Problem<T> problem;
   int64_t splits, split_keys;  // tasks a batch row, keys a task
   bool from_scores;            // the incoming gradient is that of the scores
+  bool scores_by_tile;         // as in the forward pass, whose log_sum_exp is at hand; else on the way to r
   Rows grad_weights;           // or of the scores; data may be null
   const T* exp_query;          // (B, Tq, row_of(padded)), and a row more: E = exp(2 q)
   const T* query_limit;        // (B, Tq): max |q|

@@ -192,7 +192,7 @@ inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const Backwa
     const int64_t at = t.b * p.queries + t.i0 + i;
     const T shift = g.log_sum_exp[at] == kHidden<T> ? -kHidden<T> : g.log_sum_exp[at], delta = g.delta[at];
     for (int64_t j = t.nj; j < width; ++j) s[j] = kHidden<T>;
-    for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(s + j, exp<T>(load(s + j) - shift));  // p
+    for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(s + j, weights_of<T>(load(s + j), shift));
     for (int64_t j = 0; j < t.nj; ++j) weights[j] = 1;
     if (p.keep_threshold) drop(p, t.b, t.i0 + i, t.j0, t.nj, weights);
     for (int64_t j = 0; j < t.nj; ++j) {
@@ -206,7 +206,7 @@ template <class T, int I, bool Capped>
 inline void near_block(const Backward<T>& g, const Tile<T>& t, const BackwardTiles<T>& tiles, T* grad_query,
                        T* grad_weight) {
   const Problem<T>& p = g.problem;
-  keep_r<T, I, Capped>(p, t, tiles.scores, tiles.kept);
+  keep_r<T, I, Capped>(p, t, g.scores_by_tile ? tiles.ds : tiles.scores, tiles.kept);  // ds comes next
   hide(p, t, tiles.scores, kGradKeyTile);
   score_gradients(g, t, tiles);
   kept_gradients<T, I>(t, p.padded, tiles.kept, tiles.ds, grad_query, tiles.grad_key, grad_weight);
@@ -219,6 +219,7 @@ inline void near_tile(const Backward<T>& g, const Tile<T>& t, const BackwardTile
   constexpr int I = kKeptQueries, J = kLanes<T>;
   const int64_t padded = g.problem.padded, row = row_of(padded);
   if (g.from_scores) return near_gradients<T, Capped>(t, padded, tiles.ds, grad_query, tiles.grad_key, grad_weight);
+  if (g.scores_by_tile) score_tile(g.problem, t, tiles.scores, kGradKeyTile);
   for (int64_t j = 0; j < t.nj; j += J)
     for (int64_t i = 0; i < t.ni; i += I) {
       const int64_t ni = t.ni - i < I ? t.ni - i : I, nj = t.nj - j < J ? t.nj - j : J;

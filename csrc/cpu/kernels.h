@@ -361,12 +361,19 @@ inline void add_values(const Problem<T>& p, const T* weights, int64_t ni, int64_
     }
 }
 
+// p from scores and their log-sum-exp: at most 1, and 0 in hidden slots also where the row's sum is NaN.
+template <class T>
+inline Vec<T> weights_of(Vec<T> score, T log_sum_exp) {
+  const Vec<T> x = score - log_sum_exp;
+  return score == Vec<T>{} + kHidden<T> ? Vec<T>{} : exp<T>(x > Vec<T>{} ? Vec<T>{} : x);
+}
+
 // The weights of one query from its scores, which are those of round_up(length, kKeyTile) slots.
 template <class T>
 inline void store_weights(const Forward<T>& f, int64_t b, int64_t i, int64_t length, T log_sum_exp, T* scores) {
   const Problem<T>& p = f.problem;
   const T shift = log_sum_exp == kHidden<T> ? -kHidden<T> : log_sum_exp;
-  for (int64_t j = 0; j < length; j += kLanes<T>) store<T>(scores + j, exp<T>(load(scores + j) - shift));
+  for (int64_t j = 0; j < length; j += kLanes<T>) store<T>(scores + j, weights_of<T>(load(scores + j), shift));
   for (int64_t j = length; j < p.keys; ++j) scores[j] = 0;
   if (p.keep_threshold) drop(p, b, i, 0, length, scores);
   store_row(f.weights, b, i, p.keys, scores);

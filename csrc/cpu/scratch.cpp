@@ -44,10 +44,10 @@ Scratch::Scratch() : chunk_(memory.chunk), used_(memory.used) { ++memory.depth; 
 
 Scratch::~Scratch() {
   memory.chunk = chunk_, memory.used = used_;
-  if (--memory.depth > 0 || (memory.chunks.size() < 2 && !kApart)) return;
-  // One chunk that would have held it all serves the next call.
   size_t total = 0;
   for (const Chunk& chunk : memory.chunks) total += chunk.size;
+  if (--memory.depth > 0 || (memory.chunks.size() < 2 && total <= kKept && !kApart)) return;
+  // One chunk that would have held it all serves the next call.
   memory.chunks.clear();
   if (total <= kKept && !kApart) {
     try {
