@@ -82,13 +82,14 @@ def fold_weight(
 
 @triton.jit
 def features_first(
-    rows, lengths, mask, out, limits, T, D, padded_rows, padded_features,
-    EXP: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
+    rows, lengths, mask, fold, out, limits, T, D, padded_rows, padded_features,
+    EXP: tl.constexpr, FOLD: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
     """out (B, padded_features, padded_rows) = rows (B, T, D), or exp(2 rows) with EXP; 0 in the padding and hidden rows.
 
-    With EXP also limits (B, padded_rows) = max|x|, infinity where a row is not finite, 0 where it is hidden.
+    With EXP also limits (B, padded_rows) = max|x|, infinity where a row is not finite, 0 where it is hidden; with FOLD
+    each feature is multiplied by its entry of ``fold``.
     """
     b = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -110,6 +111,8 @@ def features_first(
             broken += tl.sum(tl.where(finite, 0, 1), 1)
             size = tl.maximum(size, tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
             x = tl.where(inside, tl.exp(2 * x), 0.0)
+        if FOLD:
+            x = x * tl.load(fold + d, d < padded_features, 0.0)[None, :]
         stored = (t < padded_rows)[:, None] & (d < padded_features)[None, :]
         tl.store(out_row + d.to(tl.int64)[None, :] * padded_rows, x, stored)
     if EXP:
@@ -122,17 +125,15 @@ def _scores(
     UNIT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNROLL: tl.constexpr = 2,
 ):  # fmt: skip
-    """scale * (v . tanh(q_i + k_j) - sum v) of a tile. query, key, e and f point to the batch row."""
+    """scale * (v . tanh(q_i + k_j) - sum v) of a tile. query, key, e = c E and f point to the batch row."""
     acc = tl.zeros((BM, BN), ACC)
     if near:
         e_d = e + i
         f_d = f + j
         c = folded + 4 * HALF
         for _ in tl.range(0, HALF, loop_unroll_factor=UNROLL):
-            e0 = tl.load(e_d) * tl.load(c - 2 * HALF)
-            e1 = tl.load(e_d + HALF * q_rows) * tl.load(c - HALF)
-            y0 = e0[:, None] * tl.load(f_d)[None, :] + tl.load(c)
-            y1 = e1[:, None] * tl.load(f_d + HALF * k_rows)[None, :] + tl.load(c + HALF)
+            y0 = tl.load(e_d)[:, None] * tl.load(f_d)[None, :] + tl.load(c)
+            y1 = tl.load(e_d + HALF * q_rows)[:, None] * tl.load(f_d + HALF * k_rows)[None, :] + tl.load(c + HALF)
             acc += (y0 + y1) * _reciprocal(y0 * y1, TARGET)
             e_d += q_rows
             f_d += k_rows
@@ -180,7 +181,8 @@ def _write_weights(
         at = row.to(tl.int64)[:, None] * Tk + j[None, :]
         inside = (i < Tq)[:, None] & (j < Tk)[None, :]
         s = tl.load(raw + at, inside, float("-inf"))
-        p = tl.where(s == float("-inf"), 0.0, tl.exp(s - lse[:, None]))
+        p = tl.exp(tl.minimum(s - lse[:, None], 0.0, tl.PropagateNan.ALL))
+        p = tl.where(s == float("-inf"), 0.0, p)
         if DROPOUT:
             p = tl.where(_keep(seed, row, j, threshold), p * keep_scale, 0.0)
         tl.store(weights + at, p.to(weights.dtype.element_ty), inside)
@@ -376,12 +378,6 @@ def score_gradients(
         p = tl.zeros((BM, BN), ACC)
         ds = tl.zeros((BM, BN), ACC)
         if tl.max(tl.max(seen.to(tl.int32), 1), 0) == 1:
-            near = _near(folded, HALF, q_limit + b * q_rows, k_limit + b * k_rows, i, j)
-            s = _scores(
-                query + b * Tq * D, key + b * Tk * D, e + b * 2 * HALF * q_rows, f + b * 2 * HALF * k_rows, folded,
-                near, i, j, Tq, Tk, D, HALF, q_rows, k_rows, UNIT, TARGET, ACC, BM, BN,
-            )  # fmt: skip
-            p = tl.where(seen, tl.exp(s - row_lse[:, None]), 0.0)
             dp = tl.zeros((BM, BN), ACC)
             if CONTEXT:
                 g = grad_columns + b * H * q_rows + i
@@ -390,6 +386,16 @@ def score_gradients(
                     dp += tl.load(g)[:, None] * tl.load(v)[None, :]
                     g += q_rows
                     v += k_rows
+            # dC h waits in memory: there it is in nobody's registers while the score is summed.
+            tl.store(ds_out + out, dp, stored)
+            tl.debug_barrier()
+            near = _near(folded, HALF, q_limit + b * q_rows, k_limit + b * k_rows, i, j)
+            s = _scores(
+                query + b * Tq * D, key + b * Tk * D, e + b * 2 * HALF * q_rows, f + b * 2 * HALF * k_rows, folded,
+                near, i, j, Tq, Tk, D, HALF, q_rows, k_rows, UNIT, TARGET, ACC, BM, BN,
+            )  # fmt: skip
+            p = tl.where(seen, tl.exp(tl.minimum(s - row_lse[:, None], 0.0, tl.PropagateNan.ALL)), 0.0)
+            dp = tl.load(ds_out + out, stored, 0.0)
             if WEIGHTS:
                 dp += tl.load(grad_weights + at, seen, 0.0).to(ACC)
             kept = tl.zeros((BM, BN), ACC) + 1
@@ -546,12 +552,12 @@ def input_gradients(
         acc = tl.zeros((BN, BH), ACC)
         if add:
             acc = tl.load(at, inside, 0.0)
-        p += b * slab * k_rows + j
+        p_i = p + b * slab * k_rows + j
         g = grad_context + (b * Tq + i_first) * H + h
         for _ in range(rows):
-            weight = tl.load(p)[:, None]  # 0 hides a NaN that came in for a row which attends nothing
+            weight = tl.load(p_i)[:, None]  # 0 hides a NaN that came in for a row which attends nothing
             product = weight * tl.load(g, h < H, 0.0).to(ACC)[None, :]
             acc += tl.where(weight == 0, 0.0, product)
-            p += k_rows
+            p_i += k_rows
             g += H
         tl.store(at, acc, inside)

@@ -55,6 +55,7 @@ class _Problem:
     exp_key: Tensor | None = None
     key_limit: Tensor | None = None
 
+
     def __post_init__(self) -> None:
         self.flat = self.query.dim() == 2
         self.query = (self.query.unsqueeze(1) if self.flat else self.query).contiguous()
@@ -73,7 +74,9 @@ class _Problem:
             ACC=_triton_type(self.dtype), BLOCK=triton.next_power_of_2(2 * self.half),
         )  # fmt: skip
         block = max(self.tiles.queries, self.tiles.rows) if self.tiles.backward else self.tiles.queries
-        self.exp_query, self.query_limit = _exponentials(self.query, None, None, block)
+        # c E for the scores, and for the gradients E too.
+        self.exp_query, self.query_limit = _exponentials(self.query, None, None, block, self.folded[2 * self.half :])
+        self.raw_exp_query = _exponentials(self.query, None, None, block)[0] if self.tiles.backward else None
         if self.exp_key is None or self.key_limit is None:
             by_key = self.mask if self.mask is not None and self.mask.dim() == 2 else None
             self.exp_key, self.key_limit = _exponentials(self.key, self.lengths, by_key, KEY_BLOCK)
@@ -116,28 +119,32 @@ def _triton_type(dtype: torch.dtype) -> Any:
     return {torch.float32: triton.language.float32, torch.float64: triton.language.float64}[dtype]
 
 
-def _exponentials(x: Tensor, lengths: Tensor | None, mask: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    """exp(2x) with features first, in pairs, and the rows' limits."""
+def _exponentials(
+    x: Tensor, lengths: Tensor | None, mask: Tensor | None, block: int, fold: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """exp(2x), times ``fold`` if there is one, with features first, in pairs; and the rows' limits."""
     limit = x.new_empty(x.shape[0], _round_up(max(x.shape[1], 1), block), dtype=_arithmetic(x.dtype))
-    out = _features_first(x, limit, lengths, mask, 2 * _half(x.shape[2]))
+    out = _features_first(x, limit, lengths, mask, fold, 2 * _half(x.shape[2]))
     return out, limit
 
 
 def _columns(x: Tensor, padded_rows: int) -> Tensor:
     """x (B, T, n) as (B, n, padded rows), in the arithmetic's dtype."""
     limit = x.new_empty(x.shape[0], padded_rows, dtype=_arithmetic(x.dtype))
-    return _features_first(x, limit, None, None, x.shape[2], exp=False)
+    return _features_first(x, limit, None, None, None, x.shape[2], exp=False)
 
 
 def _features_first(
-    x: Tensor, limit: Tensor, lengths: Tensor | None, mask: Tensor | None, padded_features: int, exp: bool = True
-) -> Tensor:
+    x: Tensor, limit: Tensor, lengths: Tensor | None, mask: Tensor | None, fold: Tensor | None, padded_features: int,
+    exp: bool = True,
+) -> Tensor:  # fmt: skip
     batch, rows, features = x.shape
     padded_rows = limit.shape[1]
     out = x.new_empty(batch, padded_features, padded_rows, dtype=limit.dtype)
     if out.numel():
         kernels.features_first[(triton.cdiv(padded_rows, 32), batch)](
-            x, lengths, mask, out, limit, rows, features, padded_rows, padded_features, EXP=exp,
+            x, lengths, mask, fold, out, limit, rows, features, padded_rows, padded_features, EXP=exp,
+            FOLD=fold is not None,
             HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, ACC=_triton_type(limit.dtype), BT=32, BD=32,
         )  # fmt: skip
     return out
@@ -286,7 +293,7 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
         query_programs = triton.cdiv(min(slab, p.queries - first), tiles.rows) * feature_tiles
         flags = {name: p.flags[name] for name in ("HAS_LENGTHS", "TARGET", "ACC")}
         kernels.input_gradients[(query_programs + key_programs + value_programs, batch)](
-            p.query, p.key, *p.inputs, ds, weights, incoming.grad_context, grad_query, grad_key,
+            p.query, p.key, p.folded, p.raw_exp_query, *p.inputs[2:], ds, weights, incoming.grad_context, grad_query, grad_key,
             grad_value, by_tile[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows, first, slab,
             int(number > 0), query_programs, key_programs, PLAIN=kernels.PLAIN[p.name], **flags,
             BT=tiles.rows, BD=tiles.features, BN=tiles.keys, BH=tiles.values, **tiles.options,
