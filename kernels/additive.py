@@ -24,6 +24,7 @@ MAX_WEIGHT = {"float32": 2.0**30, "float64": 2.0**200}
 # A weight this much smaller than the largest, over D, counts as 0.
 SMALLEST = {"float32": 2.0**-26, "float64": 2.0**-55}
 HALF_LN2 = tl.constexpr(0.34657)
+UNROLL = tl.constexpr(2)  # of the gradients' loops; the scores' have no register left for it
 
 
 @triton.jit
@@ -58,13 +59,18 @@ def _keep(seed_pointer, row, j, threshold):
 
 @triton.jit
 def fold_weight(
-    weight, folded, D, HALF, scale, UNIT: tl.constexpr, BITS: tl.constexpr, MAX: tl.constexpr, SMALLEST: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    weight, folded, D, HALF, scale, scale_rest, UNIT: tl.constexpr, BITS: tl.constexpr, MAX: tl.constexpr,
+    SMALLEST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of the score weight v, into ``folded`` (3, 2 HALF) and two numbers behind it: w = -2 scale v; c, or 0 where w is
-    too small to count; c again, or 1 / unit there; max|w|, and |q| + |k| up to which folding is safe."""
+    too small to count; c again, or 1 / unit there; max|w|, and |q| + |k| up to which folding is safe.
+
+    The launch passes float32 numbers, so a float64 scale comes as that and what it leaves.
+    """
     d = tl.arange(0, BLOCK)
-    w = -2 * scale * tl.load(weight + d, d < D, 0.0).to(ACC)
+    v = tl.load(weight + d, d < D, 0.0).to(ACC)
+    w = -2 * (v * scale + v * scale_rest)
+    w = tl.where(tl.abs(w) < float("inf"), w, float("nan"))  # an infinite one would make the score of a hidden slot
     size = tl.abs(w)
     whole = tl.min((size <= MAX).to(tl.int32), 0) == 1  # no NaN, and nothing too large
     limit = tl.max(tl.where(size <= MAX, size, 0.0), 0)
@@ -123,7 +129,6 @@ def features_first(
 def _scores(
     query, key, e, f, folded, near, i, j, Tq, Tk, D, HALF, q_rows, k_rows,
     UNIT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    UNROLL: tl.constexpr = 2,
 ):  # fmt: skip
     """scale * (v . tanh(q_i + k_j) - sum v) of a tile. query, key, e = c E and f point to the batch row."""
     acc = tl.zeros((BM, BN), ACC)
@@ -131,7 +136,7 @@ def _scores(
         e_d = e + i
         f_d = f + j
         c = folded + 4 * HALF
-        for _ in tl.range(0, HALF, loop_unroll_factor=UNROLL):
+        for _ in range(HALF):
             y0 = tl.load(e_d)[:, None] * tl.load(f_d)[None, :] + tl.load(c)
             y1 = tl.load(e_d + HALF * q_rows)[:, None] * tl.load(f_d + HALF * k_rows)[None, :] + tl.load(c + HALF)
             acc += (y0 + y1) * _reciprocal(y0 * y1, TARGET)
@@ -171,7 +176,7 @@ def _near(folded, HALF, q_limit, k_limit, i, j):
 
 @triton.jit
 def _write_weights(
-    raw, weights, seed, lse, b, i, first, end, Tq, Tk, threshold, keep_scale, DROPOUT: tl.constexpr,
+    raw, weights, seed, lse, b, i, first, end, Tq, Tk, threshold, keep_scale, keep_rest, DROPOUT: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """Weights of keys [first, end) from the raw scores of the same slots."""
@@ -184,7 +189,7 @@ def _write_weights(
         p = tl.exp(tl.minimum(s - lse[:, None], 0.0, tl.PropagateNan.ALL))
         p = tl.where(s == float("-inf"), 0.0, p)
         if DROPOUT:
-            p = tl.where(_keep(seed, row, j, threshold), p * keep_scale, 0.0)
+            p = tl.where(_keep(seed, row, j, threshold), p * keep_scale + p * keep_rest, 0.0)
         tl.store(weights + at, p.to(weights.dtype.element_ty), inside)
 
 
@@ -192,7 +197,7 @@ def _write_weights(
 def forward(
     query, key, value, folded, e, f, q_limit, k_limit, lengths, mask, seed,
     part, part_max, part_sum, stage, context, lse_out, raw, weights,
-    B, Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, keys_each, threshold, keep_scale,
+    B, Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, keys_each, threshold, keep_scale, keep_rest,
     UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHTS: tl.constexpr, ONLY_SCORES: tl.constexpr, SPLIT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
@@ -253,7 +258,7 @@ def forward(
             total = total * alpha + tl.sum(p, 1)
             top = high
             if DROPOUT:
-                p = tl.where(_keep(seed, row, j, threshold), p * keep_scale, 0.0)
+                p = tl.where(_keep(seed, row, j, threshold), p * keep_scale + p * keep_rest, 0.0)
             tl.store(stage[:, None] + tl.arange(0, BN)[None, :], p)
             tl.debug_barrier()
             for h0 in range(0, H, BH):
@@ -286,12 +291,14 @@ def forward(
             c = tl.load(part_row + h, rows_in & (h < H), 0.0) * gain
             tl.store(context + row[:, None] * H + h, c.to(context.dtype.element_ty), rows_in & (h < H))
         if WEIGHTS:
-            _write_weights(raw, weights, seed, lse, b, i, first, end, Tq, Tk, threshold, keep_scale, DROPOUT, BN)
+            _write_weights(
+                raw, weights, seed, lse, b, i, first, end, Tq, Tk, threshold, keep_scale, keep_rest, DROPOUT, BN
+            )
 
 
 @triton.jit
 def combine(
-    part, part_max, part_sum, context, lse_out, raw, weights, seed, B, Tq, Tk, H, splits, threshold, keep_scale,
+    part, part_max, part_sum, context, lse_out, raw, weights, seed, B, Tq, Tk, H, splits, threshold, keep_scale, keep_rest,
     DROPOUT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Context, log-sum-exp and weights of a row from its splits, in their order."""
@@ -319,8 +326,9 @@ def combine(
     if WEIGHTS:
         one = i + tl.arange(0, 1)
         _write_weights(
-            raw, weights, seed, lse + tl.zeros((1,), ACC), b, one, 0, Tk, Tq, Tk, threshold, keep_scale, DROPOUT, BN
-        )
+            raw, weights, seed, lse + tl.zeros((1,), ACC), b, one, 0, Tk, Tq, Tk, threshold, keep_scale, keep_rest,
+            DROPOUT, BN,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -350,7 +358,7 @@ def row_sums(
 def score_gradients(
     query, key, folded, e, f, q_limit, k_limit, lengths, mask, seed,
     value_columns, grad_columns, grad_weights, lse, delta, ds_out, p_out,
-    Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, i_first, slab, threshold, keep_scale,
+    Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, i_first, slab, threshold, keep_scale, keep_rest,
     UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr, FROM_SCORES: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -364,47 +372,55 @@ def score_gradients(
     i = i_first + local
     j = tl.program_id(0) * BN + tl.arange(0, BN)
     row = b * Tq + i
-    rows_in = (i < Tq) & (local < slab)
-    seen = _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS, HAS_MASK) & rows_in[:, None]
+    rows_in = i < Tq
     out = (b * slab + local)[:, None] * k_rows + j[None, :]
-    stored = (local < slab)[:, None] & (j < k_rows)[None, :]
     at = row[:, None] * Tk + j[None, :]
     if FROM_SCORES:
+        seen = _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS, HAS_MASK) & rows_in[:, None]
         ds = tl.load(grad_weights + at, seen, 0.0).to(ACC)
-        tl.store(ds_out + out, ds, stored)
+        tl.store(ds_out + out, ds)
     else:
-        row_lse = tl.load(lse + row, rows_in, float("-inf"))
-        seen = seen & (row_lse > float("-inf"))[:, None]
-        p = tl.zeros((BM, BN), ACC)
-        ds = tl.zeros((BM, BN), ACC)
-        if tl.max(tl.max(seen.to(tl.int32), 1), 0) == 1:
-            dp = tl.zeros((BM, BN), ACC)
+        nothing = tl.zeros((BM, BN), ACC)
+        length = Tk
+        if HAS_LENGTHS:
+            length = tl.load(lengths + b).to(tl.int32)
+        if tl.program_id(0) * BN >= length:
+            tl.store(ds_out + out, nothing)
+            tl.store(p_out + out, nothing)
+        else:
+            # Sums wait in memory until all are there: that is few registers, and each in the layout of its store.
             if CONTEXT:
+                dp = nothing
                 g = grad_columns + b * H * q_rows + i
                 v = value_columns + b * H * k_rows + j
-                for _ in tl.range(0, H, loop_unroll_factor=2):
+                for _ in tl.range(0, H, loop_unroll_factor=UNROLL):
                     dp += tl.load(g)[:, None] * tl.load(v)[None, :]
                     g += q_rows
                     v += k_rows
-            # dC h waits in memory: there it is in nobody's registers while the score is summed.
-            tl.store(ds_out + out, dp, stored)
-            tl.debug_barrier()
+                tl.store(ds_out + out, dp)
             near = _near(folded, HALF, q_limit + b * q_rows, k_limit + b * k_rows, i, j)
             s = _scores(
                 query + b * Tq * D, key + b * Tk * D, e + b * 2 * HALF * q_rows, f + b * 2 * HALF * k_rows, folded,
                 near, i, j, Tq, Tk, D, HALF, q_rows, k_rows, UNIT, TARGET, ACC, BM, BN,
             )  # fmt: skip
+            tl.store(p_out + out, s)
+            tl.debug_barrier()
+            s = tl.load(p_out + out)
+            row_lse = tl.load(lse + row, rows_in, float("-inf"))
+            seen = _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS, HAS_MASK)
+            seen = seen & (rows_in & (row_lse != float("-inf")))[:, None]
             p = tl.where(seen, tl.exp(tl.minimum(s - row_lse[:, None], 0.0, tl.PropagateNan.ALL)), 0.0)
-            dp = tl.load(ds_out + out, stored, 0.0)
+            dp = nothing
+            if CONTEXT:
+                dp = tl.load(ds_out + out)
             if WEIGHTS:
                 dp += tl.load(grad_weights + at, seen, 0.0).to(ACC)
-            kept = tl.zeros((BM, BN), ACC) + 1
+            kept = nothing + 1
             if DROPOUT:
-                kept = tl.where(_keep(seed, row, j, threshold), keep_scale, 0.0).to(ACC)
+                kept = tl.where(_keep(seed, row, j, threshold), (nothing + keep_scale) + keep_rest, 0.0)
             ds = tl.where(p == 0, 0.0, p * (kept * dp - tl.load(delta + row, rows_in, 0.0)[:, None]))
-            p *= kept
-        tl.store(ds_out + out, ds, stored)
-        tl.store(p_out + out, p, stored)
+            tl.store(ds_out + out, ds)
+            tl.store(p_out + out, p * kept)
 
 
 @triton.jit
@@ -448,7 +464,7 @@ def _features_tile(
     for n in range(stop):
         largest = tl.maximum(largest, tl.load(other_limit + other_first + n))
     if limit + largest <= PLAIN:
-        for _ in range(stop):
+        for _ in tl.range(0, stop, loop_unroll_factor=UNROLL):
             slot = tl.load(slots)
             f0 = tl.load(f, d < HALF, 0.0)[:, None]
             f1 = tl.load(f + HALF * other_rows, d < HALF, 0.0)[:, None]

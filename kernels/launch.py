@@ -6,6 +6,7 @@ Nothing here waits for the device or allocates by its data, so that a call can b
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from triton import knobs
 
 from . import additive as kernels
-from .tiles import KEY_BLOCK, Tiles, tiles_for
+from .tiles import KEY_BLOCK, BackwardTiles, Tiles, backward_tiles, forward_tiles
 
 __all__ = ["OPERATORS"]
 
@@ -51,10 +52,9 @@ class _Problem:
     lengths: Tensor | None
     mask: Tensor | None
     scale: float
-    tiles: Tiles
+    tiles: Tiles | BackwardTiles
     exp_key: Tensor | None = None
     key_limit: Tensor | None = None
-
 
     def __post_init__(self) -> None:
         self.flat = self.query.dim() == 2
@@ -69,14 +69,17 @@ class _Problem:
         self.name = str(self.dtype).removeprefix("torch.")
         self.folded = self.query.new_empty(6 * self.half + 2, dtype=self.dtype)
         kernels.fold_weight[(1,)](
-            self.weight, self.folded, self.features, self.half, self.scale, kernels.UNIT[self.name],
+            self.weight, self.folded, self.features, self.half, *_two_floats(self.scale), kernels.UNIT[self.name],
             kernels.FOLD_BITS[self.name], kernels.MAX_WEIGHT[self.name], kernels.SMALLEST[self.name],
             ACC=_triton_type(self.dtype), BLOCK=triton.next_power_of_2(2 * self.half),
         )  # fmt: skip
-        block = max(self.tiles.queries, self.tiles.rows) if self.tiles.backward else self.tiles.queries
+        backward = isinstance(self.tiles, BackwardTiles)
+        block = (
+            max(self.tiles.queries, self.tiles.rows) if isinstance(self.tiles, BackwardTiles) else self.tiles.queries
+        )
         # c E for the scores, and for the gradients E too.
         self.exp_query, self.query_limit = _exponentials(self.query, None, None, block, self.folded[2 * self.half :])
-        self.raw_exp_query = _exponentials(self.query, None, None, block)[0] if self.tiles.backward else None
+        self.raw_exp_query = _exponentials(self.query, None, None, block)[0] if backward else None
         if self.exp_key is None or self.key_limit is None:
             by_key = self.mask if self.mask is not None and self.mask.dim() == 2 else None
             self.exp_key, self.key_limit = _exponentials(self.key, self.lengths, by_key, KEY_BLOCK)
@@ -159,11 +162,16 @@ def _rounded_by_kernels(dtype: torch.dtype) -> torch.dtype:
     return _arithmetic(dtype) if INTERPRETED else dtype
 
 
-def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float, dict[str, bool]]:
-    """Threshold, gain and flag of dropout."""
-    used = dropout_p > 0.0 and seed is not None
+def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[tuple[int, float, float], dict[str, bool]]:
+    """Threshold and gain of dropout, and whether there is any."""
     gain = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    return int(dropout_p * 2**32), gain, {"DROPOUT": used}
+    return (int(dropout_p * 2**32), *_two_floats(gain)), {"DROPOUT": dropout_p > 0.0 and seed is not None}
+
+
+def _two_floats(x: float) -> tuple[float, float]:
+    """x as a float32 and what that leaves: launches pass no more."""
+    high = struct.unpack("f", struct.pack("f", x))[0]
+    return high, x - high
 
 
 def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -188,7 +196,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
         queries = query.shape[1] if query.dim() == 3 else 1
-        tiles = tiles_for("forward" if queries > 8 else "step", queries, query.dtype, _target())
+        tiles = forward_tiles(queries)
         p = _Problem(query, key, score_weight, lengths, mask, scale, tiles, exp_key, key_limit)
         value, size = value.contiguous(), value.shape[2]
         splits, keys_each = _splits(p)
@@ -202,18 +210,18 @@ def attention(
         raw = weights if native else query.new_empty(weights.shape, dtype=p.dtype)
         grid = triton.cdiv(p.queries, tiles.queries), splits, p.batch
         stage = query.new_empty(grid[0] * grid[1] * grid[2], tiles.queries, tiles.keys, dtype=p.dtype)
-        threshold, gain, dropout = _dropout(dropout_p, seed)
+        numbers, dropout = _dropout(dropout_p, seed)
         options = {**dropout, "WEIGHTS": need_weights}
         if p.batch and p.queries:
             kernels.forward[grid](
                 p.query, p.key, value, *p.inputs, p.mask, seed, part, partial[0], partial[1], stage, context, lse, raw,
                 weights, p.batch, p.queries, p.keys, p.features, size, p.half, *p.rows, p.mask_row, keys_each,
-                threshold, gain, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1, **tiles.blocks,
+                *numbers, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1, **tiles.blocks,
             )  # fmt: skip
             if splits > 1:
                 kernels.combine[(p.queries, p.batch)](
                     part, partial[0], partial[1], context, lse, raw, weights, seed, p.batch, p.queries, p.keys, size,
-                    splits, threshold, gain, **options, ACC=_triton_type(p.dtype), BH=128, BN=128,
+                    splits, *numbers, **options, ACC=_triton_type(p.dtype), BH=128, BN=128,
                 )  # fmt: skip
         context, weights = context.to(query.dtype), weights.to(query.dtype)
         return p.by_query(context), p.by_query(weights) if need_weights else weights, lse
@@ -224,7 +232,7 @@ def scores(
 ) -> Tensor:
     with _on(query.device):
         queries = query.shape[1] if query.dim() == 3 else 1
-        tiles = tiles_for("forward" if queries > 8 else "step", queries, query.dtype, _target())
+        tiles = forward_tiles(queries)
         p = _Problem(query, key, score_weight, lengths, mask, scale, tiles)
         out = query.new_empty(p.batch, p.queries, p.keys, dtype=_rounded_by_kernels(query.dtype))
         if out.numel():
@@ -232,7 +240,7 @@ def scores(
             splits, keys_each = _splits(p)
             kernels.forward[(triton.cdiv(p.queries, tiles.queries), splits, p.batch)](
                 p.query, p.key, nothing, *p.inputs, p.mask, None, nothing, nothing, nothing, nothing, nothing, nothing,
-                out, nothing, p.batch, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row, keys_each, 0, 1.0,
+                out, nothing, p.batch, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row, keys_each, 0, 1.0, 0.0,
                 **p.flags, DROPOUT=False, WEIGHTS=False, ONLY_SCORES=True, SPLIT=False, **tiles.blocks,
             )  # fmt: skip
         return p.by_query(out.to(query.dtype))
@@ -258,22 +266,22 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
     ds and p of a slab are kept between the two launches: never more of them than the gradients have numbers, so that
     memory stays linear in each of Tq and Tk.
     """
-    batch, size, dtype = p.batch, incoming.value.shape[2], p.dtype
+    batch, size, dtype, tiles = p.batch, incoming.value.shape[2], p.dtype, p.tiles
+    assert isinstance(tiles, BackwardTiles)
     q_rows, k_rows = p.rows
     new = p.query.new_zeros if min(batch, p.queries, p.keys) == 0 else p.query.new_empty
     grad_query, grad_key = new(p.query.shape, dtype=dtype), new(p.key.shape, dtype=dtype)
     grad_value = new(incoming.value.shape, dtype=dtype)
-    key_tiles = k_rows // p.tiles.rows
-    slab = min(p.queries, max(p.tiles.queries, _round_up(4 * (p.features + size), p.tiles.queries)))
+    key_tiles = k_rows // tiles.rows
+    slab = _round_up(min(p.queries, max(1, 4 * (p.features + size))), tiles.queries)
     slabs = triton.cdiv(p.queries, slab) if slab else 0
     by_tile = new((slabs, batch, key_tiles, 2 * p.half), dtype=dtype)
     ds = p.query.new_empty(batch, slab, k_rows, dtype=dtype)
     weights = ds if incoming.from_scores else torch.empty_like(ds)
-    threshold, gain, dropout = _dropout(incoming.dropout_p, incoming.seed)
-    feature_tiles = triton.cdiv(p.half, p.tiles.features)
+    numbers, dropout = _dropout(incoming.dropout_p, incoming.seed)
+    feature_tiles = triton.cdiv(p.half, tiles.features)
     key_programs = key_tiles * feature_tiles
-    tiles = p.tiles
-    value_programs = triton.cdiv(p.keys, tiles.keys) * triton.cdiv(size, tiles.values)
+    value_programs = triton.cdiv(p.keys, tiles.value_rows) * triton.cdiv(size, tiles.values)
     value_programs = 0 if incoming.from_scores or incoming.grad_context is None else value_programs
     if not value_programs:
         grad_value.zero_()
@@ -283,20 +291,21 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
         columns = _columns(incoming.value, k_rows), _columns(incoming.grad_context, q_rows)
     for number in range(slabs if batch and p.keys else 0):
         first = number * slab
-        kernels.score_gradients[(triton.cdiv(k_rows, tiles.keys), triton.cdiv(slab, tiles.queries), batch)](
+        rows = min(slab, p.queries - first)
+        kernels.score_gradients[(k_rows // tiles.keys, triton.cdiv(rows, tiles.queries), batch)](
             p.query, p.key, *p.inputs, p.mask, incoming.seed, *columns, incoming.grad_weights,
             incoming.lse, incoming.delta, ds, weights, p.queries, p.keys, p.features, size,
-            p.half, q_rows, k_rows, p.mask_row, first, slab, threshold, gain, **p.flags, **dropout,
+            p.half, q_rows, k_rows, p.mask_row, first, slab, *numbers, **p.flags, **dropout,
             CONTEXT=value_programs > 0, WEIGHTS=incoming.grad_weights is not None,
-            FROM_SCORES=incoming.from_scores, BM=tiles.queries, BN=tiles.keys, **tiles.options,
+            FROM_SCORES=incoming.from_scores, **tiles.pair_blocks,
         )  # fmt: skip
-        query_programs = triton.cdiv(min(slab, p.queries - first), tiles.rows) * feature_tiles
+        query_programs = triton.cdiv(rows, tiles.rows) * feature_tiles
         flags = {name: p.flags[name] for name in ("HAS_LENGTHS", "TARGET", "ACC")}
         kernels.input_gradients[(query_programs + key_programs + value_programs, batch)](
             p.query, p.key, p.folded, p.raw_exp_query, *p.inputs[2:], ds, weights, incoming.grad_context, grad_query, grad_key,
             grad_value, by_tile[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows, first, slab,
             int(number > 0), query_programs, key_programs, PLAIN=kernels.PLAIN[p.name], **flags,
-            BT=tiles.rows, BD=tiles.features, BN=tiles.keys, BH=tiles.values, **tiles.options,
+            **tiles.input_blocks,
         )  # fmt: skip
     grad_weight = by_tile.sum((0, 1, 2))[: p.features] * p.scale
     kind = p.query.dtype
@@ -310,8 +319,7 @@ def attention_backward(
     log_sum_exp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        tiles = tiles_for("backward", query.shape[1] if query.dim() == 3 else 1, query.dtype, _target())
-        p = _Problem(query, key, score_weight, lengths, mask, scale, tiles, exp_key, key_limit)
+        p = _Problem(query, key, score_weight, lengths, mask, scale, backward_tiles(INTERPRETED), exp_key, key_limit)
         grads = [None if g is None else g.contiguous() for g in (grad_context, grad_weights)]
         delta = torch.empty_like(log_sum_exp)
         if delta.numel():
@@ -327,8 +335,7 @@ def scores_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        tiles = tiles_for("backward", query.shape[1] if query.dim() == 3 else 1, query.dtype, _target())
-        p = _Problem(query, key, score_weight, lengths, mask, scale, tiles)
+        p = _Problem(query, key, score_weight, lengths, mask, scale, backward_tiles(INTERPRETED))
         nothing = p.key.new_empty(p.batch, p.keys, 0)
         empty = nothing.new_empty(0, dtype=p.dtype)
         grads = _gradients(p, _Incoming(None, grad.contiguous(), nothing, empty, empty, None, 0.0, True))

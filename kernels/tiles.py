@@ -1,13 +1,14 @@
-"""The sizes of the kernels' tiles, by kernel and target: the one table to tune."""
+"""The sizes of the kernels' tiles: the one table to tune.
+
+Triton spreads a tile's columns over a warp and then over the warps, so that one warp for 128 columns, or a store that asks
+for four columns a thread, gives each thread 8 x 4 pairs: 12 loads for 32 pairs, and no exchange between threads.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-
-__all__ = ["KEY_BLOCK", "Tiles", "tiles_for"]
+__all__ = ["KEY_BLOCK", "BackwardTiles", "Tiles", "backward_tiles", "forward_tiles"]
 
 KEY_BLOCK = 128
 """Keys of a prepared memory are padded to a multiple of this many: any tile of keys divides it."""
@@ -15,39 +16,62 @@ KEY_BLOCK = 128
 
 @dataclass(frozen=True)
 class Tiles:
-    """A program's share: pairs (queries, keys), values at a time, and in the gradients (features, rows)."""
+    """A forward program's share: pairs (queries, keys), and value columns at a time."""
 
     queries: int
     keys: int
     values: int
     warps: int
-    rows: int = 64
-    features: int = 16
-    backward: bool = False
 
     @property
-    def blocks(self) -> dict[str, Any]:
-        """Arguments of the forward kernel's launch."""
-        return {"BM": self.queries, "BN": self.keys, "BH": self.values, **self.options}
+    def blocks(self) -> dict[str, int]:
+        """Arguments of the launch. Nothing is loaded ahead by stages: there are no matrix products to feed."""
+        return {
+            "BM": self.queries, "BN": self.keys, "BH": self.values, "num_warps": self.warps, "num_stages": 1,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BackwardTiles:
+    """Shares of the backward programs: pairs of one, and of the other (features, rows) or (value rows, columns)."""
+
+    queries: int
+    keys: int
+    warps: int
+    features: int
+    rows: int
+    value_rows: int
+    values: int
+    input_warps: int
 
     @property
-    def options(self) -> dict[str, int]:
-        """Arguments of any launch. Nothing is loaded ahead by stages: there are no matrix products to feed."""
-        return {"num_warps": self.warps, "num_stages": 1}
+    def pair_blocks(self) -> dict[str, int]:
+        """Arguments of the launch of ``score_gradients``."""
+        return {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": 1}
+
+    @property
+    def input_blocks(self) -> dict[str, int]:
+        """Arguments of the launch of ``input_gradients``."""
+        return {
+            "BT": self.rows, "BD": self.features, "BN": self.value_rows, "BH": self.values,
+            "num_warps": self.input_warps, "num_stages": 1,
+        }  # fmt: skip
 
 
-TILES = {
-    "forward": Tiles(32, 128, 128, 4),
-    "step": Tiles(8, 128, 128, 4),
-    "backward": Tiles(32, 128, 128, 4, backward=True),
-}
+FORWARD = Tiles(queries=16, keys=128, values=128, warps=4)
+STEP = Tiles(queries=8, keys=128, values=128, warps=1)
+BACKWARD = BackwardTiles(
+    queries=8, keys=128, warps=1, features=16, rows=64, value_rows=16, values=128, input_warps=2
+)  # fmt: skip
 
 
-def tiles_for(kernel: str, queries: int, dtype: torch.dtype, target: str) -> Tiles:
-    """The tiles of a kernel for so many queries."""
-    tiles = TILES[kernel]
-    if kernel == "step":
-        tiles = replace(tiles, queries=min(tiles.queries, 1 << max(0, queries - 1).bit_length()))
-    if target == "interpreter":  # which pays by the operation, not by the number
-        tiles = replace(tiles, features=64)
-    return tiles
+def forward_tiles(queries: int) -> Tiles:
+    """The tiles for so many queries: a decoder's step has few, and none is computed in vain."""
+    if queries > STEP.queries:
+        return FORWARD
+    return replace(STEP, queries=1 << max(0, queries - 1).bit_length())
+
+
+def backward_tiles(interpreted: bool) -> BackwardTiles:
+    """Triton's interpreter pays by the operation, not by the number: there a program takes more."""
+    return replace(BACKWARD, queries=32, features=64, value_rows=64) if interpreted else BACKWARD
