@@ -87,6 +87,7 @@ CASES: tuple[Case, ...] = (
     Case(batch=2, queries=9, keys=50, features=70, values=20, magnitude=8.0, weights=True),
     Case(batch=2, queries=9, keys=50, features=70, values=20, magnitude=100.0, mask="slots", poison=True),
     Case(batch=1, queries=4, keys=20, features=16, values=8, magnitude=1e4, weights=True),
+    Case(batch=2, queries=70, keys=40, features=3, values=2, lengths=True, weights=True),
     Case(batch=0),
     Case(queries=0),
     Case(keys=0, weights=True),

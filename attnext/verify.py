@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
+import torch
+
+from attnext._support import InputError
 from attnext.backends import backends, kernel_devices
 from attnext.cases import CASES, DTYPES, Case, compare, random_cases
 from attnext.cli import non_negative
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 RESULTS = ("scores", "context", "weights", "grad query", "grad key", "grad value", "grad score_weight")
@@ -26,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", action="append", choices=list(kernel_devices()), help="only this backend; repeatable"
     )
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtype", action="append", choices=names, help="only this dtype; repeatable")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="instead, compile the Triton kernels for every target, which takes no GPU: nothing may spill",
+    )
+    parser.add_argument("--target", action="append", help="with --compile: only this target, say sm_90; repeatable")
 
 
 @dataclass
@@ -76,12 +91,13 @@ def _cell(error: float) -> str:
     return f"[bold red]{error:.2f}[/]" if error > 1.0 else f"{error:.2f}"
 
 
-def _work(seed: int, count: int) -> Iterator[tuple[Case, int]]:
+def _work(seed: int, count: int, dtypes: list[str]) -> Iterator[tuple[Case, int]]:
+    wanted = [getattr(torch, name) for name in dtypes] or list(DTYPES)
     for number, case in enumerate(CASES):
-        for dtype in DTYPES:
+        for dtype in wanted:
             yield replace(case, dtype=dtype), seed + number
     for number, case in enumerate(random_cases(count, seed)):
-        yield case, seed + len(CASES) + number
+        yield replace(case, dtype=wanted[number % len(wanted)]) if dtypes else case, seed + len(CASES) + number
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,11 +106,15 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     console = Console()
+    if args.compile:
+        return _compile(console, args.target, args.dtype)
+    if args.target:
+        raise InputError("--target goes with --compile")
     status = backends()
     asked = args.backend or list(kernel_devices())
     ready = [name for name in asked if status[name].available]
     report = Report()
-    work = [(backend, *item) for backend in ready for item in _work(args.seed, args.cases)]
+    work = [(backend, *item) for backend in ready for item in _work(args.seed, args.cases, args.dtype or [])]
     for item in track(work, "Verifying", console=console, transient=True):
         report.verify(*item)
     if work:
@@ -111,4 +131,52 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"[bold red]FAILED[/]: {len(report.failures)} of {len(work)} calls beyond tolerance")
         return 1
     console.print(f"[bold green]OK[/]: {len(work)} calls within tolerance on {', '.join(ready)}")
+    return 0
+
+
+def _compile(console: Console, targets: list[str] | None, dtypes: list[str] | None) -> int:
+    """Compiles the Triton kernels ahead of time; 0 if all fit their targets without a spilled register."""
+    from rich import box
+    from rich.progress import Progress
+    from rich.table import Table
+
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("--compile needs Triton: pip install triton")
+    from attnext.kernels import ahead
+
+    unknown = sorted(set(targets or ()) - set(ahead.TARGETS))
+    if unknown:
+        raise InputError(f"--target must be one of {', '.join(ahead.TARGETS)}, got {unknown[0]!r}")
+    jobs = [
+        (what, target) for target in targets or ahead.TARGETS for what in ahead.builds(tuple(dtypes or ahead.DTYPES))
+    ]
+    table = Table("target", "kernels", "registers", "shared memory", "spilled", box=box.SIMPLE)
+    most: dict[str, list[int]] = {}
+    failures = []
+    # Processes, since the compiler holds the interpreter's lock; new ones, since this one's threads can't be forked.
+    with (
+        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
+        Progress(console=console, transient=True) as progress,
+    ):
+        running = progress.add_task("Compiling", total=len(jobs))
+        for (what, target), found in zip(jobs, pool.map(ahead.try_usage, *zip(*jobs, strict=True)), strict=True):
+            progress.advance(running)
+            row = most.setdefault(target, [0, 0, 0, 0])
+            row[0] += 1
+            if isinstance(found, str):
+                failures.append(f"{target} {what}: {found}")
+                continue
+            for k, number in enumerate((found.registers, found.shared, found.spilled), 1):
+                row[k] = max(row[k], number)
+            if found.spilled or found.shared > ahead.SHARED_MEMORY[target]:
+                failures.append(f"{target} {what}: {found}")
+    for target, (count, registers, shared, spilled) in most.items():
+        table.add_row(target, str(count), str(registers), f"{shared} B", f"{spilled} B")
+    console.print(table)
+    for failure in failures:
+        console.print(f"FAILED {failure}", markup=False, highlight=False)
+    if failures:
+        console.print(f"[bold red]FAILED[/]: {len(failures)} of {len(jobs)} kernels")
+        return 1
+    console.print(f"[bold green]OK[/]: {len(jobs)} kernels fit their targets and spill nothing")
     return 0

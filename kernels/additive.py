@@ -1,9 +1,10 @@
 """Triton kernels of additive attention: exponentials, forward with its combination of splits, backward.
 
-Letters as in ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r. Everything of size
-Tq Tk is a sum of outer products: each thread holds its own part of a tile and adds a feature, key, query or value column
-after the other to it, without a shuffle or a word of shared memory. So E, F, and in backward the values and dC, are kept
-with features first, (B, features, padded rows).
+Letters as in ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r.
+
+Everything of size Tq Tk is a sum of outer products: each thread holds its own part of a tile and adds a feature, key,
+query or value column after the other to it, without a shuffle or a word of shared memory. So E, F, and in backward the
+values and dC, are kept with features first, (B, features, padded rows).
 
 Feature d goes with d + half: the two share a reciprocal. The weight is folded in: y = c x with c = unit max|w| / w, so
 w r is 1/y up to a constant, and a pair is (y0 + y1) / (y0 y1): three multiply-adds, two additions or products, and one
@@ -32,10 +33,9 @@ def _reciprocal(x, TARGET: tl.constexpr):
     """1/x to an ulp or two: the hardware's own estimate in float32, a division elsewhere."""
     if TARGET == "cuda" and x.dtype == tl.float32:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    elif TARGET == "hip" and x.dtype == tl.float32:
+    if TARGET == "hip" and x.dtype == tl.float32:
         return tl.inline_asm_elementwise("v_rcp_f32 $0, $1", "=v,v", [x], tl.float32, True, 1)
-    else:
-        return 1.0 / x
+    return 1.0 / x
 
 
 @triton.jit
@@ -89,10 +89,10 @@ def fold_weight(
 @triton.jit
 def features_first(
     rows, lengths, mask, fold, out, limits, T, D, padded_rows, padded_features,
-    EXP: tl.constexpr, FOLD: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr,
+    EXP: tl.constexpr, FOLD: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out (B, padded_features, padded_rows) = rows (B, T, D), or exp(2 rows) with EXP; 0 in the padding and hidden rows.
+    """out (B, padded_features, padded_rows) = rows (B, T, D), with EXP exp(2 rows); 0 in the padding and hidden rows.
 
     With EXP also limits (B, padded_rows) = max|x|, infinity where a row is not finite, 0 where it is hidden; with FOLD
     each feature is multiplied by its entry of ``fold``.
@@ -205,9 +205,9 @@ def forward(
     """Scores, online softmax and context of a tile of queries over the keys [split keys_each, ...).
 
     The context of a tile of queries is summed in ``part`` (splits, B, Tq, H), and a tile's p goes through ``stage``
-    (programs, BM, BN), which only this program touches; without SPLIT the context is divided by the sum and written here,
-    with SPLIT by :func:`combine`. ``raw`` (B, Tq, Tk) takes the scores, from which the weights come once the sum is
-    known, or, with ONLY_SCORES, all that was asked for.
+    (programs, BM, BN), which only this program touches; without SPLIT the context is divided by the sum and written
+    here, with SPLIT by :func:`combine`. ``raw`` (B, Tq, Tk) takes the scores, from which the weights come once the sum
+    is known, or, with ONLY_SCORES, all that was asked for.
     """
     b = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
@@ -216,9 +216,8 @@ def forward(
     first = split.to(tl.int32) * keys_each
     end = tl.minimum(first + keys_each, Tk)
     stop = end
-    if HAS_LENGTHS:
-        if not (WEIGHTS or ONLY_SCORES):
-            stop = tl.minimum(end.to(tl.int64), tl.load(lengths + b)).to(tl.int32)
+    if HAS_LENGTHS and not (WEIGHTS or ONLY_SCORES):
+        stop = tl.minimum(end.to(tl.int64), tl.load(lengths + b)).to(tl.int32)
     e += b * 2 * HALF * q_rows
     f += b * 2 * HALF * k_rows
     q_limit += b * q_rows
@@ -298,8 +297,8 @@ def forward(
 
 @triton.jit
 def combine(
-    part, part_max, part_sum, context, lse_out, raw, weights, seed, B, Tq, Tk, H, splits, threshold, keep_scale, keep_rest,
-    DROPOUT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    part, part_max, part_sum, context, lse_out, raw, weights, seed, B, Tq, Tk, H, splits, threshold, keep_scale,
+    keep_rest, DROPOUT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Context, log-sum-exp and weights of a row from its splits, in their order."""
     b = tl.program_id(1).to(tl.int64)

@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import additive as kernels
-from .tiles import BACKWARD, FORWARD, forward_tiles
+from .tiles import STEP, backward_tiles, compiler_options, forward_tiles
 
-__all__ = ["DTYPES", "TARGETS", "Build", "Usage", "build", "builds", "disassembly", "usage"]
+__all__ = ["DTYPES", "TARGETS", "Build", "Usage", "build", "builds", "disassembly", "try_usage", "usage"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -100,12 +100,13 @@ def builds(dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
                     kernel, f"{label}{', all options' if full else ''}", dtype, constants, blocks.get("num_warps", 4)
                 )
 
-            yield make("forward", "forward", FORWARD.blocks)
-            for queries in (1, 8):
-                yield make("forward", f"step of {queries}", forward_tiles(queries).blocks, SPLIT=True)
-            yield make("forward", "scores", FORWARD.blocks, ONLY_SCORES=True, WEIGHTS=False, DROPOUT=False)
-            yield make("score_gradients", "backward, pairs", BACKWARD.pair_blocks)
-            yield make("input_gradients", "backward, inputs", BACKWARD.input_blocks)
+            many = forward_tiles(STEP.queries + 1, double).blocks
+            yield make("forward", "forward", many)
+            for queries in (1, STEP.queries):
+                yield make("forward", f"step of {queries}", forward_tiles(queries, double).blocks, SPLIT=True)
+            yield make("forward", "scores", many, ONLY_SCORES=True, WEIGHTS=False, DROPOUT=False)
+            yield make("score_gradients", "backward, pairs", backward_tiles(double).pair_blocks)
+            yield make("input_gradients", "backward, inputs", backward_tiles(double).input_blocks)
             yield make("row_sums", "backward, row sums", {"BLOCK": 256})
             yield make("combine", "combine", {"BH": 128, "BN": 128})
             yield make("features_first", "features first", {"BT": 32, "BD": 32})
@@ -139,18 +140,27 @@ def build(what: Build, target: str) -> Any:
         if signature[name].startswith("*") or (name in _MULTIPLES_OF_16 and name not in constants)
     }
     source = ASTSource(function, signature, constants, aligned)
-    return triton.compile(source, target=gpu, options={"num_warps": what.warps, "num_stages": 1})
+    options = {"num_warps": what.warps, "num_stages": 1, **compiler_options(gpu.backend)}
+    return triton.compile(source, target=gpu, options=options)
 
 
 def usage(compiled: Any, target: str) -> Usage:
     """What a compiled kernel takes of its target."""
     if TARGETS[target].backend == "hip":
         text = compiled.asm["amdgcn"]
-        counts = [int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")]  # type: ignore[index]
-        return Usage(counts[0], 4 * counts[1], compiled.metadata.shared)
+        found = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
+        return Usage(found["vgpr_count"], 4 * found["vgpr_spill_count"], compiled.metadata.shared)
     text = _cuobjdump(compiled, "--dump-resource-usage")
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return Usage(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+
+
+def try_usage(what: Build, target: str) -> Usage | str:
+    """What a kernel takes of a target, or why it can't be compiled."""
+    try:
+        return usage(build(what, target), target)
+    except Exception as error:  # whatever a compiler may raise
+        return f"{type(error).__name__}: {error}"
 
 
 def disassembly(compiled: Any) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import knobs
 
 from . import additive as kernels
-from .tiles import KEY_BLOCK, BackwardTiles, Tiles, backward_tiles, forward_tiles
+from .tiles import KEY_BLOCK, BackwardTiles, Tiles, backward_tiles, compiler_options, forward_tiles
 
 __all__ = ["OPERATORS"]
 
@@ -32,6 +32,10 @@ def _target() -> str:
     if INTERPRETED:
         return "interpreter"
     return "hip" if torch.version.hip else "cuda"
+
+
+def _compiler_options() -> dict[str, Any]:
+    return {} if INTERPRETED else compiler_options(_target())
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -196,7 +200,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
         queries = query.shape[1] if query.dim() == 3 else 1
-        tiles = forward_tiles(queries)
+        tiles = forward_tiles(queries, query.dtype == torch.float64, INTERPRETED)
         p = _Problem(query, key, score_weight, lengths, mask, scale, tiles, exp_key, key_limit)
         value, size = value.contiguous(), value.shape[2]
         splits, keys_each = _splits(p)
@@ -216,7 +220,7 @@ def attention(
             kernels.forward[grid](
                 p.query, p.key, value, *p.inputs, p.mask, seed, part, partial[0], partial[1], stage, context, lse, raw,
                 weights, p.batch, p.queries, p.keys, p.features, size, p.half, *p.rows, p.mask_row, keys_each,
-                *numbers, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1, **tiles.blocks,
+                *numbers, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1, **tiles.blocks, **_compiler_options(),
             )  # fmt: skip
             if splits > 1:
                 kernels.combine[(p.queries, p.batch)](
@@ -232,7 +236,7 @@ def scores(
 ) -> Tensor:
     with _on(query.device):
         queries = query.shape[1] if query.dim() == 3 else 1
-        tiles = forward_tiles(queries)
+        tiles = forward_tiles(queries, query.dtype == torch.float64, INTERPRETED)
         p = _Problem(query, key, score_weight, lengths, mask, scale, tiles)
         out = query.new_empty(p.batch, p.queries, p.keys, dtype=_rounded_by_kernels(query.dtype))
         if out.numel():
@@ -240,8 +244,9 @@ def scores(
             splits, keys_each = _splits(p)
             kernels.forward[(triton.cdiv(p.queries, tiles.queries), splits, p.batch)](
                 p.query, p.key, nothing, *p.inputs, p.mask, None, nothing, nothing, nothing, nothing, nothing, nothing,
-                out, nothing, p.batch, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row, keys_each, 0, 1.0, 0.0,
-                **p.flags, DROPOUT=False, WEIGHTS=False, ONLY_SCORES=True, SPLIT=False, **tiles.blocks,
+                out, nothing, p.batch, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row, keys_each, 0,
+                1.0, 0.0, **p.flags, DROPOUT=False, WEIGHTS=False, ONLY_SCORES=True, SPLIT=False, **tiles.blocks,
+                **_compiler_options(),
             )  # fmt: skip
         return p.by_query(out.to(query.dtype))
 
@@ -297,15 +302,15 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
             incoming.lse, incoming.delta, ds, weights, p.queries, p.keys, p.features, size,
             p.half, q_rows, k_rows, p.mask_row, first, slab, *numbers, **p.flags, **dropout,
             CONTEXT=value_programs > 0, WEIGHTS=incoming.grad_weights is not None,
-            FROM_SCORES=incoming.from_scores, **tiles.pair_blocks,
+            FROM_SCORES=incoming.from_scores, **tiles.pair_blocks, **_compiler_options(),
         )  # fmt: skip
         query_programs = triton.cdiv(rows, tiles.rows) * feature_tiles
         flags = {name: p.flags[name] for name in ("HAS_LENGTHS", "TARGET", "ACC")}
         kernels.input_gradients[(query_programs + key_programs + value_programs, batch)](
-            p.query, p.key, p.folded, p.raw_exp_query, *p.inputs[2:], ds, weights, incoming.grad_context, grad_query, grad_key,
-            grad_value, by_tile[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows, first, slab,
-            int(number > 0), query_programs, key_programs, PLAIN=kernels.PLAIN[p.name], **flags,
-            **tiles.input_blocks,
+            p.query, p.key, p.folded, p.raw_exp_query, *p.inputs[2:], ds, weights, incoming.grad_context, grad_query,
+            grad_key, grad_value, by_tile[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows, first,
+            slab, int(number > 0), query_programs, key_programs, PLAIN=kernels.PLAIN[p.name], **flags,
+            **tiles.input_blocks, **_compiler_options(),
         )  # fmt: skip
     grad_weight = by_tile.sum((0, 1, 2))[: p.features] * p.scale
     kind = p.query.dtype
@@ -319,15 +324,28 @@ def attention_backward(
     log_sum_exp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        p = _Problem(query, key, score_weight, lengths, mask, scale, backward_tiles(INTERPRETED), exp_key, key_limit)
-        grads = [None if g is None else g.contiguous() for g in (grad_context, grad_weights)]
+        p = _Problem(
+            query,
+            key,
+            score_weight,
+            lengths,
+            mask,
+            scale,
+            backward_tiles(query.dtype == torch.float64, INTERPRETED),
+            exp_key,
+            key_limit,
+        )
+        grad_context = None if grad_context is None else grad_context.contiguous()
+        grad_weights = None if grad_weights is None else grad_weights.contiguous()
         delta = torch.empty_like(log_sum_exp)
         if delta.numel():
             kernels.row_sums[(delta.numel(),)](
-                grads[0], context, grads[1], weights, delta, p.keys, value.shape[2], CONTEXT=grads[0] is not None,
-                WEIGHTS=grads[1] is not None, ACC=_triton_type(p.dtype), BLOCK=256,
+                grad_context, context, grad_weights, weights, delta, p.keys, value.shape[2],
+                CONTEXT=grad_context is not None, WEIGHTS=grad_weights is not None, ACC=_triton_type(p.dtype),
+                BLOCK=256,
             )  # fmt: skip
-        return _gradients(p, _Incoming(*grads, value.contiguous(), log_sum_exp, delta, seed, dropout_p, False))
+        value = value.contiguous()
+        return _gradients(p, _Incoming(grad_context, grad_weights, value, log_sum_exp, delta, seed, dropout_p, False))
 
 
 def scores_backward(
@@ -335,7 +353,9 @@ def scores_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        p = _Problem(query, key, score_weight, lengths, mask, scale, backward_tiles(INTERPRETED))
+        p = _Problem(
+            query, key, score_weight, lengths, mask, scale, backward_tiles(query.dtype == torch.float64, INTERPRETED)
+        )
         nothing = p.key.new_empty(p.batch, p.keys, 0)
         empty = nothing.new_empty(0, dtype=p.dtype)
         grads = _gradients(p, _Incoming(None, grad.contiguous(), nothing, empty, empty, None, 0.0, True))

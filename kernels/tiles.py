@@ -1,14 +1,15 @@
 """The sizes of the kernels' tiles: the one table to tune.
 
-Triton spreads a tile's columns over a warp and then over the warps, so that one warp for 128 columns, or a store that asks
-for four columns a thread, gives each thread 8 x 4 pairs: 12 loads for 32 pairs, and no exchange between threads.
+Triton spreads a tile's columns over a warp and then over the warps, so that one warp for 128 columns, or a store that
+asks for four columns a thread, gives each thread a few pairs by four: few loads, and no exchange between threads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ["KEY_BLOCK", "BackwardTiles", "Tiles", "backward_tiles", "forward_tiles"]
+__all__ = ["KEY_BLOCK", "BackwardTiles", "Tiles", "backward_tiles", "compiler_options", "forward_tiles"]
 
 KEY_BLOCK = 128
 """Keys of a prepared memory are padded to a multiple of this many: any tile of keys divides it."""
@@ -58,20 +59,36 @@ class BackwardTiles:
         }  # fmt: skip
 
 
-FORWARD = Tiles(queries=16, keys=128, values=128, warps=4)
-STEP = Tiles(queries=8, keys=128, values=128, warps=1)
+FORWARD = Tiles(queries=8, keys=128, values=128, warps=2)
+STEP = Tiles(queries=4, keys=128, values=128, warps=2)
+DOUBLE = Tiles(queries=2, keys=128, values=128, warps=1)
 BACKWARD = BackwardTiles(
     queries=8, keys=128, warps=1, features=16, rows=64, value_rows=16, values=128, input_warps=2
 )  # fmt: skip
 
 
-def forward_tiles(queries: int) -> Tiles:
-    """The tiles for so many queries: a decoder's step has few, and none is computed in vain."""
-    if queries > STEP.queries:
-        return FORWARD
-    return replace(STEP, queries=1 << max(0, queries - 1).bit_length())
+def forward_tiles(queries: int, double: bool, interpreted: bool = False) -> Tiles:
+    """The tiles for so many queries: a decoder's step has few, and none is computed in vain.
+
+    A float64 takes two registers, so a program has fewer numbers.
+    """
+    if interpreted and queries > STEP.queries:  # where an operation costs the same for many numbers
+        return replace(FORWARD, queries=32)
+    tiles = DOUBLE if double else FORWARD if queries > STEP.queries else STEP
+    return replace(tiles, queries=min(tiles.queries, 1 << max(0, queries - 1).bit_length()))
 
 
-def backward_tiles(interpreted: bool) -> BackwardTiles:
-    """Triton's interpreter pays by the operation, not by the number: there a program takes more."""
-    return replace(BACKWARD, queries=32, features=64, value_rows=64) if interpreted else BACKWARD
+def backward_tiles(double: bool, interpreted: bool = False) -> BackwardTiles:
+    """The tiles of the backward pass."""
+    if interpreted:
+        return replace(BACKWARD, queries=32, features=64, value_rows=64)
+    return replace(BACKWARD, queries=4, features=8, value_rows=8, input_warps=4) if double else BACKWARD
+
+
+def compiler_options(target: str) -> dict[str, Any]:
+    """Options of every launch and build of a large kernel for a target, "cuda" or "hip".
+
+    Multiplications and additions are to be fused, which Triton will not always do unasked; and NVIDIA's assembler, left
+    alone, spills a little to fit more programs at a time.
+    """
+    return {"enable_fp_fusion": True} | ({"maxnreg": 255} if target == "cuda" else {})
