@@ -14,6 +14,7 @@ import torch
 
 from attnext._support import InputError
 from attnext.backends import backends, kernel_devices
+from attnext.backends.triton import INTERPRETED
 from attnext.cases import CASES, DTYPES, Case, compare, random_cases
 from attnext.cli import non_negative
 
@@ -142,6 +143,8 @@ def _compile(console: Console, targets: list[str] | None, dtypes: list[str] | No
 
     if importlib.util.find_spec("triton") is None:
         raise InputError("--compile needs Triton: pip install triton")
+    if INTERPRETED:
+        raise InputError("--compile can't compile where Triton interprets: unset TRITON_INTERPRET")
     from attnext.kernels import ahead
 
     unknown = sorted(set(targets or ()) - set(ahead.TARGETS))

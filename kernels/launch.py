@@ -220,7 +220,8 @@ def attention(
             kernels.forward[grid](
                 p.query, p.key, value, *p.inputs, p.mask, seed, part, partial[0], partial[1], stage, context, lse, raw,
                 weights, p.batch, p.queries, p.keys, p.features, size, p.half, *p.rows, p.mask_row, keys_each,
-                *numbers, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1, **tiles.blocks, **_compiler_options(),
+                *numbers, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1, **tiles.blocks,
+                **_compiler_options(),
             )  # fmt: skip
             if splits > 1:
                 kernels.combine[(p.queries, p.batch)](
