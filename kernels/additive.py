@@ -135,10 +135,12 @@ def _scores(
     if near:
         e_d = e + i
         f_d = f + j
+        e_half = tl.cast(HALF, tl.int64) * q_rows
+        f_half = tl.cast(HALF, tl.int64) * k_rows
         c = folded + 4 * HALF
         for _ in range(HALF):
             y0 = tl.load(e_d)[:, None] * tl.load(f_d)[None, :] + tl.load(c)
-            y1 = tl.load(e_d + HALF * q_rows)[:, None] * tl.load(f_d + HALF * k_rows)[None, :] + tl.load(c + HALF)
+            y1 = tl.load(e_d + e_half)[:, None] * tl.load(f_d + f_half)[None, :] + tl.load(c + HALF)
             acc += (y0 + y1) * _reciprocal(y0 * y1, TARGET)
             e_d += q_rows
             f_d += k_rows
@@ -449,8 +451,9 @@ def _features_tile(
     """
     e = own + d.to(tl.int64)[:, None] * own_rows + t[None, :]
     inside = (d < HALF)[:, None]
+    half = tl.cast(HALF, tl.int64)
     e0 = tl.load(e, inside, 0.0)
-    e1 = tl.load(e + HALF * own_rows, inside, 0.0)
+    e1 = tl.load(e + half * own_rows, inside, 0.0)
     f = other + d.to(tl.int64) * other_rows + other_first
     slots = ds + t * ds_own
     sum0 = tl.zeros((BD, BT), ACC)
@@ -466,7 +469,7 @@ def _features_tile(
         for _ in tl.range(0, stop, loop_unroll_factor=UNROLL):
             slot = tl.load(slots)
             f0 = tl.load(f, d < HALF, 0.0)[:, None]
-            f1 = tl.load(f + HALF * other_rows, d < HALF, 0.0)[:, None]
+            f1 = tl.load(f + half * other_rows, d < HALF, 0.0)[:, None]
             slots += ds_other
             f += 1
             r0, r1 = _pair(e0, e1, f0, f1, TARGET)
@@ -519,7 +522,7 @@ def input_gradients(
     query, key, folded, e, f, q_limit, k_limit, lengths, ds, p, grad_context,
     grad_query, grad_key, grad_value, grad_weight,
     Tq, Tk, D, H, HALF, q_rows, k_rows, i_first, slab, add, query_programs, key_programs,
-    PLAIN: tl.constexpr, HAS_LENGTHS: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
+    PLAIN: tl.constexpr, HAS_LENGTHS: tl.constexpr, CONTEXT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of query, key, score weight and value from ds and p: each program owns a tile of one of them.
@@ -557,7 +560,7 @@ def input_gradients(
             f, key + b * Tk * D, k_limit, e, query + b * Tq * D, q_limit, ds, folded, grad_key + b * Tk * D, partial,
             rows, i_first, t, d, Tk, D, HALF, k_rows, q_rows, 1, k_rows, add, PLAIN, True, TARGET, ACC, BT, BD,
         )  # fmt: skip
-    else:
+    elif CONTEXT:
         n = program - query_programs - key_programs
         columns = tl.cdiv(H, BH)
         j = n // columns * BN + tl.arange(0, BN)

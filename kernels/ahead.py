@@ -49,6 +49,11 @@ _OTHER_TYPES = {
     ("B", "T", "Tq", "Tk", "D", "H", "HALF", "q_rows", "k_rows", "mask_row", "keys_each", "padded_rows",
      "padded_features", "splits", "i_first", "slab", "add", "query_programs", "key_programs"), "i32",
 )  # fmt: skip
+# Arguments that a launch leaves out, as None, where a flag is not set.
+_OPTIONAL = {
+    "HAS_LENGTHS": ("lengths",), "HAS_MASK": ("mask",), "DROPOUT": ("seed",), "FOLD": ("fold",),
+    "CONTEXT": ("grad_context", "value_columns", "grad_columns"), "WEIGHTS": ("grad_weights",),
+}  # fmt: skip
 _MULTIPLES_OF_16 = {"D", "H", "q_rows", "k_rows", "padded_rows", "slab"}
 
 
@@ -95,6 +100,8 @@ def builds(dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
             ) -> Build:  # fmt: skip
                 values = {**base, **blocks, **more}
                 names = getattr(kernels, kernel).arg_names
+                absent = (x for flag, arguments in _OPTIONAL.items() if not values[flag] for x in arguments)
+                values |= dict.fromkeys(absent)
                 constants = tuple((n, values[n]) for n in names if n in values)
                 return Build(
                     kernel, f"{label}{', all options' if full else ''}", dtype, constants, blocks.get("num_warps", 4)
@@ -107,6 +114,9 @@ def builds(dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
             yield make("forward", "scores", many, ONLY_SCORES=True, WEIGHTS=False, DROPOUT=False)
             yield make("score_gradients", "backward, pairs", backward_tiles(double).pair_blocks)
             yield make("input_gradients", "backward, inputs", backward_tiles(double).input_blocks)
+            alone: dict[str, Any] = {"FROM_SCORES": True, "CONTEXT": False, "WEIGHTS": True, "DROPOUT": False}
+            yield make("score_gradients", "scores' backward, pairs", backward_tiles(double).pair_blocks, **alone)
+            yield make("input_gradients", "scores' backward, inputs", backward_tiles(double).input_blocks, **alone)
             yield make("row_sums", "backward, row sums", {"BLOCK": 256})
             yield make("combine", "combine", {"BH": 128, "BN": 128})
             yield make("features_first", "features first", {"BT": 32, "BD": 32})

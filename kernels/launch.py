@@ -310,7 +310,8 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
         kernels.input_gradients[(query_programs + key_programs + value_programs, batch)](
             p.query, p.key, p.folded, p.raw_exp_query, *p.inputs[2:], ds, weights, incoming.grad_context, grad_query,
             grad_key, grad_value, by_tile[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows, first,
-            slab, int(number > 0), query_programs, key_programs, PLAIN=kernels.PLAIN[p.name], **flags,
+            slab, int(number > 0), query_programs, key_programs, PLAIN=kernels.PLAIN[p.name],
+            CONTEXT=value_programs > 0, **flags,
             **tiles.input_blocks, **_compiler_options(),
         )  # fmt: skip
     grad_weight = by_tile.sum((0, 1, 2))[: p.features] * p.scale

@@ -68,6 +68,13 @@ assert all(torch.equal(a, b) for a, b in zip(first, second))
 for a, b in zip(first, expected):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
+def of_weights(backend):  # no gradient of the context comes in
+    _, weights = attnext.additive_attention(*x, lengths=lengths, need_weights=True, backend=backend)
+    return torch.autograd.grad(weights.square().sum(), x)
+
+for a, b in zip(of_weights("triton"), of_weights("cpu")):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
 attention = attnext.BahdanauAttention(8, 7, 12)
 states, query = torch.randn(2, 21, 7), torch.randn(2, 8)
 with attnext.use_backend("triton"):
