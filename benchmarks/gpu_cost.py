@@ -32,7 +32,7 @@ SPECIAL, ISSUED = 16, 128
 MULTIPLY_ADDS = {"sm_80": 64, "sm_90": 128, "sm_100": 128, "sm_120": 128}
 REGISTERS, WARPS = 65536, {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 RATES = {"A100": ("sm_80", 108, 1.41), "H100 SXM": ("sm_90", 132, 1.98), "B200": ("sm_100", 148, 1.98)}
-"""Multiprocessors and boost clock in GHz; with the multiply-adds above, the published 19.5, 67 and 75 float32 TFLOPS."""
+"""Multiprocessors and boost GHz; with the multiply-adds above, the published 19.5, 67 and 75 float32 TFLOPS."""
 ELEMENTS = 16 * 128 * 256 * 256
 """Of the suite's forward case, (B, Tq, Tk, D) = (16, 128, 256, 256)."""
 
