@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 from attnext._support import extra, make_writable
+from attnext.backends import backends, kernel_devices
 from attnext.cli import main, positive
 from attnext.seq2seq.checkpoint import load
 from attnext.seq2seq.data import Entry, load_cmudict, split
@@ -36,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """
     make_writable(args.out)
     folder, picture = args.out / "g2p", args.out / "alignment.png"
+    native = [name for name in kernel_devices() if backends()[name].available]
     for command in (
-        ("verify", "--cases", "20"),
+        ("verify", "--cases", "20", *(word for name in native for word in ("--backend", name))),
         ("bench", "--quick", "--peers", "eager", "--cases", "forward,training,step"),
         ("train", "g2p", "--seconds", f"{args.seconds:g}", "--out", str(folder)),
     ):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+Call = tuple[str, Case, int]
+"""A backend, a case and the seed of its inputs."""
 RESULTS = ("scores", "context", "weights", "grad query", "grad key", "grad value", "grad score_weight")
 
 
@@ -52,19 +58,18 @@ class Report:
     worst: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
-    def verify(self, backend: str, case: Case, seed: int) -> None:
-        """Compares one case and counts it in."""
-        try:
-            errors = compare(case, backend, seed, kernel_devices()[backend])
-        except Exception as raised:  # whatever a kernel may raise: the rest is verified all the same
-            self.failures.append(f"{backend}: {case}, seed {seed}: {type(raised).__name__}: {raised}")
+    def add(self, call: Call, outcome: dict[str, float] | str) -> None:
+        """Counts in the errors of a call, or why it failed."""
+        backend, case, seed = call
+        if isinstance(outcome, str):
+            self.failures.append(f"{backend}: {case}, seed {seed}: {outcome}")
             return
         key = (backend, str(case.dtype).removeprefix("torch."))
         self.cases[key] = self.cases.get(key, 0) + 1
         row = self.worst.setdefault(key, {})
-        for name, error in errors.items():
+        for name, error in outcome.items():
             row[name] = max(row.get(name, 0.0), error)
-        off = ", ".join(f"{name} {error:.3g}" for name, error in errors.items() if error > 1.0)
+        off = ", ".join(f"{name} {error:.3g}" for name, error in outcome.items() if error > 1.0)
         if off:
             self.failures.append(f"{backend}: {case}, seed {seed}: {off}")
 
@@ -92,13 +97,58 @@ def _cell(error: float) -> str:
     return f"[bold red]{error:.2f}[/]" if error > 1.0 else f"{error:.2f}"
 
 
-def _work(seed: int, count: int, dtypes: list[str]) -> Iterator[tuple[Case, int]]:
+def _work(backend: str, seed: int, count: int, dtypes: list[str]) -> Iterator[Call]:
     wanted = [getattr(torch, name) for name in dtypes] or list(DTYPES)
     for number, case in enumerate(CASES):
         for dtype in wanted:
-            yield replace(case, dtype=dtype), seed + number
+            yield backend, replace(case, dtype=dtype), seed + number
     for number, case in enumerate(random_cases(count, seed)):
-        yield replace(case, dtype=wanted[number % len(wanted)]) if dtypes else case, seed + len(CASES) + number
+        dtype = wanted[number % len(wanted)] if dtypes else case.dtype
+        yield backend, replace(case, dtype=dtype), seed + len(CASES) + number
+
+
+def _outcome(call: Call) -> dict[str, float] | str:
+    """The errors of a call, or why it failed."""
+    backend, case, seed = call
+    try:
+        return compare(case, backend, seed, kernel_devices()[backend])
+    except Exception as raised:  # whatever a kernel may raise: the rest is verified all the same
+        return f"{type(raised).__name__}: {raised}"
+
+
+def _interpretable(backend: str) -> bool:
+    """Whether the Triton kernels can't run here as they are, but can in Triton's interpreter, in other processes."""
+    can = importlib.util.find_spec("triton") is not None and not INTERPRETED
+    return backend == "triton" and can and not backends()[backend].available
+
+
+@contextmanager
+def _interpreters() -> Iterator[ProcessPoolExecutor]:
+    """Processes in which Triton interprets its kernels: the variable counts when a process starts."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_be_an_interpreter) as pool:
+            yield pool
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def _be_an_interpreter() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NumPy's, of infinities that are meant
+
+
+def _outcomes(work: list[Call]) -> Iterator[dict[str, float] | str]:
+    """Those of the calls, which stand in order of their backend."""
+    for backend, calls in groupby(work, key=lambda call: call[0]):
+        if _interpretable(backend):
+            with _interpreters() as pool:
+                yield from pool.map(_outcome, calls)
+        else:
+            yield from map(_outcome, calls)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,13 +163,22 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--target goes with --compile")
     status = backends()
     asked = args.backend or list(kernel_devices())
-    ready = [name for name in asked if status[name].available]
+    interpreted = [name for name in asked if _interpretable(name)]
+    ready = [name for name in asked if status[name].available or name in interpreted]
     report = Report()
-    work = [(backend, *item) for backend in ready for item in _work(args.seed, args.cases, args.dtype or [])]
-    for item in track(work, "Verifying", console=console, transient=True):
-        report.verify(*item)
+    work: list[Call] = []
+    for name in ready:
+        # Interpreted kernels take a hundred times as long: all the random cases are for whoever asks for them by name.
+        share = 10 if name in interpreted and not args.backend else 1
+        work += _work(name, args.seed, args.cases // share, args.dtype or [])
+    for call, outcome in zip(
+        work, track(_outcomes(work), "Verifying", total=len(work), console=console, transient=True), strict=True
+    ):
+        report.add(call, outcome)
     if work:
         console.print(report.table())
+    for name in interpreted:
+        console.print(f"{name}: verified in its interpreter: {status[name].reason}", markup=False, highlight=False)
     for name in asked:
         if name not in ready:
             console.print(f"{name}: not verified: {status[name].reason}", markup=False, highlight=False)
@@ -150,9 +209,7 @@ def _compile(console: Console, targets: list[str] | None, dtypes: list[str] | No
     unknown = sorted(set(targets or ()) - set(ahead.TARGETS))
     if unknown:
         raise InputError(f"--target must be one of {', '.join(ahead.TARGETS)}, got {unknown[0]!r}")
-    jobs = [
-        (what, target) for target in targets or ahead.TARGETS for what in ahead.builds(tuple(dtypes or ahead.DTYPES))
-    ]
+    jobs = [what for target in targets or ahead.TARGETS for what in ahead.builds(target, tuple(dtypes or ahead.DTYPES))]
     table = Table("target", "kernels", "registers", "shared memory", "spilled", box=box.SIMPLE)
     most: dict[str, list[int]] = {}
     failures = []
@@ -162,17 +219,17 @@ def _compile(console: Console, targets: list[str] | None, dtypes: list[str] | No
         Progress(console=console, transient=True) as progress,
     ):
         running = progress.add_task("Compiling", total=len(jobs))
-        for (what, target), found in zip(jobs, pool.map(ahead.try_usage, *zip(*jobs, strict=True)), strict=True):
+        for what, found in zip(jobs, pool.map(ahead.try_usage, jobs), strict=True):
             progress.advance(running)
-            row = most.setdefault(target, [0, 0, 0, 0])
+            row = most.setdefault(what.target, [0, 0, 0, 0])
             row[0] += 1
             if isinstance(found, str):
-                failures.append(f"{target} {what}: {found}")
+                failures.append(f"{what}: {found}")
                 continue
             for k, number in enumerate((found.registers, found.shared, found.spilled), 1):
                 row[k] = max(row[k], number)
-            if found.spilled or found.shared > ahead.SHARED_MEMORY[target]:
-                failures.append(f"{target} {what}: {found}")
+            if found.spilled or found.shared > ahead.SHARED_MEMORY[what.target]:
+                failures.append(f"{what}: {found}")
     for target, (count, registers, shared, spilled) in most.items():
         table.add_row(target, str(count), str(registers), f"{shared} B", f"{spilled} B")
     console.print(table)

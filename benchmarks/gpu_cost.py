@@ -5,7 +5,8 @@
 Compiles the kernels, finds the innermost loops that compute reciprocals, and divides their instructions by the score
 elements that a turn of the loop serves. The bound of a loop is what the scarcest of three resources allows a
 multiprocessor in a clock: 16 special-unit operations, 128 issued instructions (4 schedulers of 32 lanes), and 128
-multiply-adds, 64 on sm_80.
+multiply-adds, 64 on sm_80. From these and the cards' published rates follows the time that each case of ``attnext
+bench`` must take at least: a bound, not a measurement.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +28,53 @@ from rich.console import Console
 from rich.table import Table
 from triton.compiler import ASTSource
 
+from attnext._support import write_atomically
+from attnext.bench.cases import CASES, Case
 from attnext.kernels import ahead
+from attnext.kernels.additive import forward
+from attnext.kernels.gradients import input_gradients, score_gradients
 
 SPECIAL, ISSUED = 16, 128
 MULTIPLY_ADDS = {"sm_80": 64, "sm_90": 128, "sm_100": 128, "sm_120": 128}
 REGISTERS, WARPS = 65536, {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
-RATES = {"A100": ("sm_80", 108, 1.41), "H100 SXM": ("sm_90", 132, 1.98), "B200": ("sm_100", 148, 1.98)}
-"""Multiprocessors and boost GHz; with the multiply-adds above, the published 19.5, 67 and 75 float32 TFLOPS."""
-ELEMENTS = 16 * 128 * 256 * 256
-"""Of the suite's forward case, (B, Tq, Tk, D) = (16, 128, 256, 256)."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A data sheet: multiprocessors, boost clock in GHz, memory in GB/s."""
+
+    target: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+
+
+CARDS = {
+    "A100 80 GB": Card("sm_80", 108, 1.41, 2039),
+    "H100 SXM": Card("sm_90", 132, 1.98, 3350),
+    "B200": Card("sm_100", 148, 1.965, 8000),
+}
+"""With the multiply-adds above, the published 19.5, 67 and 75 float32 TFLOPS."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A loop's instructions for each score element."""
+    """A loop's instructions for each score element: all, and where they go."""
 
     loop: str
     target: str
+    slots: float
     special: float
     multiply_adds: float
+    """With products and sums; from sm_100 on, one instruction may do two."""
+    arithmetic: float
+    """Instructions that do these."""
     loads: float
+    stores: float
     shared: float
-    slots: float
+    """Loads and stores of shared memory, shuffles and barriers: what an exchange between threads takes."""
+    other: float
+    """Addresses, counters, copies."""
     registers: int
     occupancy: float
 
@@ -99,70 +126,120 @@ def loops(code: str) -> Iterator[Counter[str]]:
             yield Counter(name for address, name, _ in instructions if first <= address <= last)
 
 
-def arithmetic(counts: Counter[str], *names: str) -> int:
-    """Operations of these names; from sm_100 on, one instruction may do two."""
-    return sum(counts[name] + 2 * counts[f"{name}2"] for name in names)
-
-
 def cost(loop: str, target: str, compiled: Any, warps: int, counts: Counter[str], per_special: int) -> Cost:
     """The cost of a loop in which each special-unit operation serves ``per_special`` elements."""
     elements = per_special * counts["MUFU"]
+
+    def share(*names: str) -> float:
+        return sum(counts[name] for name in names) / elements
+
+    single, double = share("FFMA", "FMUL", "FADD"), share("FFMA2", "FMUL2", "FADD2")
+    loads, stores = share("LDG"), share("STG")
+    exchange = share("LDS", "STS", "LDSM", "STSM", "SHFL", "BAR")
+    slots, special = counts.total() / elements, share("MUFU")
     registers = -(-ahead.usage(compiled, target).registers // 8) * 8
     programs = REGISTERS // (registers * 32 * warps)
     return Cost(
         loop=loop,
         target=target,
-        special=counts["MUFU"] / elements,
-        multiply_adds=arithmetic(counts, "FFMA", "FMUL", "FADD") / elements,
-        loads=counts["LDG"] / elements,
-        shared=(counts["LDS"] + counts["LDSM"]) / elements,
-        slots=counts.total() / elements,
+        slots=slots,
+        special=special,
+        multiply_adds=single + 2 * double,
+        arithmetic=single + double,
+        loads=loads,
+        stores=stores,
+        shared=exchange,
+        other=slots - special - single - double - loads - stores - exchange,
         registers=registers,
         occupancy=min(1.0, programs * warps / WARPS[target]),
     )
 
 
+LOOPS = {
+    "forward: scores": forward,
+    "backward: scores again": score_gradients,
+    "backward: gradients": input_gradients,
+}
+
+
 def costs(target: str) -> list[Cost]:
-    """The near loops of the forward and backward kernels, and that of the hardware's tanh."""
-    plain = {what.label: what for what in ahead.builds(("float32",)) if not what.label.endswith("all options")}
-    result = []
+    """The near loops of the forward and backward kernels, each in its first tiles, and that of the hardware's tanh."""
     compiled = compile_tanh(target)
-    result.append(
+    result = [
         cost("tanh.approx", target, compiled, 2, next(c for c in loops(ahead.disassembly(compiled)) if c["MUFU"]), 1)
-    )
-    wanted = (
-        ("forward", ("forward: score",)),
-        ("backward, pairs", ("backward: score again",)),
-        ("backward, inputs", ("backward: queries", "backward: keys and v")),
-    )
-    for label, names in wanted:
-        what = plain[label]
-        compiled = ahead.build(what, target)
-        # The loop of features that are too large has two special operations an element; these have half a one.
-        near = [c for c in loops(ahead.disassembly(compiled)) if c["MUFU"] and arithmetic(c, "FFMA") >= 2.5 * c["MUFU"]]
-        # An unrolled loop is followed by one for the rest.
-        longest = sorted(near, key=Counter.total, reverse=True)[: len(names)]
-        for name, counts in zip(names, sorted(longest, key=Counter.total), strict=True):
-            result.append(cost(name, target, compiled, what.warps, counts, 2))
+    ]
+    first: dict[Any, ahead.Build] = {}
+    for what in ahead.builds(target, ("float32",)):
+        constants = dict(what.constants)
+        if not constants.get("HAS_LENGTHS") and not constants.get("SPLIT"):  # with as little as possible
+            first.setdefault(what.function, what)
+    for name, kernel in LOOPS.items():
+        compiled = ahead.build(first[kernel])
+        special = [c for c in loops(ahead.disassembly(compiled)) if c["MUFU"]]
+        # Loops of features that are too large for E F have two special operations an element; these have half a one.
+        counts = max(special, key=lambda c: (c["FFMA"] + 2 * c["FFMA2"]) / c["MUFU"])
+        result.append(cost(name, target, compiled, first[kernel].warps, counts, 2))
     return result
 
 
-def show(console: Console, found: list[Cost]) -> None:
-    table = Table("loop", "target", "special", "multiply-adds", "loads", "shared", "slots", "registers", "occupancy",
-                  "bound, elements/clock/SM")  # fmt: skip
+def bound_us(case: Case, card: Card, found: dict[str, Cost]) -> float:
+    """The time of a case at least: its loops at their bounds and its products at full rate, or its memory once."""
+    pairs = case.batch * case.queries * case.keys
+    names = {
+        "forward": ["forward: scores"],
+        "step": ["forward: scores"],
+        "scores": ["forward: scores"],
+        "forward + backward": list(LOOPS),
+        "backward of the scores": ["backward: gradients"],
+    }[case.kind]
+    products = 0 if case.only_scores else 3 if case.differentiated else 1
+    clocks = sum(case.elements / found[name].bound for name in names)
+    clocks += products * pairs * case.values / MULTIPLY_ADDS[card.target]
+    computing = clocks / (card.multiprocessors * card.clock * 1e9)
+    return 1e6 * max(computing, minimal_bytes(case) / (card.bandwidth * 1e9))
+
+
+def minimal_bytes(case: Case) -> int:
+    """Every input and result once; a step reads F in float32 in place of the keys."""
+    rows_q, rows_k = case.batch * case.queries, case.batch * case.keys
+    results = rows_q * (case.keys if case.only_scores else case.values)
+    numbers = rows_q * case.features + rows_k * (case.features + case.values) + results
+    if case.differentiated:  # the gradient of each input, and that of the result
+        numbers += rows_q * case.features + rows_k * (case.features + case.values) + results
+    return numbers * case.dtype.itemsize
+
+
+def show_costs(console: Console, found: list[Cost]) -> None:
+    table = Table("loop", "target", "slots", "special", "multiply-adds", "their instr.", "loads", "stores",
+                  "exchange", "other", "registers", "occupancy", "bound",
+                  title="Instructions for a score element; bound in elements/clock/SM")  # fmt: skip
     for c in found:
-        numbers = (c.special, c.multiply_adds, c.loads, c.shared, c.slots)
+        numbers = (c.slots, c.special, c.multiply_adds, c.arithmetic, c.loads, c.stores, c.shared, c.other)
         table.add_row(
             c.loop, c.target, *(f"{n:.2f}" for n in numbers), str(c.registers), f"{c.occupancy:.0%}", f"{c.bound:.1f}"
         )
     console.print(table)
-    forward = {c.target: c for c in found if c.loop == "forward: score"}
-    for card, (target, multiprocessors, clock) in RATES.items():
-        if target in forward:
-            ms = ELEMENTS / (forward[target].bound * multiprocessors * clock * 1e9) * 1e3
-            console.print(
-                f"{card}: scores of (16, 128, 256, 256) take {ms:.3f} ms at least, a bound and no measurement"
-            )
+
+
+def bounds(found: list[Cost]) -> dict[str, dict[str, float]]:
+    """By case and card, the least time in microseconds."""
+    by_target = {target: {c.loop: c for c in found if c.target == target} for target in {c.target for c in found}}
+    cards = {name: card for name, card in CARDS.items() if card.target in by_target}
+    # A forward of half types has the loop of float32.
+    return {
+        case.name: {name: bound_us(case, card, by_target[card.target]) for name, card in cards.items()}
+        for case in CASES
+    }
+
+
+def show_bounds(console: Console, found: dict[str, dict[str, float]]) -> None:
+    cards = list(next(iter(found.values())))
+    if not cards:
+        return
+    table = Table("case", *(f"{card}, us" for card in cards), title="The least time by data sheet: not a measurement")
+    for name, row in found.items():
+        table.add_row(name, *(f"{row[card]:.3g}" for card in cards))
+    console.print(table)
 
 
 def main() -> None:
@@ -170,14 +247,15 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=list(WARPS), help="repeatable (default: all)")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
-    console = Console(width=140)
-    found = [c for target in arguments.target or WARPS for c in costs(target)]
-    show(console, found)
+    console = Console(width=150)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        found = [c for cost_of_target in pool.map(costs, arguments.target or WARPS) for c in cost_of_target]
+    show_costs(console, found)
+    least = bounds(found)
+    show_bounds(console, least)
     if arguments.json:
-        rows = [asdict(c) | {"bound": c.bound} for c in found]
-        with tempfile.NamedTemporaryFile("w", dir=arguments.json.parent, delete=False) as file:
-            json.dump(rows, file, indent=1)
-        Path(file.name).replace(arguments.json)
+        numbers = {"loops": [asdict(c) | {"bound": c.bound} for c in found], "least us": least}
+        write_atomically(arguments.json, json.dumps(numbers, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Triton kernels of additive attention: exponentials, forward with its combination of splits, backward.
+"""Triton kernels of additive attention: exponentials, scores, forward with its combination of splits.
 
 Letters as in ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r.
 
@@ -25,7 +25,6 @@ MAX_WEIGHT = {"float32": 2.0**30, "float64": 2.0**200}
 # A weight this much smaller than the largest, over D, counts as 0.
 SMALLEST = {"float32": 2.0**-26, "float64": 2.0**-55}
 HALF_LN2 = tl.constexpr(0.34657)
-UNROLL = tl.constexpr(2)  # of the gradients' loops; the scores' have no register left for it
 
 
 @triton.jit
@@ -88,17 +87,19 @@ def fold_weight(
 
 @triton.jit
 def features_first(
-    rows, lengths, mask, fold, out, limits, T, D, padded_rows, padded_features,
-    EXP: tl.constexpr, FOLD: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
+    rows, lengths, mask, fold, out, by_row, limits, T, D, padded_rows, padded_features,
+    EXP: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr,
+    ACC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out (B, padded_features, padded_rows) = rows (B, T, D), with EXP exp(2 rows); 0 in the padding and hidden rows.
 
-    With EXP also limits (B, padded_rows) = max|x|, infinity where a row is not finite, 0 where it is hidden; with FOLD
-    each feature is multiplied by its entry of ``fold``.
+    With EXP also limits (B, padded_rows) = max|x|, infinity where a row is not finite, -1 where it is hidden; with ROWS
+    also by_row (B, padded_rows, padded_features), the same with the features last; with FOLD each feature of ``out`` is
+    multiplied by its entry of ``fold``.
     """
-    b = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    tiles = tl.cdiv(padded_rows, BT)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    t = tl.program_id(0) % tiles * BT + tl.arange(0, BT)
     here = t < T
     if HAS_LENGTHS:
         here = here & (t < tl.load(lengths + b))
@@ -117,12 +118,15 @@ def features_first(
             broken += tl.sum(tl.where(finite, 0, 1), 1)
             size = tl.maximum(size, tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
             x = tl.where(inside, tl.exp(2 * x), 0.0)
+        stored = (t < padded_rows)[:, None] & (d < padded_features)[None, :]
+        if ROWS:
+            tl.store(by_row + (b * padded_rows + t)[:, None] * padded_features + d[None, :], x, stored)
         if FOLD:
             x = x * tl.load(fold + d, d < padded_features, 0.0)[None, :]
-        stored = (t < padded_rows)[:, None] & (d < padded_features)[None, :]
         tl.store(out_row + d.to(tl.int64)[None, :] * padded_rows, x, stored)
     if EXP:
-        tl.store(limits + b * padded_rows + t, tl.where(broken > 0, float("inf"), size), t < padded_rows)
+        limit = tl.where(here, tl.where(broken > 0, float("inf"), size), -1.0)
+        tl.store(limits + b * padded_rows + t, limit, t < padded_rows)
 
 
 @triton.jit
@@ -178,16 +182,16 @@ def _near(folded, HALF, q_limit, k_limit, i, j):
 
 @triton.jit
 def _write_weights(
-    raw, weights, seed, lse, b, i, first, end, Tq, Tk, threshold, keep_scale, keep_rest, DROPOUT: tl.constexpr,
-    BN: tl.constexpr,
+    raw, weights, seed, lse, b, i, first, length, end, Tq, Tk, threshold, keep_scale, keep_rest,
+    DROPOUT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Weights of keys [first, end) from the raw scores of the same slots."""
+    """Weights of keys [first, end) from the raw scores of the same slots; 0 from ``length`` on."""
     row = b * Tq + i
     for j0 in range(first, end, BN):
         j = j0 + tl.arange(0, BN)
         at = row.to(tl.int64)[:, None] * Tk + j[None, :]
         inside = (i < Tq)[:, None] & (j < Tk)[None, :]
-        s = tl.load(raw + at, inside, float("-inf"))
+        s = tl.load(raw + at, inside & (j < length)[None, :], float("-inf"))
         p = tl.exp(tl.minimum(s - lse[:, None], 0.0, tl.PropagateNan.ALL))
         p = tl.where(s == float("-inf"), 0.0, p)
         if DROPOUT:
@@ -211,14 +215,15 @@ def forward(
     here, with SPLIT by :func:`combine`. ``raw`` (B, Tq, Tk) takes the scores, from which the weights come once the sum
     is known, or, with ONLY_SCORES, all that was asked for.
     """
-    b = tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(Tq, BM)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BM + tl.arange(0, BM)
+    i = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
     row = b * Tq + i
     first = split.to(tl.int32) * keys_each
     end = tl.minimum(first + keys_each, Tk)
     stop = end
-    if HAS_LENGTHS and not (WEIGHTS or ONLY_SCORES):
+    if HAS_LENGTHS:
         stop = tl.minimum(end.to(tl.int64), tl.load(lengths + b)).to(tl.int32)
     e += b * 2 * HALF * q_rows
     f += b * 2 * HALF * k_rows
@@ -230,7 +235,7 @@ def forward(
             constant -= tl.load(folded + d) / 2
     rows_in = (i < Tq)[:, None]
     part_row = part + ((split * B + b) * Tq + i)[:, None] * H
-    program = (b * tl.num_programs(1) + split) * tl.num_programs(0) + tl.program_id(0)
+    program = split * tl.num_programs(0) + tl.program_id(0)
     stage += program * (BM * BN) + tl.arange(0, BM) * BN
     top = tl.full((BM,), float("-inf"), ACC)
     total = tl.zeros((BM,), ACC)
@@ -279,6 +284,11 @@ def forward(
                     p_k += 1
                 tl.store(summed, c, inside)
             tl.debug_barrier()
+    if ONLY_SCORES and HAS_LENGTHS:
+        nothing = tl.full((BM, BN), float("-inf"), ACC).to(raw.dtype.element_ty)
+        for j0 in range(first + tl.cdiv(tl.maximum(stop - first, 0), BN) * BN, end, BN):
+            j = j0 + tl.arange(0, BN)
+            tl.store(raw + row[:, None] * Tk + j[None, :], nothing, rows_in & (j < Tk)[None, :])
     if SPLIT:
         at = (split * B + b) * Tq + i
         tl.store(part_max + at, top, i < Tq)
@@ -293,19 +303,20 @@ def forward(
             tl.store(context + row[:, None] * H + h, c.to(context.dtype.element_ty), rows_in & (h < H))
         if WEIGHTS:
             _write_weights(
-                raw, weights, seed, lse, b, i, first, end, Tq, Tk, threshold, keep_scale, keep_rest, DROPOUT, BN
+                raw, weights, seed, lse, b, i, first, stop, end, Tq, Tk, threshold, keep_scale, keep_rest, DROPOUT, BN
             )
 
 
 @triton.jit
 def combine(
-    part, part_max, part_sum, context, lse_out, raw, weights, seed, B, Tq, Tk, H, splits, threshold, keep_scale,
-    keep_rest, DROPOUT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    part, part_max, part_sum, context, lse_out, raw, weights, lengths, seed, B, Tq, Tk, H, splits, threshold,
+    keep_scale, keep_rest, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Context, log-sum-exp and weights of a row from its splits, in their order."""
-    b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0)
-    row = b * Tq + i
+    row = tl.program_id(0).to(tl.int64)
+    b = row // Tq
+    i = (row % Tq).to(tl.int32)
     top = tl.full((), float("-inf"), ACC)
     for s in range(splits):
         top = tl.maximum(top, tl.load(part_max + s * B * Tq + row))
@@ -326,256 +337,10 @@ def combine(
     tl.store(lse_out + row, lse)
     if WEIGHTS:
         one = i + tl.arange(0, 1)
-        _write_weights(
-            raw, weights, seed, lse + tl.zeros((1,), ACC), b, one, 0, Tk, Tq, Tk, threshold, keep_scale, keep_rest,
-            DROPOUT, BN,
-        )  # fmt: skip
-
-
-@triton.jit
-def row_sums(
-    grad_context, context, grad_weights, weights, delta, Tk, H,
-    CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """delta = dC . C + dA . A of each row; a weight of 0 hides what its gradient holds."""
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), ACC)
-    if CONTEXT:
-        for h0 in range(0, H, BLOCK):
-            h = h0 + tl.arange(0, BLOCK)
-            c = tl.load(context + row * H + h, h < H, 0.0).to(ACC)
-            g = tl.load(grad_context + row * H + h, h < H, 0.0).to(ACC)
-            total += tl.where(c == 0, 0.0, c * g)
-    if WEIGHTS:
-        for j0 in range(0, Tk, BLOCK):
-            j = j0 + tl.arange(0, BLOCK)
-            a = tl.load(weights + row * Tk + j, j < Tk, 0.0).to(ACC)
-            g = tl.load(grad_weights + row * Tk + j, j < Tk, 0.0).to(ACC)
-            total += tl.where(a == 0, 0.0, a * g)
-    tl.store(delta + row, tl.sum(total, 0))
-
-
-@triton.jit
-def score_gradients(
-    query, key, folded, e, f, q_limit, k_limit, lengths, mask, seed,
-    value_columns, grad_columns, grad_weights, lse, delta, ds_out, p_out,
-    Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, i_first, slab, threshold, keep_scale, keep_rest,
-    UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr, FROM_SCORES: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """ds and, for the values, the weights after dropout of the queries [i_first, i_first + slab): (B, slab, k_rows).
-
-    value_columns (B, H, k_rows) and grad_columns (B, H, q_rows) are the values and dC with the columns first.
-    """
-    b = tl.program_id(2).to(tl.int64)
-    local = tl.program_id(1) * BM + tl.arange(0, BM)
-    i = i_first + local
-    j = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = b * Tq + i
-    rows_in = i < Tq
-    out = (b * slab + local)[:, None] * k_rows + j[None, :]
-    at = row[:, None] * Tk + j[None, :]
-    if FROM_SCORES:
-        seen = _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS, HAS_MASK) & rows_in[:, None]
-        ds = tl.load(grad_weights + at, seen, 0.0).to(ACC)
-        tl.store(ds_out + out, ds)
-    else:
-        nothing = tl.zeros((BM, BN), ACC)
         length = Tk
         if HAS_LENGTHS:
             length = tl.load(lengths + b).to(tl.int32)
-        if tl.program_id(0) * BN >= length:
-            tl.store(ds_out + out, nothing)
-            tl.store(p_out + out, nothing)
-        else:
-            # Sums wait in memory until all are there: that is few registers, and each in the layout of its store.
-            if CONTEXT:
-                dp = nothing
-                g = grad_columns + b * H * q_rows + i
-                v = value_columns + b * H * k_rows + j
-                for _ in tl.range(0, H, loop_unroll_factor=UNROLL):
-                    dp += tl.load(g)[:, None] * tl.load(v)[None, :]
-                    g += q_rows
-                    v += k_rows
-                tl.store(ds_out + out, dp)
-            near = _near(folded, HALF, q_limit + b * q_rows, k_limit + b * k_rows, i, j)
-            s = _scores(
-                query + b * Tq * D, key + b * Tk * D, e + b * 2 * HALF * q_rows, f + b * 2 * HALF * k_rows, folded,
-                near, i, j, Tq, Tk, D, HALF, q_rows, k_rows, UNIT, TARGET, ACC, BM, BN,
-            )  # fmt: skip
-            tl.store(p_out + out, s)
-            tl.debug_barrier()
-            s = tl.load(p_out + out)
-            row_lse = tl.load(lse + row, rows_in, float("-inf"))
-            seen = _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS, HAS_MASK)
-            seen = seen & (rows_in & (row_lse != float("-inf")))[:, None]
-            p = tl.where(seen, tl.exp(tl.minimum(s - row_lse[:, None], 0.0, tl.PropagateNan.ALL)), 0.0)
-            dp = nothing
-            if CONTEXT:
-                dp = tl.load(ds_out + out)
-            if WEIGHTS:
-                dp += tl.load(grad_weights + at, seen, 0.0).to(ACC)
-            kept = nothing + 1
-            if DROPOUT:
-                kept = tl.where(_keep(seed, row, j, threshold), (nothing + keep_scale) + keep_rest, 0.0)
-            ds = tl.where(p == 0, 0.0, p * (kept * dp - tl.load(delta + row, rows_in, 0.0)[:, None]))
-            tl.store(ds_out + out, ds)
-            tl.store(p_out + out, p * kept)
-
-
-@triton.jit
-def _pair(e0, e1, f0, f1, TARGET: tl.constexpr):
-    """r of two features from their exponentials."""
-    x0 = e0 * f0 + 1
-    x1 = e1 * f1 + 1
-    inverse = _reciprocal(x0 * x1, TARGET)
-    return inverse * x1, inverse * x0
-
-
-@triton.jit
-def _far(q, k):
-    return 1 / (tl.exp(2 * (q + k)) + 1)
-
-
-@triton.jit
-def _features_tile(
-    own, own_raw, own_limit, other, other_raw, other_limit, ds, folded, grad, weight_grad, stop, other_first,
-    t, d, own_T, D, HALF, own_rows, other_rows, ds_own, ds_other, add,
-    PLAIN: tl.constexpr, WEIGHT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr,
-):  # fmt: skip
-    """Sums over the other side of ds r (1 - r), for features (BD,) and their partners and rows t (BT,) of one side.
-
-    With WEIGHT also the sum of ds (1 - 2r) over both, for the score weight.
-    """
-    e = own + d.to(tl.int64)[:, None] * own_rows + t[None, :]
-    inside = (d < HALF)[:, None]
-    half = tl.cast(HALF, tl.int64)
-    e0 = tl.load(e, inside, 0.0)
-    e1 = tl.load(e + half * own_rows, inside, 0.0)
-    f = other + d.to(tl.int64) * other_rows + other_first
-    slots = ds + t * ds_own
-    sum0 = tl.zeros((BD, BT), ACC)
-    sum1 = tl.zeros((BD, BT), ACC)
-    weight0 = tl.zeros((BD, BT), ACC)
-    weight1 = tl.zeros((BD, BT), ACC)
-    ds_sum = tl.zeros((BT,), ACC)
-    limit = tl.max(tl.load(own_limit + t), 0)
-    largest = tl.zeros((), ACC)
-    for n in range(stop):
-        largest = tl.maximum(largest, tl.load(other_limit + other_first + n))
-    if limit + largest <= PLAIN:
-        for _ in tl.range(0, stop, loop_unroll_factor=UNROLL):
-            slot = tl.load(slots)
-            f0 = tl.load(f, d < HALF, 0.0)[:, None]
-            f1 = tl.load(f + half * other_rows, d < HALF, 0.0)[:, None]
-            slots += ds_other
-            f += 1
-            r0, r1 = _pair(e0, e1, f0, f1, TARGET)
-            sum0 += slot[None, :] * (r0 - r0 * r0)
-            sum1 += slot[None, :] * (r1 - r1 * r1)
-            if WEIGHT:
-                weight0 += slot[None, :] * r0
-                weight1 += slot[None, :] * r1
-                ds_sum += slot
-    else:  # slot by slot, and only where ds is not 0: a hidden slot may hold a NaN
-        x = own_raw + t.to(tl.int64)[None, :] * D
-        in0 = (t < own_T)[None, :] & (d < HALF)[:, None]
-        in1 = (t < own_T)[None, :] & ((d < HALF) & (d + HALF < D))[:, None]
-        q0 = tl.load(x + d[:, None], in0, 0.0).to(ACC)
-        q1 = tl.load(x + (d + HALF)[:, None], in1, 0.0).to(ACC)
-        y = other_raw + other_first.to(tl.int64) * D + d
-        for _ in range(stop):
-            slot = tl.load(slots)[None, :]
-            k0 = tl.load(y, d < HALF, 0.0).to(ACC)[:, None]
-            k1 = tl.load(y + HALF, (d < HALF) & (d + HALF < D), 0.0).to(ACC)[:, None]
-            slots += ds_other
-            y += D
-            r0 = tl.where(slot == 0, 0.0, _far(q0, k0))
-            r1 = tl.where(slot == 0, 0.0, _far(q1, k1))
-            sum0 += slot * (r0 - r0 * r0)
-            sum1 += slot * (r1 - r1 * r1)
-            if WEIGHT:
-                weight0 += slot * r0
-                weight1 += slot * r1
-                ds_sum += tl.sum(slot, 0)
-    out = grad + t.to(tl.int64)[None, :] * D + d[:, None]
-    in0 = (t < own_T)[None, :] & (d < HALF)[:, None]
-    in1 = (t < own_T)[None, :] & ((d < HALF) & (d + HALF < D))[:, None]
-    w0 = -2 * tl.load(folded + d, d < HALF, 0.0)[:, None]
-    w1 = -2 * tl.load(folded + HALF + d, d < HALF, 0.0)[:, None]
-    if add:
-        tl.store(out, tl.load(out, in0, 0.0) + w0 * sum0, in0)
-        tl.store(out + HALF, tl.load(out + HALF, in1, 0.0) + w1 * sum1, in1)
-    else:
-        tl.store(out, w0 * sum0, in0)
-        tl.store(out + HALF, w1 * sum1, in1)
-    if WEIGHT:
-        total = tl.sum(ds_sum, 0)
-        tl.store(weight_grad + d, total - 2 * tl.sum(weight0, 1), d < HALF)
-        tl.store(weight_grad + HALF + d, total - 2 * tl.sum(weight1, 1), d < HALF)
-
-
-@triton.jit
-def input_gradients(
-    query, key, folded, e, f, q_limit, k_limit, lengths, ds, p, grad_context,
-    grad_query, grad_key, grad_value, grad_weight,
-    Tq, Tk, D, H, HALF, q_rows, k_rows, i_first, slab, add, query_programs, key_programs,
-    PLAIN: tl.constexpr, HAS_LENGTHS: tl.constexpr, CONTEXT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """The gradients of query, key, score weight and value from ds and p: each program owns a tile of one of them.
-
-    In float32 buffers, (B, T, D) and so on; grad_weight (B, key tiles, 2 HALF) holds one row for each tile of keys.
-    """
-    b = tl.program_id(1).to(tl.int64)
-    program = tl.program_id(0)
-    length = Tk
-    if HAS_LENGTHS:
-        length = tl.minimum(tl.load(lengths + b), Tk).to(tl.int32)
-    e += b * 2 * HALF * q_rows
-    f += b * 2 * HALF * k_rows
-    q_limit += b * q_rows
-    k_limit += b * k_rows
-    ds += b * slab * k_rows
-    rows = tl.minimum(slab, Tq - i_first)
-    tiles = tl.cdiv(HALF, BD)
-    if program < query_programs:
-        t = i_first + program // tiles * BT + tl.arange(0, BT)
-        d = program % tiles * BD + tl.arange(0, BD)
-        # ds of a query beyond the slab would be another batch row's: such rows are not stored, but must be in bounds.
-        shifted = tl.minimum(t, i_first + slab - 1)
-        _features_tile(
-            e, query + b * Tq * D, q_limit, f, key + b * Tk * D, k_limit, ds - i_first * k_rows.to(tl.int64), folded,
-            grad_query + b * Tq * D, grad_weight, length, i_first * 0, shifted, d, Tq, D, HALF, q_rows, k_rows,
-            k_rows.to(tl.int64), 1, False, PLAIN, False, TARGET, ACC, BT, BD,
+        _write_weights(
+            raw, weights, seed, lse + tl.zeros((1,), ACC), b, one, 0, length, Tk, Tq, Tk, threshold, keep_scale,
+            keep_rest, DROPOUT, BN,
         )  # fmt: skip
-    elif program < query_programs + key_programs:
-        n = program - query_programs
-        t = n // tiles * BT + tl.arange(0, BT)
-        d = n % tiles * BD + tl.arange(0, BD)
-        partial = grad_weight + (b * tl.cdiv(k_rows, BT) + n // tiles) * 2 * HALF
-        _features_tile(
-            f, key + b * Tk * D, k_limit, e, query + b * Tq * D, q_limit, ds, folded, grad_key + b * Tk * D, partial,
-            rows, i_first, t, d, Tk, D, HALF, k_rows, q_rows, 1, k_rows, add, PLAIN, True, TARGET, ACC, BT, BD,
-        )  # fmt: skip
-    elif CONTEXT:
-        n = program - query_programs - key_programs
-        columns = tl.cdiv(H, BH)
-        j = n // columns * BN + tl.arange(0, BN)
-        h = n % columns * BH + tl.arange(0, BH)
-        at = grad_value + (b * Tk + j)[:, None] * H + h[None, :]
-        inside = (j < Tk)[:, None] & (h < H)[None, :]
-        acc = tl.zeros((BN, BH), ACC)
-        if add:
-            acc = tl.load(at, inside, 0.0)
-        p_i = p + b * slab * k_rows + j
-        g = grad_context + (b * Tq + i_first) * H + h
-        for _ in range(rows):
-            weight = tl.load(p_i)[:, None]  # 0 hides a NaN that came in for a row which attends nothing
-            product = weight * tl.load(g, h < H, 0.0).to(ACC)[None, :]
-            acc += tl.where(weight == 0, 0.0, product)
-            p_i += k_rows
-            g += H
-        tl.store(at, acc, inside)

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import additive as kernels
-from .tiles import STEP, backward_tiles, compiler_options, forward_tiles
+from . import additive, gradients
+from .tiles import Tiles, tiles
 
 __all__ = ["DTYPES", "TARGETS", "Build", "Usage", "build", "builds", "disassembly", "try_usage", "usage"]
 
@@ -46,29 +46,39 @@ _OTHER_TYPES = {
 } | dict.fromkeys(
     ("scale", "scale_rest", "keep_scale", "keep_rest"), "fp32",
 ) | dict.fromkeys(
-    ("B", "T", "Tq", "Tk", "D", "H", "HALF", "q_rows", "k_rows", "mask_row", "keys_each", "padded_rows",
-     "padded_features", "splits", "i_first", "slab", "add", "query_programs", "key_programs"), "i32",
+    ("B", "T", "Tq", "Tk", "D", "H", "HALF", "both", "q_rows", "k_rows", "mask_row", "keys_each", "padded_rows",
+     "padded_features", "splits", "i_first", "slab", "add", "count", "rows_each", "row_splits", "key_splits"), "i32",
 )  # fmt: skip
 # Arguments that a launch leaves out, as None, where a flag is not set.
 _OPTIONAL = {
-    "HAS_LENGTHS": ("lengths",), "HAS_MASK": ("mask",), "DROPOUT": ("seed",), "FOLD": ("fold",),
+    "HAS_LENGTHS": ("lengths",), "HAS_MASK": ("mask",), "DROPOUT": ("seed",), "FOLD": ("fold",), "ROWS": ("by_row",),
     "CONTEXT": ("grad_context", "value_columns", "grad_columns"), "WEIGHTS": ("grad_weights",),
 }  # fmt: skip
-_MULTIPLES_OF_16 = {"D", "H", "q_rows", "k_rows", "padded_rows", "slab"}
+_MULTIPLES_OF_16 = {"D", "H", "q_rows", "k_rows", "padded_rows", "slab", "keys_each"}
 
 
 @dataclass(frozen=True)
 class Build:
-    """A kernel with its constants, as a launch would ask for it."""
+    """A kernel with its constants and the compiler's options, as a launch on a target would ask for it."""
 
     kernel: str
     label: str
+    target: str
     dtype: str
     constants: tuple[tuple[str, Any], ...]
-    warps: int
+    options: tuple[tuple[str, Any], ...]
 
     def __str__(self) -> str:
-        return f"{self.label} {self.dtype}"
+        return f"{self.target} {self.label} {self.dtype}"
+
+    @property
+    def function(self) -> Any:
+        """The kernel itself."""
+        return getattr(additive, self.kernel, None) or getattr(gradients, self.kernel)
+
+    @property
+    def warps(self) -> int:
+        return int(dict(self.options)["num_warps"])
 
 
 @dataclass(frozen=True)
@@ -80,50 +90,58 @@ class Usage:
     shared: int
 
 
-def builds(dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
-    """Every kernel, with everything that can be asked of it and with as little as possible."""
+_LAUNCHES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("forward", "step of one", "step of one", {"SPLIT": True}),
+    ("forward", "step", "step", {"SPLIT": True}),
+    ("forward", "forward", "forward", {}),
+    ("forward", "scores", "forward", {"ONLY_SCORES": True, "WEIGHTS": False, "DROPOUT": False}),
+    ("score_gradients", "backward: pairs", "pairs", {}),
+    ("input_gradients", "backward: inputs", "inputs", {}),
+    ("score_gradients", "scores' backward: pairs", "pairs",
+     {"FROM_SCORES": True, "CONTEXT": False, "WEIGHTS": True, "DROPOUT": False}),
+    ("input_gradients", "scores' backward: inputs", "inputs", {"CONTEXT": False}),
+    ("row_sums", "backward: row sums", "row sums", {}),
+    ("sum_parts", "backward: sums of parts", "sums of parts", {}),
+    ("combine", "combine", "combine", {}),
+    ("features_first", "features first", "features first", {}),
+    ("fold_weight", "fold", "fold", {"BLOCK": 256}),
+)  # fmt: skip
+"""Kernel, label, kind of tiles and constants of every launch."""
+
+
+def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
+    """Every kernel for a target: asked for all it can do, with each of its tiles, and for as little as it can."""
     for dtype in dtypes:
-        double = dtype == "float64"
-        name = "float64" if double else "float32"
+        name = "float64" if dtype == "float64" else "float32"
         numbers = {
-            "UNIT": kernels.UNIT[name], "BITS": kernels.FOLD_BITS[name], "MAX": kernels.MAX_WEIGHT[name],
-            "SMALLEST": kernels.SMALLEST[name], "PLAIN": kernels.PLAIN[name],
+            "UNIT": additive.UNIT[name], "BITS": additive.FOLD_BITS[name], "MAX": additive.MAX_WEIGHT[name],
+            "SMALLEST": additive.SMALLEST[name], "PLAIN": additive.PLAIN[name],
         }  # fmt: skip
-        for all_options in (True, False):
-            flags = dict.fromkeys(
-                ("HAS_LENGTHS", "HAS_MASK", "DROPOUT", "WEIGHTS", "EXP", "FOLD", "CONTEXT"), all_options
-            ) | {"ONLY_SCORES": False, "SPLIT": False, "FROM_SCORES": False, "CONTEXT": True}
-
-            def make(
-                kernel: str, label: str, blocks: dict[str, int], dtype: str = dtype,
-                base: dict[str, Any] = numbers | flags, full: bool = all_options, **more: Any,
-            ) -> Build:  # fmt: skip
-                values = {**base, **blocks, **more}
-                names = getattr(kernels, kernel).arg_names
-                absent = (x for flag, arguments in _OPTIONAL.items() if not values[flag] for x in arguments)
-                values |= dict.fromkeys(absent)
-                constants = tuple((n, values[n]) for n in names if n in values)
-                return Build(
-                    kernel, f"{label}{', all options' if full else ''}", dtype, constants, blocks.get("num_warps", 4)
-                )
-
-            many = forward_tiles(STEP.queries + 1, double).blocks
-            yield make("forward", "forward", many)
-            for queries in (1, STEP.queries):
-                yield make("forward", f"step of {queries}", forward_tiles(queries, double).blocks, SPLIT=True)
-            yield make("forward", "scores", many, ONLY_SCORES=True, WEIGHTS=False, DROPOUT=False)
-            yield make("score_gradients", "backward, pairs", backward_tiles(double).pair_blocks)
-            yield make("input_gradients", "backward, inputs", backward_tiles(double).input_blocks)
-            alone: dict[str, Any] = {"FROM_SCORES": True, "CONTEXT": False, "WEIGHTS": True, "DROPOUT": False}
-            yield make("score_gradients", "scores' backward, pairs", backward_tiles(double).pair_blocks, **alone)
-            yield make("input_gradients", "scores' backward, inputs", backward_tiles(double).input_blocks, **alone)
-            yield make("row_sums", "backward, row sums", {"BLOCK": 256})
-            yield make("combine", "combine", {"BH": 128, "BN": 128})
-            yield make("features_first", "features first", {"BT": 32, "BD": 32})
-            yield make("fold_weight", "fold", {"BLOCK": 256})
+        for full in (True, False):
+            flags = dict.fromkeys(("HAS_LENGTHS", "HAS_MASK", "DROPOUT", "WEIGHTS", "EXP", "FOLD", "ROWS"), full)
+            flags |= {"ONLY_SCORES": False, "SPLIT": False, "FROM_SCORES": False, "CONTEXT": True}
+            for kernel, label, kind, constants in _LAUNCHES:
+                candidates = tiles(kind, target, name == "float64")
+                for tile in candidates if full else candidates[:1]:
+                    yield _build(kernel, label, target, dtype, numbers | flags | constants, tile, full)
 
 
-def build(what: Build, target: str) -> Any:
+def _build(
+    kernel: str, label: str, target: str, dtype: str, constants: dict[str, Any], tile: Tiles, full: bool
+) -> Build:
+    options = tile.options(TARGETS[target].backend) | {"enable_fp_fusion": True}
+    sizes = {name: options.pop(name) for name, _ in tile.blocks}
+    constants = constants | sizes
+    label += f" ({', '.join(map(str, [*sizes.values(), f'{tile.warps} warps']))})"
+    absent = (x for flag, arguments in _OPTIONAL.items() if not constants[flag] for x in arguments)
+    constants = constants | dict.fromkeys(absent)
+    label += ", all options" if full else ""
+    what = Build(kernel, label, target, dtype, (), tuple(options.items()))
+    names = what.function.arg_names
+    return replace(what, constants=tuple((name, constants[name]) for name in names if name in constants))
+
+
+def build(what: Build) -> Any:
     """Compiles for a target of TARGETS.
 
     Raises:
@@ -131,11 +149,10 @@ def build(what: Build, target: str) -> Any:
     """
     if knobs.runtime.interpret:
         raise RuntimeError("kernels can't be compiled where TRITON_INTERPRET is set: unset it")
-    gpu = TARGETS[target]
-    function = getattr(kernels, what.kernel)
+    gpu = TARGETS[what.target]
     accumulator = "fp64" if what.dtype == "float64" else "fp32"
     constants = dict(what.constants)
-    names = function.arg_names
+    names = what.function.arg_names
     if "ACC" in names:
         constants["ACC"] = tl.float64 if what.dtype == "float64" else tl.float32
     if "TARGET" in names:
@@ -147,11 +164,11 @@ def build(what: Build, target: str) -> Any:
     aligned = {
         (k,): [["tt.divisibility", 16]]
         for k, name in enumerate(names)
-        if signature[name].startswith("*") or (name in _MULTIPLES_OF_16 and name not in constants)
+        if signature[name].startswith("*")
+        or (name in _MULTIPLES_OF_16 and name not in constants and name not in what.function.do_not_specialize)
     }
-    source = ASTSource(function, signature, constants, aligned)
-    options = {"num_warps": what.warps, "num_stages": 1, **compiler_options(gpu.backend)}
-    return triton.compile(source, target=gpu, options=options)
+    source = ASTSource(what.function, signature, constants, aligned)
+    return triton.compile(source, target=gpu, options=dict(what.options))
 
 
 def usage(compiled: Any, target: str) -> Usage:
@@ -165,10 +182,10 @@ def usage(compiled: Any, target: str) -> Usage:
     return Usage(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
 
 
-def try_usage(what: Build, target: str) -> Usage | str:
-    """What a kernel takes of a target, or why it can't be compiled."""
+def try_usage(what: Build) -> Usage | str:
+    """What a kernel takes of its target, or why it can't be compiled."""
     try:
-        return usage(build(what, target), target)
+        return usage(build(what), what.target)
     except Exception as error:  # whatever a compiler may raise
         return f"{type(error).__name__}: {error}"
 

@@ -6,8 +6,11 @@ Nothing here waits for the device or allocates by its data, so that a call can b
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +19,34 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from . import additive as kernels
-from .tiles import KEY_BLOCK, BackwardTiles, Tiles, backward_tiles, compiler_options, forward_tiles
+from . import additive, gradients
+from .tiles import KEY_BLOCK, Tiles, forward_kind, tiles
 
 __all__ = ["OPERATORS"]
 
 INTERPRETED: bool = knobs.runtime.interpret
+TUNED = os.environ.get("ATTNEXT_AUTOTUNE", "0" if INTERPRETED else "1") != "0"
 
 
 def _round_up(n: int, multiple: int) -> int:
     return (n + multiple - 1) // multiple * multiple
 
 
-def _target() -> str:
+def _backend() -> str:
     if INTERPRETED:
         return "interpreter"
     return "hip" if torch.version.hip else "cuda"
 
 
-def _compiler_options() -> dict[str, Any]:
-    return {} if INTERPRETED else compiler_options(_target())
+@functools.cache
+def _target(device: torch.device) -> str:
+    """The device's name in the table of tiles."""
+    if INTERPRETED:
+        return "sm_90" if TUNED else "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -46,9 +57,65 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
+def _tiles(kind: str, x: Tensor) -> tuple[Tiles, ...]:
+    return tiles(kind, _target(x.device), x.dtype == torch.float64)
+
+
+def _launch(
+    kernel: Any, candidates: tuple[Tiles, ...], grid: Callable[[Mapping[str, Any]], tuple[int, ...]], *args: Any,
+    **constants: Any,
+) -> None:  # fmt: skip
+    """Launches a kernel with the first candidate, or with the one that is found to be the fastest.
+
+    Where torch is asked for deterministic algorithms the choice is the first one: another would round otherwise.
+    """
+    if not INTERPRETED:  # not always done unasked
+        constants["enable_fp_fusion"] = True
+    if TUNED and len(candidates) > 1 and not torch.are_deterministic_algorithms_enabled():
+        _tuner(kernel, candidates)[grid](*args, **constants)
+    else:
+        options = candidates[0].options(_backend())
+        kernel[grid(options)](*args, **constants, **options)
+
+
+@functools.cache
+def _tuner(kernel: Any, candidates: tuple[Tiles, ...]) -> Any:
+    """The kernel, tuned at the first call of each D, H and dtype; choices are kept in Triton's cache on disk."""
+    configurations = []
+    for candidate in candidates:
+        options = candidate.options(_backend())
+        blocks = {name: options.pop(name) for name, _ in candidate.blocks}
+        configurations.append(triton.Config(blocks, **options))
+    return triton.autotune(
+        configurations,
+        key=["D", "H"],
+        # What a program adds to what is there must be added once.
+        restore_value=[name for name in ("key_parts", "grad_value") if name in kernel.arg_names],
+        prune_configs_by={"early_config_prune": _first_while_capturing},
+        do_bench=_wall_clock if INTERPRETED else None,
+        cache_results=True,
+    )(kernel)
+
+
+def _first_while_capturing(configurations: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
+    """Nothing can be timed while a CUDA graph is captured."""
+    capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
+    return configurations[:1] if capturing else configurations
+
+
+def _wall_clock(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+    started = time.perf_counter()
+    call()
+    return [time.perf_counter() - started] * len(quantiles)
+
+
 @dataclass
 class _Problem:
-    """The inputs of a call, contiguous, with their exponentials and folded weight."""
+    """The inputs of a call, contiguous, with their exponentials and folded weight.
+
+    The queries' rows are padded for the tiles of ``kind``; ``by_row`` asks for their exponentials with the features
+    last as well, which the gradients need.
+    """
 
     query: Tensor
     key: Tensor
@@ -56,7 +123,8 @@ class _Problem:
     lengths: Tensor | None
     mask: Tensor | None
     scale: float
-    tiles: Tiles | BackwardTiles
+    kind: str
+    by_row: bool = False
     exp_key: Tensor | None = None
     key_limit: Tensor | None = None
 
@@ -72,21 +140,24 @@ class _Problem:
         self.dtype = _arithmetic(self.query.dtype)
         self.name = str(self.dtype).removeprefix("torch.")
         self.folded = self.query.new_empty(6 * self.half + 2, dtype=self.dtype)
-        kernels.fold_weight[(1,)](
-            self.weight, self.folded, self.features, self.half, *_two_floats(self.scale), kernels.UNIT[self.name],
-            kernels.FOLD_BITS[self.name], kernels.MAX_WEIGHT[self.name], kernels.SMALLEST[self.name],
+        _launch(
+            additive.fold_weight, self.tiles("fold"), lambda _: (1,),
+            self.weight, self.folded, self.features, self.half, *_two_floats(self.scale), additive.UNIT[self.name],
+            additive.FOLD_BITS[self.name], additive.MAX_WEIGHT[self.name], additive.SMALLEST[self.name],
             ACC=_triton_type(self.dtype), BLOCK=triton.next_power_of_2(2 * self.half),
         )  # fmt: skip
-        backward = isinstance(self.tiles, BackwardTiles)
-        block = (
-            max(self.tiles.queries, self.tiles.rows) if isinstance(self.tiles, BackwardTiles) else self.tiles.queries
-        )
+        block = max(tile["BM"] for tile in self.tiles(self.kind))
         # c E for the scores, and for the gradients E too.
-        self.exp_query, self.query_limit = _exponentials(self.query, None, None, block, self.folded[2 * self.half :])
-        self.raw_exp_query = _exponentials(self.query, None, None, block)[0] if backward else None
+        fold = self.folded[2 * self.half :]
+        self.exp_query, self.query_limit, self.exp_query_by_row = _exponentials(
+            self.query, None, None, block, fold, self.by_row
+        )
         if self.exp_key is None or self.key_limit is None:
             by_key = self.mask if self.mask is not None and self.mask.dim() == 2 else None
-            self.exp_key, self.key_limit = _exponentials(self.key, self.lengths, by_key, KEY_BLOCK)
+            self.exp_key, self.key_limit, _ = _exponentials(self.key, self.lengths, by_key, KEY_BLOCK)
+
+    def tiles(self, kind: str) -> tuple[Tiles, ...]:
+        return _tiles(kind, self.query)
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -105,10 +176,10 @@ class _Problem:
     @property
     def flags(self) -> dict[str, Any]:
         return {
-            "UNIT": kernels.UNIT[self.name],
+            "UNIT": additive.UNIT[self.name],
             "HAS_LENGTHS": self.lengths is not None,
             "HAS_MASK": self.mask is not None,
-            "TARGET": _target(),
+            "TARGET": _backend(),
             "ACC": _triton_type(self.dtype),
         }
 
@@ -127,12 +198,14 @@ def _triton_type(dtype: torch.dtype) -> Any:
 
 
 def _exponentials(
-    x: Tensor, lengths: Tensor | None, mask: Tensor | None, block: int, fold: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """exp(2x), times ``fold`` if there is one, with features first, in pairs; and the rows' limits."""
+    x: Tensor, lengths: Tensor | None, mask: Tensor | None, block: int, fold: Tensor | None = None,
+    by_row: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """exp(2x), times ``fold`` if there is one, with features first, in pairs; the rows' limits; exp(2x) by row."""
     limit = x.new_empty(x.shape[0], _round_up(max(x.shape[1], 1), block), dtype=_arithmetic(x.dtype))
-    out = _features_first(x, limit, lengths, mask, fold, 2 * _half(x.shape[2]))
-    return out, limit
+    features = 2 * _half(x.shape[2])
+    rows = limit.new_empty(*limit.shape, features) if by_row else None
+    return _features_first(x, limit, lengths, mask, fold, features, rows), limit, rows
 
 
 def _columns(x: Tensor, padded_rows: int) -> Tensor:
@@ -143,16 +216,18 @@ def _columns(x: Tensor, padded_rows: int) -> Tensor:
 
 def _features_first(
     x: Tensor, limit: Tensor, lengths: Tensor | None, mask: Tensor | None, fold: Tensor | None, padded_features: int,
-    exp: bool = True,
+    by_row: Tensor | None = None, exp: bool = True,
 ) -> Tensor:  # fmt: skip
     batch, rows, features = x.shape
     padded_rows = limit.shape[1]
     out = x.new_empty(batch, padded_features, padded_rows, dtype=limit.dtype)
     if out.numel():
-        kernels.features_first[(triton.cdiv(padded_rows, 32), batch)](
-            x, lengths, mask, fold, out, limit, rows, features, padded_rows, padded_features, EXP=exp,
-            FOLD=fold is not None,
-            HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None, ACC=_triton_type(limit.dtype), BT=32, BD=32,
+        _launch(
+            additive.features_first, _tiles("features first", x),
+            lambda meta: (triton.cdiv(padded_rows, meta["BT"]) * batch,),
+            x, lengths, mask, fold, out, by_row, limit, rows, features, padded_rows, padded_features, EXP=exp,
+            FOLD=fold is not None, ROWS=by_row is not None, HAS_LENGTHS=lengths is not None,
+            HAS_MASK=mask is not None, ACC=_triton_type(limit.dtype),
         )  # fmt: skip
     return out
 
@@ -181,16 +256,21 @@ def _two_floats(x: float) -> tuple[float, float]:
 def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     with _on(key.device):
         lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
-        return _exponentials(key.contiguous(), lengths, None if mask is None else mask.contiguous(), KEY_BLOCK)
+        mask = None if mask is None else mask.contiguous()
+        return _exponentials(key.contiguous(), lengths, mask, KEY_BLOCK)[:2]
 
 
 def _splits(p: _Problem) -> tuple[int, int]:
     """Programs that share a tile of queries, and the keys of each: enough of them to fill the device."""
-    programs = max(1, p.batch * triton.cdiv(p.queries, p.tiles.queries))
-    tiles = max(1, triton.cdiv(p.keys, p.tiles.keys))
-    wanted = min(max(1, 2 * _multiprocessors(p.query.device) // programs), triton.cdiv(tiles, 2))
-    tiles_each = triton.cdiv(tiles, wanted)
-    return triton.cdiv(tiles, tiles_each), tiles_each * p.tiles.keys
+    programs = max(1, p.batch * triton.cdiv(p.queries, p.tiles(p.kind)[0]["BM"]))
+    blocks = max(1, triton.cdiv(p.keys, KEY_BLOCK))
+    wanted = min(max(1, 2 * _multiprocessors(p.query.device) // programs), triton.cdiv(blocks, 2))
+    blocks_each = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, blocks_each), blocks_each * KEY_BLOCK
+
+
+def _queries(query: Tensor) -> int:
+    return query.shape[1] if query.dim() == 3 else 1
 
 
 def attention(
@@ -199,9 +279,8 @@ def attention(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        queries = query.shape[1] if query.dim() == 3 else 1
-        tiles = forward_tiles(queries, query.dtype == torch.float64, INTERPRETED)
-        p = _Problem(query, key, score_weight, lengths, mask, scale, tiles, exp_key, key_limit)
+        kind = forward_kind(_queries(query))
+        p = _Problem(query, key, score_weight, lengths, mask, scale, kind, False, exp_key, key_limit)
         value, size = value.contiguous(), value.shape[2]
         splits, keys_each = _splits(p)
         shape = (p.batch, p.queries)
@@ -212,21 +291,22 @@ def attention(
         part = context if native and splits == 1 else query.new_empty(splits, *shape, size, dtype=p.dtype)
         partial = query.new_empty(2, splits if splits > 1 else 0, *shape, dtype=p.dtype)
         raw = weights if native else query.new_empty(weights.shape, dtype=p.dtype)
-        grid = triton.cdiv(p.queries, tiles.queries), splits, p.batch
-        stage = query.new_empty(grid[0] * grid[1] * grid[2], tiles.queries, tiles.keys, dtype=p.dtype)
+        stage = query.new_empty(splits * p.batch * p.rows[0] * KEY_BLOCK, dtype=p.dtype)
         numbers, dropout = _dropout(dropout_p, seed)
         options = {**dropout, "WEIGHTS": need_weights}
         if p.batch and p.queries:
-            kernels.forward[grid](
+            _launch(
+                additive.forward, p.tiles(kind), lambda meta: (triton.cdiv(p.queries, meta["BM"]) * p.batch, splits),
                 p.query, p.key, value, *p.inputs, p.mask, seed, part, partial[0], partial[1], stage, context, lse, raw,
                 weights, p.batch, p.queries, p.keys, p.features, size, p.half, *p.rows, p.mask_row, keys_each,
-                *numbers, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1, **tiles.blocks,
-                **_compiler_options(),
+                *numbers, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1,
             )  # fmt: skip
             if splits > 1:
-                kernels.combine[(p.queries, p.batch)](
-                    part, partial[0], partial[1], context, lse, raw, weights, seed, p.batch, p.queries, p.keys, size,
-                    splits, *numbers, **options, ACC=_triton_type(p.dtype), BH=128, BN=128,
+                _launch(
+                    additive.combine, p.tiles("combine"), lambda _: (p.queries * p.batch,),
+                    part, partial[0], partial[1], context, lse, raw, weights, p.lengths, seed, p.batch, p.queries,
+                    p.keys, size, splits, *numbers, **options, HAS_LENGTHS=p.lengths is not None,
+                    ACC=_triton_type(p.dtype),
                 )  # fmt: skip
         context, weights = context.to(query.dtype), weights.to(query.dtype)
         return p.by_query(context), p.by_query(weights) if need_weights else weights, lse
@@ -236,18 +316,17 @@ def scores(
     query: Tensor, key: Tensor, score_weight: Tensor, lengths: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     with _on(query.device):
-        queries = query.shape[1] if query.dim() == 3 else 1
-        tiles = forward_tiles(queries, query.dtype == torch.float64, INTERPRETED)
-        p = _Problem(query, key, score_weight, lengths, mask, scale, tiles)
+        kind = forward_kind(_queries(query))
+        p = _Problem(query, key, score_weight, lengths, mask, scale, kind)
         out = query.new_empty(p.batch, p.queries, p.keys, dtype=_rounded_by_kernels(query.dtype))
         if out.numel():
             nothing = query.new_empty(0)
             splits, keys_each = _splits(p)
-            kernels.forward[(triton.cdiv(p.queries, tiles.queries), splits, p.batch)](
+            _launch(
+                additive.forward, p.tiles(kind), lambda meta: (triton.cdiv(p.queries, meta["BM"]) * p.batch, splits),
                 p.query, p.key, nothing, *p.inputs, p.mask, None, nothing, nothing, nothing, nothing, nothing, nothing,
                 out, nothing, p.batch, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row, keys_each, 0,
-                1.0, 0.0, **p.flags, DROPOUT=False, WEIGHTS=False, ONLY_SCORES=True, SPLIT=False, **tiles.blocks,
-                **_compiler_options(),
+                1.0, 0.0, **p.flags, DROPOUT=False, WEIGHTS=False, ONLY_SCORES=True, SPLIT=False,
             )  # fmt: skip
         return p.by_query(out.to(query.dtype))
 
@@ -266,57 +345,97 @@ class _Incoming:
     from_scores: bool
 
 
+def _parts(p: _Problem, slabs: int) -> tuple[int, int]:
+    """How many programs share the queries, and the keys, of a batch row's features: enough to fill the device.
+
+    Each keeps its sums for all keys, or all queries; all of them together never hold more than about four times as many
+    numbers as the gradients of queries and keys.
+    """
+    tile = p.tiles("inputs")[0]
+    programs = max(1, p.batch * triton.cdiv(p.half, tile["BD"]))
+    wanted = max(1, 16 * _multiprocessors(p.query.device) // programs)
+    both = 2 * (p.queries + p.keys)
+    key_splits = min(wanted, triton.cdiv(p.keys, 2 * tile["BJ"]), max(1, both // p.queries))
+    rows = triton.cdiv(p.queries, slabs)
+    row_splits = min(triton.cdiv(wanted, key_splits), triton.cdiv(rows, 2 * tile["BJ"]), max(1, both // p.keys))
+    return row_splits, key_splits
+
+
 def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and score weight, slab by slab of the queries.
 
-    ds and p of a slab are kept between the two launches: never more of them than the gradients have numbers, so that
-    memory stays linear in each of Tq and Tk.
+    ds and p of a slab are kept between the two launches: never more of them than about four times the numbers of the
+    gradients, so that memory stays linear in each of Tq and Tk.
     """
-    batch, size, dtype, tiles = p.batch, incoming.value.shape[2], p.dtype, p.tiles
-    assert isinstance(tiles, BackwardTiles)
+    batch, size, kind = p.batch, incoming.value.shape[2], p.query.dtype
+    if min(batch, p.queries, p.keys) == 0:
+        like = (p.by_query(p.query), p.key, incoming.value, p.weight)
+        nothing = tuple(torch.zeros_like(x) for x in like)
+        return nothing[0], nothing[1], nothing[2], nothing[3]
     q_rows, k_rows = p.rows
-    new = p.query.new_zeros if min(batch, p.queries, p.keys) == 0 else p.query.new_empty
-    grad_query, grad_key = new(p.query.shape, dtype=dtype), new(p.key.shape, dtype=dtype)
-    grad_value = new(incoming.value.shape, dtype=dtype)
-    key_tiles = k_rows // tiles.rows
-    slab = _round_up(min(p.queries, max(1, 4 * (p.features + size))), tiles.queries)
-    slabs = triton.cdiv(p.queries, slab) if slab else 0
-    by_tile = new((slabs, batch, key_tiles, 2 * p.half), dtype=dtype)
-    ds = p.query.new_empty(batch, slab, k_rows, dtype=dtype)
+    slab = _round_up(min(p.queries, max(1, 4 * (p.features + size))), max(t["BM"] for t in p.tiles("pairs")))
+    slabs = triton.cdiv(p.queries, slab)
+    row_splits, key_splits = _parts(p, slabs)
+    rows_each = triton.cdiv(min(slab, p.queries), row_splits)
+    keys_each = _round_up(triton.cdiv(p.keys, key_splits), max(tile["BJ"] for tile in p.tiles("inputs")))
+
+    def new(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+        return p.query.new_empty(shape, dtype=dtype)
+
+    query_parts = new(key_splits, batch, p.queries, 2 * p.half)
+    key_parts = new(row_splits, batch, p.keys, 2 * p.half)
+    weight_parts = new(slabs, row_splits * key_splits * batch, 2 * p.half)
+    ds_sums = new(slabs, batch * (k_rows // KEY_BLOCK) * slab)
+    ds = new(batch, slab, k_rows)
     weights = ds if incoming.from_scores else torch.empty_like(ds)
+    grad_value = new(*incoming.value.shape, dtype=_rounded_by_kernels(kind) if slabs == 1 else p.dtype)
     numbers, dropout = _dropout(incoming.dropout_p, incoming.seed)
-    feature_tiles = triton.cdiv(p.half, tiles.features)
-    key_programs = key_tiles * feature_tiles
-    value_programs = triton.cdiv(p.keys, tiles.value_rows) * triton.cdiv(size, tiles.values)
-    value_programs = 0 if incoming.from_scores or incoming.grad_context is None else value_programs
-    if not value_programs:
-        grad_value.zero_()
+    of_context = incoming.grad_context is not None and size > 0
     columns: tuple[Tensor | None, Tensor | None] = (None, None)
-    if value_programs:
+    if of_context:
         assert incoming.grad_context is not None
         columns = _columns(incoming.value, k_rows), _columns(incoming.grad_context, q_rows)
-    for number in range(slabs if batch and p.keys else 0):
+    else:
+        grad_value.zero_()
+    flags = {name: p.flags[name] for name in ("HAS_LENGTHS", "TARGET", "ACC")}
+
+    def of_slab(number: int) -> None:
         first = number * slab
         rows = min(slab, p.queries - first)
-        kernels.score_gradients[(k_rows // tiles.keys, triton.cdiv(rows, tiles.queries), batch)](
-            p.query, p.key, *p.inputs, p.mask, incoming.seed, *columns, incoming.grad_weights,
-            incoming.lse, incoming.delta, ds, weights, p.queries, p.keys, p.features, size,
-            p.half, q_rows, k_rows, p.mask_row, first, slab, *numbers, **p.flags, **dropout,
-            CONTEXT=value_programs > 0, WEIGHTS=incoming.grad_weights is not None,
-            FROM_SCORES=incoming.from_scores, **tiles.pair_blocks, **_compiler_options(),
+        _launch(
+            gradients.score_gradients, p.tiles("pairs"),
+            lambda meta: (k_rows // meta["BN"] * triton.cdiv(rows, meta["BM"]) * batch,),
+            p.query, p.key, *p.inputs, p.mask, incoming.seed, *columns, incoming.grad_weights, incoming.lse,
+            incoming.delta, ds, weights, ds_sums[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows,
+            p.mask_row, first, slab, *numbers, **p.flags, **dropout, CONTEXT=of_context,
+            WEIGHTS=incoming.grad_weights is not None, FROM_SCORES=incoming.from_scores,
         )  # fmt: skip
-        query_programs = triton.cdiv(rows, tiles.rows) * feature_tiles
-        flags = {name: p.flags[name] for name in ("HAS_LENGTHS", "TARGET", "ACC")}
-        kernels.input_gradients[(query_programs + key_programs + value_programs, batch)](
-            p.query, p.key, p.folded, p.raw_exp_query, *p.inputs[2:], ds, weights, incoming.grad_context, grad_query,
-            grad_key, grad_value, by_tile[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows, first,
-            slab, int(number > 0), query_programs, key_programs, PLAIN=kernels.PLAIN[p.name],
-            CONTEXT=value_programs > 0, **flags,
-            **tiles.input_blocks, **_compiler_options(),
+        _launch(
+            gradients.input_gradients, p.tiles("inputs"),
+            lambda meta: (
+                batch * row_splits * key_splits * triton.cdiv(p.half, meta["BD"])
+                + batch * of_context * triton.cdiv(p.keys, meta["BN"]) * triton.cdiv(size, meta["BH"]),
+            ),
+            p.query, p.key, p.exp_query_by_row, p.query_limit, p.key_limit, p.lengths, ds, weights,
+            incoming.grad_context, query_parts, key_parts, weight_parts[number], grad_value, batch, p.queries, p.keys,
+            p.features, size, p.half, 2 * p.half, q_rows, k_rows, first, slab, rows_each, keys_each, row_splits,
+            key_splits, int(number > 0), PLAIN=additive.PLAIN[p.name], CONTEXT=of_context, **flags,
         )  # fmt: skip
-    grad_weight = by_tile.sum((0, 1, 2))[: p.features] * p.scale
-    kind = p.query.dtype
-    return p.by_query(grad_query.to(kind)), grad_key.to(kind), grad_value.to(kind), grad_weight.to(kind)
+
+    for number in range(slabs):
+        of_slab(number)
+    grad_query, grad_key = (_sum_parts(p, parts, x.shape) for parts, x in ((query_parts, p.query), (key_parts, p.key)))
+    total = ds_sums.sum() - 2 * weight_parts.sum((0, 1))[: p.features]
+    return p.by_query(grad_query), grad_key, grad_value.to(kind), (total * p.scale).to(kind)
+
+
+def _sum_parts(p: _Problem, parts: Tensor, shape: torch.Size) -> Tensor:
+    out = p.query.new_empty(shape, dtype=_rounded_by_kernels(p.query.dtype))
+    _launch(
+        gradients.sum_parts, p.tiles("sums of parts"), lambda meta: (triton.cdiv(out.numel(), meta["BLOCK"]),),
+        parts, p.folded, out, parts.shape[0], out.numel(), p.features, p.half, ACC=_triton_type(p.dtype),
+    )  # fmt: skip
+    return out.to(p.query.dtype)
 
 
 def attention_backward(
@@ -326,25 +445,15 @@ def attention_backward(
     log_sum_exp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        p = _Problem(
-            query,
-            key,
-            score_weight,
-            lengths,
-            mask,
-            scale,
-            backward_tiles(query.dtype == torch.float64, INTERPRETED),
-            exp_key,
-            key_limit,
-        )
+        p = _Problem(query, key, score_weight, lengths, mask, scale, "pairs", True, exp_key, key_limit)
         grad_context = None if grad_context is None else grad_context.contiguous()
         grad_weights = None if grad_weights is None else grad_weights.contiguous()
         delta = torch.empty_like(log_sum_exp)
         if delta.numel():
-            kernels.row_sums[(delta.numel(),)](
+            _launch(
+                gradients.row_sums, p.tiles("row sums"), lambda _: (delta.numel(),),
                 grad_context, context, grad_weights, weights, delta, p.keys, value.shape[2],
                 CONTEXT=grad_context is not None, WEIGHTS=grad_weights is not None, ACC=_triton_type(p.dtype),
-                BLOCK=256,
             )  # fmt: skip
         value = value.contiguous()
         return _gradients(p, _Incoming(grad_context, grad_weights, value, log_sum_exp, delta, seed, dropout_p, False))
@@ -355,9 +464,7 @@ def scores_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        p = _Problem(
-            query, key, score_weight, lengths, mask, scale, backward_tiles(query.dtype == torch.float64, INTERPRETED)
-        )
+        p = _Problem(query, key, score_weight, lengths, mask, scale, "pairs", True)
         nothing = p.key.new_empty(p.batch, p.keys, 0)
         empty = nothing.new_empty(0, dtype=p.dtype)
         grads = _gradients(p, _Incoming(None, grad.contiguous(), nothing, empty, empty, None, 0.0, True))

@@ -1,94 +1,102 @@
-"""The sizes of the kernels' tiles: the one table to tune.
+"""The sizes of the kernels' tiles: the one table to tune, by target.
 
 Triton spreads a tile's columns over a warp and then over the warps, so that one warp for 128 columns, or a store that
 asks for four columns a thread, gives each thread a few pairs by four: few loads, and no exchange between threads.
+
+The first tiles of an entry are those that a kernel gets; where there are more, the first calls on a GPU time them and
+Triton keeps the choice, in memory and in its cache on disk (``launch.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KEY_BLOCK", "BackwardTiles", "Tiles", "backward_tiles", "compiler_options", "forward_tiles"]
+__all__ = ["KEY_BLOCK", "TARGETS", "Tiles", "forward_kind", "tiles"]
 
 KEY_BLOCK = 128
-"""Keys of a prepared memory are padded to a multiple of this many: any tile of keys divides it."""
+"""Keys are padded to a multiple of this many: any tile of keys divides it."""
+FEW_QUERIES = 4
+"""A decoder's step has so many at most: none is computed in vain."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A forward program's share: pairs (queries, keys), and value columns at a time."""
+    """A program's share of the work, by the names of the kernel's constants, and the warps that do it."""
 
-    queries: int
-    keys: int
-    values: int
+    blocks: tuple[tuple[str, int], ...]
     warps: int
 
-    @property
-    def blocks(self) -> dict[str, int]:
-        """Arguments of the launch. Nothing is loaded ahead by stages: there are no matrix products to feed."""
-        return {
-            "BM": self.queries, "BN": self.keys, "BH": self.values, "num_warps": self.warps, "num_stages": 1,
-        }  # fmt: skip
+    def __getitem__(self, name: str) -> int:
+        return dict(self.blocks)[name]
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """Arguments of a launch or a build for a backend of Triton's, "cuda" or "hip".
+
+        Nothing is loaded ahead by stages: there are no matrix products to feed. NVIDIA's assembler, left alone, spills
+        a little to fit more programs at a time.
+        """
+        limit = {"maxnreg": 255} if backend == "cuda" else {}
+        return {**dict(self.blocks), "num_warps": self.warps, "num_stages": 1, **limit}
 
 
-@dataclass(frozen=True)
-class BackwardTiles:
-    """Shares of the backward programs: pairs of one, and of the other (features, rows) or (value rows, columns)."""
-
-    queries: int
-    keys: int
-    warps: int
-    features: int
-    rows: int
-    value_rows: int
-    values: int
-    input_warps: int
-
-    @property
-    def pair_blocks(self) -> dict[str, int]:
-        """Arguments of the launch of ``score_gradients``."""
-        return {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": 1}
-
-    @property
-    def input_blocks(self) -> dict[str, int]:
-        """Arguments of the launch of ``input_gradients``."""
-        return {
-            "BT": self.rows, "BD": self.features, "BN": self.value_rows, "BH": self.values,
-            "num_warps": self.input_warps, "num_stages": 1,
-        }  # fmt: skip
+def _tiles(warps: int, **blocks: int) -> Tiles:
+    return Tiles(tuple(blocks.items()), warps)
 
 
-FORWARD = Tiles(queries=8, keys=128, values=128, warps=2)
-STEP = Tiles(queries=4, keys=128, values=128, warps=2)
-DOUBLE = Tiles(queries=2, keys=128, values=128, warps=1)
-BACKWARD = BackwardTiles(
-    queries=8, keys=128, warps=1, features=16, rows=64, value_rows=16, values=128, input_warps=2
-)  # fmt: skip
+Kinds = dict[str, tuple[Tiles, ...]]
+# BM queries, BN keys, BH value columns; BJ keys and BD pairs of features, a pair a thread; BT rows. The
+# pairs' BN is KEY_BLOCK, as many sums of ds as there are blocks of keys.
+_ANY: Kinds = {
+    "fold": (_tiles(4),),  # one program, with all features at once
+    "features first": (_tiles(4, BT=32, BD=32),),
+    "combine": (_tiles(4, BH=128, BN=128),),
+    "row sums": (_tiles(4, BLOCK=256),),
+    "sums of parts": (_tiles(4, BLOCK=256),),
+}
+_FLOAT32: Kinds = _ANY | {
+    "step of one": (_tiles(2, BM=1, BN=128, BH=128), _tiles(1, BM=1, BN=128, BH=128)),
+    "step": (_tiles(2, BM=4, BN=128, BH=128), _tiles(1, BM=4, BN=128, BH=128)),
+    "forward": (_tiles(2, BM=8, BN=128, BH=128), _tiles(1, BM=4, BN=128, BH=128)),
+    "pairs": (_tiles(1, BM=8, BN=128), _tiles(1, BM=4, BN=128)),
+    "inputs": (_tiles(1, BJ=8, BD=32, BN=8, BH=128), _tiles(1, BJ=4, BD=32, BN=8, BH=128)),
+}
+_FLOAT64: Kinds = _ANY | {  # a number takes two registers, so a program has fewer
+    "features first": (_tiles(4, BT=32, BD=16),),
+    "step of one": (_tiles(1, BM=1, BN=128, BH=128),),
+    "step": (_tiles(1, BM=2, BN=128, BH=128),),
+    "forward": (_tiles(1, BM=2, BN=128, BH=128),),
+    "pairs": (_tiles(1, BM=4, BN=128),),
+    "inputs": (_tiles(1, BJ=4, BD=32, BN=4, BH=128),),
+}
+_OF_64_LANES: Kinds = {"inputs": (_tiles(1, BJ=8, BD=64, BN=16, BH=128), _tiles(1, BJ=4, BD=64, BN=16, BH=128))}
+_FLOAT64_OF_64_LANES: Kinds = {"inputs": (_tiles(1, BJ=4, BD=64, BN=8, BH=128),)}
+_INTERPRETED: Kinds = _ANY | {  # an operation costs the same for many numbers
+    "step of one": (_tiles(1, BM=1, BN=128, BH=128),),
+    "step": (_tiles(1, BM=4, BN=128, BH=128),),
+    "forward": (_tiles(1, BM=32, BN=128, BH=128),),
+    "pairs": (_tiles(1, BM=32, BN=128),),
+    "inputs": (_tiles(1, BJ=64, BD=128, BN=64, BH=128),),
+}
+TARGETS: dict[str, tuple[Kinds, Kinds]] = {
+    "sm_80": (_FLOAT32, _FLOAT64),
+    "sm_90": (_FLOAT32, _FLOAT64),
+    "sm_100": (_FLOAT32, _FLOAT64),
+    "sm_120": (_FLOAT32, _FLOAT64),
+    "gfx942": (_FLOAT32 | _OF_64_LANES, _FLOAT64 | _FLOAT64_OF_64_LANES),
+    "gfx1100": (_FLOAT32, _FLOAT64),
+    "interpreter": (_INTERPRETED, _INTERPRETED),
+}
+"""Tiles of each kind by target: of float32 arithmetic, and of float64."""
 
 
-def forward_tiles(queries: int, double: bool, interpreted: bool = False) -> Tiles:
-    """The tiles for so many queries: a decoder's step has few, and none is computed in vain.
-
-    A float64 takes two registers, so a program has fewer numbers.
-    """
-    if interpreted and queries > STEP.queries:  # where an operation costs the same for many numbers
-        return replace(FORWARD, queries=32)
-    tiles = DOUBLE if double else FORWARD if queries > STEP.queries else STEP
-    return replace(tiles, queries=min(tiles.queries, 1 << max(0, queries - 1).bit_length()))
+def tiles(kind: str, target: str, double: bool) -> tuple[Tiles, ...]:
+    """The candidates for a kind of launch, best guess first; a target not in the table has those of a near one."""
+    if target not in TARGETS:
+        target = "gfx942" if target.startswith("gfx9") else "gfx1100" if target.startswith("gfx") else "sm_90"
+    return TARGETS[target][double][kind]
 
 
-def backward_tiles(double: bool, interpreted: bool = False) -> BackwardTiles:
-    """The tiles of the backward pass."""
-    if interpreted:
-        return replace(BACKWARD, queries=32, features=64, value_rows=64)
-    return replace(BACKWARD, queries=4, features=8, value_rows=8, input_warps=4) if double else BACKWARD
-
-
-def compiler_options(target: str) -> dict[str, Any]:
-    """Options of every launch and build of a large kernel for a target, "cuda" or "hip".
-
-    Multiplications and additions are to be fused, which Triton will not always do unasked; and NVIDIA's assembler, left
-    alone, spills a little to fit more programs at a time.
-    """
-    return {"enable_fp_fusion": True} | ({"maxnreg": 255} if target == "cuda" else {})
+def forward_kind(queries: int) -> str:
+    """The kind of a forward launch for so many queries."""
+    return "step of one" if queries <= 1 else "step" if queries <= FEW_QUERIES else "forward"

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,8 @@ import attnext
 from attnext.backends import backends
 
 
-def python(*arguments: str, interpreted: bool) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def python(*arguments: str, interpreted: bool, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     if interpreted:
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
@@ -31,17 +30,85 @@ def verify(*arguments: str, interpreted: bool) -> subprocess.CompletedProcess[st
     return python("-m", "attnext", "verify", *arguments, interpreted=interpreted)
 
 
+def held(script: str, *, interpreted: bool = True, **environment: str) -> None:
+    """Runs a script that prints "held" at its end."""
+    done = python("-c", script, interpreted=interpreted, **environment)
+    assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
+
+
 def test_every_case_in_every_dtype() -> None:
-    pairs = [("float32", "float16"), ("float64", "bfloat16")]
+    """As a user would ask for it, where there is no GPU: in processes that interpret."""
+    done = verify("--backend", "triton", "--cases", "20", interpreted=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "OK: 120 calls within tolerance on triton" in done.stdout
 
-    def run(pair: tuple[str, str]) -> subprocess.CompletedProcess[str]:
-        options = [option for dtype in pair for option in ("--dtype", dtype)]
-        return verify("--backend", "triton", "--cases", "2", *options, interpreted=True)
 
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(run, pairs):
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-            assert "OK" in done.stdout
+TILES = """
+from dataclasses import replace
+import torch
+from attnext.cases import Case, compare
+from attnext.kernels.tiles import TARGETS
+
+cases = (
+    Case(batch=1, queries=17, keys=140, features=66, values=9, lengths=True, mask="slots", weights=True, dropout_p=0.2),
+    Case(queries=9, keys=20, features=12, values=5, magnitude=100.0, mask="keys", poison=True),
+    Case("step", queries=1, keys=300, features=9, values=7, lengths=True),
+    Case("step", batch=1, queries=3, keys=260, features=5, values=130, weights=True),
+    Case("scores", batch=1, queries=9, keys=140, features=5, lengths=True),
+)
+tried = set()
+for target, kinds in [(t, k) for t, k in TARGETS.items() if t != "interpreter"]:
+    for double, dtype in ((False, torch.float32), (True, torch.float64)):
+        for number in range(max(map(len, kinds[double].values()))):
+            chosen = {name: (tiles[min(number, len(tiles) - 1)],) for name, tiles in kinds[double].items()}
+            if (double, str(chosen)) in tried:
+                continue
+            tried.add((double, str(chosen)))
+            TARGETS["interpreter"] = (chosen, chosen)
+            for case in cases:
+                errors = compare(replace(case, dtype=dtype), "triton", 7)
+                assert max(errors.values()) <= 1, (target, number, case, errors)
+assert len(tried) >= 6, tried
+print("held")
+"""
+
+
+def test_every_tile_that_a_gpu_may_be_given() -> None:
+    held(TILES)
+
+
+TUNING = """
+import torch, attnext
+from attnext.kernels import additive, gradients, launch
+
+torch.manual_seed(0)
+x = [torch.randn(s, requires_grad=True) for s in ((2, 9, 12), (2, 21, 12), (2, 21, 7), (12,))]
+
+def run(backend):
+    context, _ = attnext.additive_attention(*x, backend=backend)
+    return [context, *torch.autograd.grad(context.square().sum(), x)]
+
+for a, b in zip(run("triton"), run("cpu")):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+for kernel, kind in (
+    (additive.forward, "forward"), (gradients.score_gradients, "pairs"), (gradients.input_gradients, "inputs")
+):
+    candidates = launch.tiles(kind, "sm_90", False)
+    tuner = launch._tuner(kernel, candidates)
+    (choice,) = tuner.cache.values()
+    assert len(tuner.configs_timings) == len(candidates) > 1
+    assert choice.kwargs in [dict(tile.blocks) for tile in candidates]
+before = launch._tuner.cache_info().currsize
+torch.use_deterministic_algorithms(True)
+launch._tuner.cache_clear()
+assert all(torch.equal(a, b) for a, b in zip(run("triton"), run("triton")))
+assert before == 3 and launch._tuner.cache_info().currsize == 0
+print("held")
+"""
+
+
+def test_tiles_are_tuned_unless_torch_is_asked_to_be_deterministic() -> None:
+    held(TUNING, ATTNEXT_AUTOTUNE="1")
 
 
 CONTRACT = """
@@ -97,17 +164,63 @@ print("held")
 
 
 def test_the_contract() -> None:
-    done = python("-c", CONTRACT, interpreted=True)
-    assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
+    held(CONTRACT)
+
+
+CAPTURE = """
+import torch, attnext
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name()
+        # What reads a number of the device's, or has a size that depends on one.
+        bad = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+        assert name.split("::")[1].split(".")[0] not in bad, name
+        assert "device" not in (kwargs or {}) or kwargs["device"] in (None, torch.device("cpu")), name
+        return op(*args, **(kwargs or {}))
+
+x = [torch.randn(s, requires_grad=True) for s in ((2, 9, 12), (2, 21, 12), (2, 21, 7), (12,))]
+options = dict(lengths=torch.tensor([21, 4]), mask=torch.rand(2, 9, 21) < 0.7)
+ops = torch.ops.attnext
+seed = torch.tensor(5)
+with NoWaiting():
+    try:
+        torch.ones(1).item()
+    except AssertionError:
+        pass
+    else:
+        raise AssertionError("a wait was not seen")
+    exp_key, limit = ops.additive_prepare_triton(x[1].detach(), options["lengths"], None)
+    rest = (options["lengths"], options["mask"], seed, 1.0, 0.2)
+    found = ops.additive_attention_triton(*(t.detach() for t in x), exp_key, limit, *rest, True)
+    grads = torch.randn_like(found[0]), torch.randn_like(found[1])
+    ops.additive_attention_backward_triton(*grads, *(t.detach() for t in x), exp_key, limit, *rest, *found)
+    scores = ops.additive_scores_triton(x[0].detach(), x[1].detach(), x[3].detach(), *rest[:2], 1.0)
+    ops.additive_scores_backward_triton(scores, x[0].detach(), x[1].detach(), x[3].detach(), *rest[:2], 1.0)
+
+def loss(*x):
+    context, weights = attnext.additive_attention(*x, need_weights=True, backend="triton", **options)
+    scores = attnext.additive_scores(x[0], x[1], x[3], lengths=options["lengths"], backend="triton")
+    return context.square().sum() + weights.square().sum() + scores.exp().sum()
+
+whole = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+for a, b in zip(torch.autograd.grad(whole(*x), x), torch.autograd.grad(loss(*x), x)):
+    torch.testing.assert_close(a, b)
+print("held")
+"""
+
+
+def test_nothing_waits_for_the_device_and_a_call_is_one_graph() -> None:
+    """What capturing into a CUDA graph, and torch.compile without breaks, ask for."""
+    held(CAPTURE)
 
 
 def test_kernels_compile_for_every_target_and_spill_nothing() -> None:
-    done = verify("--compile", "--dtype", "float32", interpreted=False)
+    done = verify("--compile", interpreted=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"):
         assert target in done.stdout
-    half = verify("--compile", "--dtype", "bfloat16", "--target", "sm_90", "--target", "gfx942", interpreted=False)
-    assert half.returncode == 0, half.stdout[-3000:] + half.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -136,17 +249,23 @@ def test_cpu_tensors_are_not_triton_s_outside_the_interpreter() -> None:
             pass
 
 
-def test_the_inner_loops_cost_what_the_notes_say(tmp_path: Path) -> None:
+def test_the_inner_loops_stay_within_their_budgets(tmp_path: Path) -> None:
     tool, numbers = Path(__file__).parents[1] / "benchmarks/gpu_cost.py", tmp_path / "cost.json"
     done = python(str(tool), "--target", "sm_90", "--json", str(numbers), interpreted=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    cost = {row["loop"]: row for row in json.loads(numbers.read_text())}
+    found = json.loads(numbers.read_text())
+    cost = {row["loop"]: row for row in found["loops"]}
     assert cost["tanh.approx"]["special"] == 1.0
-    forward, queries, keys = (cost[n] for n in ("forward: score", "backward: queries", "backward: keys and v"))
+    forward, again, gradients = (
+        cost[name] for name in ("forward: scores", "backward: scores again", "backward: gradients")
+    )
     assert forward["special"] <= 0.5
-    assert forward["slots"] <= 5.0
+    assert max(forward["slots"], again["slots"]) <= 5.0
     assert forward["bound"] >= 1.8 * cost["tanh.approx"]["bound"]
-    assert queries["special"] + keys["special"] <= 1.0
-    assert queries["slots"] + keys["slots"] <= 13.5
-    for row in (forward, queries, keys):
-        assert row["shared"] <= 0.1
+    assert again["special"] + gradients["special"] <= 1.0
+    assert gradients["slots"] <= 11.0
+    assert gradients["shared"] == 0.0
+    least = found["least us"]
+    # A step beyond the caches is bound by memory: 64 x 1024 keys of 256 + 512 float32 at 3,350 GB/s, and its queries.
+    assert 60.0 <= least["step-large"]["H100 SXM"] <= 60.5
+    assert least["forward"]["H100 SXM"] < least["training"]["H100 SXM"]

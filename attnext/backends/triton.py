@@ -24,7 +24,9 @@ def _probe() -> Backend:
     if INTERPRETED:
         return Backend(True, "Triton kernels in Triton's interpreter (TRITON_INTERPRET is set): to check, not to use")
     if not torch.cuda.is_available():
-        return Backend(False, "no GPU that torch can use; TRITON_INTERPRET=1 runs the kernels slowly on the CPU")
+        return Backend(
+            False, "no GPU that torch can use; TRITON_INTERPRET=1 runs the kernels slowly on the CPU, to check them"
+        )
     return Backend(True, f"Triton kernels on {torch.cuda.get_device_name()}")
 
 
