@@ -191,7 +191,7 @@ def _pair_gradients(
         if j0 < j_stop:
             k = key + j.to(tl.int64)[:, None] * D + d[None, :]
             inside = (j < j_stop)[:, None] & first[None, :]
-            k0 = tl.load(k, inside, 0.0).to(ACC)
+            k0 = tl.load(k, inside & (d < D)[None, :], 0.0).to(ACC)
             k1 = tl.load(k + HALF, inside & (d + HALF < D)[None, :], 0.0).to(ACC)
             if near:
                 hidden = (tl.load(k_limit + j) < 0)[:, None]

@@ -14,7 +14,7 @@ import torch
 
 import attnext
 from attnext import cli, demo, verify
-from attnext.backends import choose
+from attnext.backends import choose, kernel_devices
 from attnext.bench import command
 from attnext.bench.cases import CASES
 from attnext.cli import main
@@ -328,8 +328,10 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured)
 
     monkeypatch.setattr(demo, "main", run)
     assert main(["demo", "--seconds", "0.5", "--out", str(tmp_path)]) == 0
+    native = [name for name in kernel_devices() if attnext.backends()[name].available]
+    assert "cpu" in native
     assert commands_run == [
-        "verify --cases 20",
+        " ".join(["verify --cases 20", *(f"--backend {name}" for name in native)]),
         "bench --quick --peers eager --cases forward,training,step",
         f"train g2p --seconds 0.5 --out {folder}",
     ]

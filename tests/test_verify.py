@@ -20,6 +20,7 @@ from attnext.ops import operators
 Kernel = Callable[..., Any]
 Captured = pytest.CaptureFixture[str]
 
+INTERPRETED = [name for name in backends() if verify._interpretable(name)]
 ATTENTION = Case(queries=4, keys=9, weights=True, lengths=True)
 SCORES = Case("scores", queries=4, keys=9, mask="keys")
 FEW = (ATTENTION, replace(ATTENTION, op="step", dropout_p=0.3), SCORES)
@@ -100,9 +101,19 @@ class TestCommand:
         text = output(capsys)
         for name, backend in backends().items():
             if not backend.available:
-                assert f"{name}: not verified: {backend.reason}" in text
+                how = "verified in its interpreter" if name in INTERPRETED else "not verified"
+                assert f"{name}: {how}: {backend.reason}" in text
+        for name in INTERPRETED:
+            assert text.count(f" {name} float") == 3  # each dtype of floats but bfloat16
 
-    @pytest.mark.parametrize("name", [name for name, backend in backends().items() if not backend.available])
+    def test_a_kernel_that_fails_in_its_interpreter(self, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An error there is a failed call here."""
+        monkeypatch.setattr(verify, "CASES", (replace(ATTENTION, batch=-1),))
+        if "triton" in INTERPRETED:
+            assert run("--backend", "triton", "--dtype", "float32") == 1
+            assert "RuntimeError: Trying to create tensor with negative dimension" in output(capsys)
+
+    @pytest.mark.parametrize("name", [n for n, b in backends().items() if not b.available and n not in INTERPRETED])
     def test_one_that_was_asked_for_and_is_not_here(self, name: str, capsys: Captured) -> None:
         assert run("--backend", name) == 1
         text = output(capsys)
