@@ -49,10 +49,12 @@ class Case:
     """Inputs with a last stride that is not 1, and incoming gradients expanded from those of one query."""
     poison: bool = False
     """NaN in keys and values that no query may attend."""
+    flat: bool = False
+    """A query of (B, D), where ``queries`` is 1; what follows from it is without Tq too."""
 
     def __str__(self) -> str:
         sizes = f"({self.batch}, {self.queries}, {self.keys}, {self.features}, {self.values})"
-        flags = [name for name in ("lengths", "weights", "strided", "poison") if getattr(self, name)]
+        flags = [name for name in ("lengths", "weights", "strided", "poison", "flat") if getattr(self, name)]
         if self.mask:
             flags.append(f"mask={self.mask}")
         numbers = (
@@ -95,7 +97,13 @@ CASES: tuple[Case, ...] = (
     Case("step", batch=5, queries=1, keys=131, features=96, values=80, lengths=True),
     Case("step", batch=2, queries=1, keys=30, features=33, values=70, mask="keys", poison=True, weights=True),
     Case("step", batch=3, queries=4, keys=20, features=64, values=32, magnitude=20.0, dropout_p=0.2),
+    Case("step", batch=3, queries=1, keys=9, features=20, values=6, lengths=True, weights=True, flat=True),
+    # Longer than a few tiles, than what is kept of the pairs at a time, and both for scores and for dropped weights.
+    Case(batch=4, queries=40, keys=600, features=8, values=5),
+    Case(queries=100, keys=40, features=3, values=2, dropout_p=0.3, weights=True),
+    Case("scores", queries=100, keys=20, features=3),
     Case("scores", batch=3, queries=17, keys=67, features=31, lengths=True),
+    Case("scores", batch=3, queries=1, keys=10, features=31, flat=True),
     Case("scores", batch=2, queries=5, keys=130, features=65, mask="slots", scale=-1.5, strided=True),
     Case("scores", batch=2, queries=6, keys=20, features=40, mask="keys", poison=True, magnitude=50.0),
     Case("scores", keys=0),
@@ -238,17 +246,20 @@ def _reference(case: Case) -> Call:
 
 def _backend(case: Case, backend: str) -> Call:
     def call(inputs: Inputs, x: list[Tensor]) -> Mapping[str, Tensor | None]:
+        query = x[0].squeeze(1) if case.flat else x[0]
         if case.op == "scores":
             scores = functional.additive_scores(
-                x[0], x[1], x[3], lengths=inputs.lengths, mask=inputs.mask, scale=case.scale, backend=backend
+                query, x[1], x[3], lengths=inputs.lengths, mask=inputs.mask, scale=case.scale, backend=backend
             )
-            return {"scores": scores}
+            return {"scores": scores.unsqueeze(1) if case.flat else scores}
         by_key = case.op == "step" and case.mask != "slots"
         prepared = functional.prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
         memory = Memory(x[1], x[2], inputs.lengths, inputs.mask, x[3], prepared)
         context, weights = functional.attend(
-            x[0], memory, case.scale, case.dropout_p, case.weights, backend, seed=inputs.seed
+            query, memory, case.scale, case.dropout_p, case.weights, backend, seed=inputs.seed
         )
+        if case.flat:
+            context, weights = context.unsqueeze(1), None if weights is None else weights.unsqueeze(1)
         return {"context": context, "weights": weights}
 
     return call

@@ -128,7 +128,8 @@ def _interpreters() -> Iterator[ProcessPoolExecutor]:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_be_an_interpreter) as pool:
+        processes = min(8, os.cpu_count() or 1)
+        with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_be_an_interpreter) as pool:
             yield pool
     finally:
         del os.environ["TRITON_INTERPRET"]
@@ -138,6 +139,7 @@ def _interpreters() -> Iterator[ProcessPoolExecutor]:
 
 def _be_an_interpreter() -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # new tensors are filled with NaN: a number that isn't written shows
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # NumPy's, of infinities that are meant
 
 

@@ -31,8 +31,6 @@ from triton.compiler import ASTSource
 from attnext._support import write_atomically
 from attnext.bench.cases import CASES, Case
 from attnext.kernels import ahead
-from attnext.kernels.additive import forward
-from attnext.kernels.gradients import input_gradients, score_gradients
 
 SPECIAL, ISSUED = 16, 128
 MULTIPLY_ADDS = {"sm_80": 64, "sm_90": 128, "sm_100": 128, "sm_120": 128}
@@ -156,10 +154,13 @@ def cost(loop: str, target: str, compiled: Any, warps: int, counts: Counter[str]
 
 
 LOOPS = {
-    "forward: scores": forward,
-    "backward: scores again": score_gradients,
-    "backward: gradients": input_gradients,
+    "forward: scores": "forward",
+    "step: scores": "step of one",
+    "backward: scores again": "pairs",
+    "backward: gradients": "inputs",
 }
+"""Loops by the kind of tiles of their kernel."""
+BACKWARD = ["forward: scores", "backward: scores again", "backward: gradients"]
 
 
 def costs(target: str) -> list[Cost]:
@@ -168,17 +169,15 @@ def costs(target: str) -> list[Cost]:
     result = [
         cost("tanh.approx", target, compiled, 2, next(c for c in loops(ahead.disassembly(compiled)) if c["MUFU"]), 1)
     ]
-    first: dict[Any, ahead.Build] = {}
+    first: dict[str, ahead.Build] = {}
     for what in ahead.builds(target, ("float32",)):
-        constants = dict(what.constants)
-        if not constants.get("HAS_LENGTHS") and not constants.get("SPLIT"):  # with as little as possible
-            first.setdefault(what.function, what)
-    for name, kernel in LOOPS.items():
-        compiled = ahead.build(first[kernel])
+        first.setdefault(what.kind, what)
+    for name, kind in LOOPS.items():
+        compiled = ahead.build(first[kind])
         special = [c for c in loops(ahead.disassembly(compiled)) if c["MUFU"]]
         # Loops of features that are too large for E F have two special operations an element; these have half a one.
         counts = max(special, key=lambda c: (c["FFMA"] + 2 * c["FFMA2"]) / c["MUFU"])
-        result.append(cost(name, target, compiled, first[kernel].warps, counts, 2))
+        result.append(cost(name, target, compiled, first[kind].warps, counts, 2))
     return result
 
 
@@ -187,9 +186,9 @@ def bound_us(case: Case, card: Card, found: dict[str, Cost]) -> float:
     pairs = case.batch * case.queries * case.keys
     names = {
         "forward": ["forward: scores"],
-        "step": ["forward: scores"],
+        "step": ["step: scores"],
         "scores": ["forward: scores"],
-        "forward + backward": list(LOOPS),
+        "forward + backward": BACKWARD,
         "backward of the scores": ["backward: gradients"],
     }[case.kind]
     products = 0 if case.only_scores else 3 if case.differentiated else 1

@@ -3,8 +3,8 @@
 Letters as in ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r.
 
 Everything of size Tq Tk is a sum of outer products: each thread holds its own part of a tile and adds a feature, key,
-query or value column after the other to it, without a shuffle or a word of shared memory. So E, F, and in backward the
-values and dC, are kept with features first, (B, features, padded rows).
+query or value column after the other to it; no sum crosses threads. So E and F are kept with features first, as (B,
+features, padded rows).
 
 Feature d goes with d + half: the two share a reciprocal. The weight is folded in: y = c x with c = unit max|w| / w, so
 w r is 1/y up to a constant, and a pair is (y0 + y1) / (y0 y1): three multiply-adds, two additions or products, and one

@@ -51,10 +51,13 @@ _OTHER_TYPES = {
 )  # fmt: skip
 # Arguments that a launch leaves out, as None, where a flag is not set.
 _OPTIONAL = {
-    "HAS_LENGTHS": ("lengths",), "HAS_MASK": ("mask",), "DROPOUT": ("seed",), "FOLD": ("fold",), "ROWS": ("by_row",),
+    "HAS_LENGTHS": ("lengths",), "HAS_MASK": ("mask",), "DROPOUT": ("seed",), "EXP": ("limits",),
+    "FOLD": ("fold",), "ROWS": ("by_row",),
     "CONTEXT": ("grad_context", "value_columns", "grad_columns"), "WEIGHTS": ("grad_weights",),
 }  # fmt: skip
+# Sizes of which a launch may know that 16 divides them, and those of which it always does.
 _MULTIPLES_OF_16 = {"D", "H", "q_rows", "k_rows", "padded_rows", "slab", "keys_each"}
+_ALWAYS_MULTIPLES_OF_16 = {"k_rows", "keys_each"}
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,11 @@ class Build:
 
     kernel: str
     label: str
+    kind: str
+    """Of tiles."""
     target: str
     dtype: str
+    full: bool
     constants: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, Any], ...]
 
@@ -91,7 +97,7 @@ class Usage:
 
 
 _LAUNCHES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-    ("forward", "step of one", "step of one", {"SPLIT": True}),
+    ("forward", "step of one", "step of one", {"SPLIT": True, "Tq": 1, "q_rows": 1}),
     ("forward", "step", "step", {"SPLIT": True}),
     ("forward", "forward", "forward", {}),
     ("forward", "scores", "forward", {"ONLY_SCORES": True, "WEIGHTS": False, "DROPOUT": False}),
@@ -110,7 +116,9 @@ _LAUNCHES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 
 
 def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
-    """Every kernel for a target: asked for all it can do, with each of its tiles, and for as little as it can."""
+    """Every kernel for a target: asked for all it can do, with each of its tiles and sizes that 16 divides, and for as
+    little as it can, with any sizes.
+    """
     for dtype in dtypes:
         name = "float64" if dtype == "float64" else "float32"
         numbers = {
@@ -123,11 +131,11 @@ def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Bui
             for kernel, label, kind, constants in _LAUNCHES:
                 candidates = tiles(kind, target, name == "float64")
                 for tile in candidates if full else candidates[:1]:
-                    yield _build(kernel, label, target, dtype, numbers | flags | constants, tile, full)
+                    yield _build(kernel, label, kind, target, dtype, numbers | flags | constants, tile, full)
 
 
 def _build(
-    kernel: str, label: str, target: str, dtype: str, constants: dict[str, Any], tile: Tiles, full: bool
+    kernel: str, label: str, kind: str, target: str, dtype: str, constants: dict[str, Any], tile: Tiles, full: bool
 ) -> Build:
     options = tile.options(TARGETS[target].backend) | {"enable_fp_fusion": True}
     sizes = {name: options.pop(name) for name, _ in tile.blocks}
@@ -136,7 +144,7 @@ def _build(
     absent = (x for flag, arguments in _OPTIONAL.items() if not constants[flag] for x in arguments)
     constants = constants | dict.fromkeys(absent)
     label += ", all options" if full else ""
-    what = Build(kernel, label, target, dtype, (), tuple(options.items()))
+    what = Build(kernel, label, kind, target, dtype, full, (), tuple(options.items()))
     names = what.function.arg_names
     return replace(what, constants=tuple((name, constants[name]) for name in names if name in constants))
 
@@ -161,11 +169,12 @@ def build(what: Build) -> Any:
     for name in names:
         other = DTYPES[what.dtype] if name in _INPUTS else accumulator
         signature[name] = "constexpr" if name in constants else _OTHER_TYPES.get(name, f"*{other}")
+    multiples = _MULTIPLES_OF_16 if what.full else _ALWAYS_MULTIPLES_OF_16
     aligned = {
         (k,): [["tt.divisibility", 16]]
         for k, name in enumerate(names)
         if signature[name].startswith("*")
-        or (name in _MULTIPLES_OF_16 and name not in constants and name not in what.function.do_not_specialize)
+        or (name in multiples and name not in constants and name not in what.function.do_not_specialize)
     }
     source = ASTSource(what.function, signature, constants, aligned)
     return triton.compile(source, target=gpu, options=dict(what.options))

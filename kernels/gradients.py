@@ -50,7 +50,7 @@ def score_gradients(
     """ds and, for the values, the weights after dropout of the queries [i_first, i_first + slab): (B, slab, k_rows).
 
     value_columns (B, H, k_rows) and grad_columns (B, H, q_rows) are the values and dC with the columns first. ds_sums
-    (B, k_rows / BN, slab) takes the sums of ds over the keys of a tile. Tiles beyond a row's length are not written.
+    (B, k_rows / BN, slab) is added the sums of ds over the keys of a tile. Tiles beyond a row's length are not written.
     """
     tiles = k_rows // BN
     j_tile = tl.program_id(0) % tiles
@@ -69,12 +69,11 @@ def score_gradients(
     if HAS_LENGTHS:
         length = tl.load(lengths + b).to(tl.int32)
     if j_tile * BN >= length:
-        tl.store(ds_sum, tl.zeros((BM,), ACC))
-    elif FROM_SCORES:
+        return
+    if FROM_SCORES:
         seen = _visible(lengths, mask, b, i, j, Tq, Tk, mask_row, HAS_LENGTHS, HAS_MASK) & rows_in[:, None]
         ds = tl.load(grad_weights + at, seen, 0.0).to(ACC)
         tl.store(ds_out + out, ds)
-        tl.store(ds_sum, tl.sum(ds, 1))
     else:
         nothing = tl.zeros((BM, BN), ACC)
         # Sums wait in memory until all are there: that is few registers, and each in the layout of its store.
@@ -110,7 +109,7 @@ def score_gradients(
         ds = tl.where(p == 0, 0.0, p * (kept * dp - tl.load(delta + row, rows_in, 0.0)[:, None]))
         tl.store(ds_out + out, ds)
         tl.store(p_out + out, p * kept)
-        tl.store(ds_sum, tl.sum(ds, 1))
+    tl.store(ds_sum, tl.load(ds_sum) + tl.sum(ds, 1))
 
 
 @triton.jit

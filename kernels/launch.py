@@ -1,6 +1,7 @@
 """From tensors to launches: the Triton family's kernels for the operators of ``attnext.ops``.
 
-Nothing here waits for the device or allocates by its data, so that a call can be captured into a CUDA graph.
+Nothing here waits for the device, but for the first calls, which are timed, or allocates by its data: a call can be
+captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ def _launch(
 
 @functools.cache
 def _tuner(kernel: Any, candidates: tuple[Tiles, ...]) -> Any:
-    """The kernel, tuned at the first call of each D, H and dtype; choices are kept in Triton's cache on disk."""
+    """The kernel, tuned at the first call of each D, H and dtype; choices are kept in Triton's cache on disk.
+
+    A first call while a CUDA graph is captured, when nothing can be timed, gets the first tiles, and so do those after
+    it in this process.
+    """
     configurations = []
     for candidate in candidates:
         options = candidate.options(_backend())
@@ -90,7 +95,7 @@ def _tuner(kernel: Any, candidates: tuple[Tiles, ...]) -> Any:
         configurations,
         key=["D", "H"],
         # What a program adds to what is there must be added once.
-        restore_value=[name for name in ("key_parts", "grad_value") if name in kernel.arg_names],
+        restore_value=[name for name in ("ds_sums", "key_parts", "grad_value") if name in kernel.arg_names],
         prune_configs_by={"early_config_prune": _first_while_capturing},
         do_bench=_wall_clock if INTERPRETED else None,
         cache_results=True,
@@ -98,7 +103,6 @@ def _tuner(kernel: Any, candidates: tuple[Tiles, ...]) -> Any:
 
 
 def _first_while_capturing(configurations: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """Nothing can be timed while a CUDA graph is captured."""
     capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
     return configurations[:1] if capturing else configurations
 
@@ -205,29 +209,29 @@ def _exponentials(
     limit = x.new_empty(x.shape[0], _round_up(max(x.shape[1], 1), block), dtype=_arithmetic(x.dtype))
     features = 2 * _half(x.shape[2])
     rows = limit.new_empty(*limit.shape, features) if by_row else None
-    return _features_first(x, limit, lengths, mask, fold, features, rows), limit, rows
+    return _features_first(x, limit, lengths, mask, fold, limit.shape[1], features, rows), limit, rows
 
 
 def _columns(x: Tensor, padded_rows: int) -> Tensor:
     """x (B, T, n) as (B, n, padded rows), in the arithmetic's dtype."""
-    limit = x.new_empty(x.shape[0], padded_rows, dtype=_arithmetic(x.dtype))
-    return _features_first(x, limit, None, None, None, x.shape[2], exp=False)
+    return _features_first(x, None, None, None, None, padded_rows, x.shape[2])
 
 
 def _features_first(
-    x: Tensor, limit: Tensor, lengths: Tensor | None, mask: Tensor | None, fold: Tensor | None, padded_features: int,
-    by_row: Tensor | None = None, exp: bool = True,
+    x: Tensor, limit: Tensor | None, lengths: Tensor | None, mask: Tensor | None, fold: Tensor | None,
+    padded_rows: int, padded_features: int, by_row: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     batch, rows, features = x.shape
-    padded_rows = limit.shape[1]
-    out = x.new_empty(batch, padded_features, padded_rows, dtype=limit.dtype)
+    dtype = _arithmetic(x.dtype)
+    out = x.new_empty(batch, padded_features, padded_rows, dtype=dtype)
     if out.numel():
         _launch(
             additive.features_first, _tiles("features first", x),
             lambda meta: (triton.cdiv(padded_rows, meta["BT"]) * batch,),
-            x, lengths, mask, fold, out, by_row, limit, rows, features, padded_rows, padded_features, EXP=exp,
+            x, lengths, mask, fold, out, by_row, limit, rows, features, padded_rows, padded_features,
+            EXP=limit is not None,
             FOLD=fold is not None, ROWS=by_row is not None, HAS_LENGTHS=lengths is not None,
-            HAS_MASK=mask is not None, ACC=_triton_type(limit.dtype),
+            HAS_MASK=mask is not None, ACC=_triton_type(dtype),
         )  # fmt: skip
     return out
 
@@ -365,7 +369,7 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
     """Gradients of query, key, value and score weight, slab by slab of the queries.
 
     ds and p of a slab are kept between the two launches: never more of them than about four times the numbers of the
-    gradients, so that memory stays linear in each of Tq and Tk.
+    gradients of keys and values, so that memory stays linear in each of Tq and Tk.
     """
     batch, size, kind = p.batch, incoming.value.shape[2], p.query.dtype
     if min(batch, p.queries, p.keys) == 0:
@@ -373,7 +377,7 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
         nothing = tuple(torch.zeros_like(x) for x in like)
         return nothing[0], nothing[1], nothing[2], nothing[3]
     q_rows, k_rows = p.rows
-    slab = _round_up(min(p.queries, max(1, 4 * (p.features + size))), max(t["BM"] for t in p.tiles("pairs")))
+    slab = _round_up(min(p.queries, max(1, 2 * (p.features + size))), max(t["BM"] for t in p.tiles("pairs")))
     slabs = triton.cdiv(p.queries, slab)
     row_splits, key_splits = _parts(p, slabs)
     rows_each = triton.cdiv(min(slab, p.queries), row_splits)
@@ -385,7 +389,7 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
     query_parts = new(key_splits, batch, p.queries, 2 * p.half)
     key_parts = new(row_splits, batch, p.keys, 2 * p.half)
     weight_parts = new(slabs, row_splits * key_splits * batch, 2 * p.half)
-    ds_sums = new(slabs, batch * (k_rows // KEY_BLOCK) * slab)
+    ds_sums = new(batch, k_rows // KEY_BLOCK, slab).zero_()
     ds = new(batch, slab, k_rows)
     weights = ds if incoming.from_scores else torch.empty_like(ds)
     grad_value = new(*incoming.value.shape, dtype=_rounded_by_kernels(kind) if slabs == 1 else p.dtype)
@@ -406,7 +410,7 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
             gradients.score_gradients, p.tiles("pairs"),
             lambda meta: (k_rows // meta["BN"] * triton.cdiv(rows, meta["BM"]) * batch,),
             p.query, p.key, *p.inputs, p.mask, incoming.seed, *columns, incoming.grad_weights, incoming.lse,
-            incoming.delta, ds, weights, ds_sums[number], p.queries, p.keys, p.features, size, p.half, q_rows, k_rows,
+            incoming.delta, ds, weights, ds_sums, p.queries, p.keys, p.features, size, p.half, q_rows, k_rows,
             p.mask_row, first, slab, *numbers, **p.flags, **dropout, CONTEXT=of_context,
             WEIGHTS=incoming.grad_weights is not None, FROM_SCORES=incoming.from_scores,
         )  # fmt: skip
@@ -446,7 +450,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
         p = _Problem(query, key, score_weight, lengths, mask, scale, "pairs", True, exp_key, key_limit)
-        grad_context = None if grad_context is None else grad_context.contiguous()
+        # (B, Tq, n), also where the query has no Tq.
+        grad_context = (
+            None if grad_context is None else grad_context.reshape(p.batch, p.queries, value.shape[2]).contiguous()
+        )
         grad_weights = None if grad_weights is None else grad_weights.contiguous()
         delta = torch.empty_like(log_sum_exp)
         if delta.numel():

@@ -1,7 +1,8 @@
 """The sizes of the kernels' tiles: the one table to tune, by target.
 
 Triton spreads a tile's columns over a warp and then over the warps, so that one warp for 128 columns, or a store that
-asks for four columns a thread, gives each thread a few pairs by four: few loads, and no exchange between threads.
+asks for four columns a thread, gives each thread a few pairs by four: few loads. A second warp waits for the first at
+each feature, where the tile changes its layout.
 
 The first tiles of an entry are those that a kernel gets; where there are more, the first calls on a GPU time them and
 Triton keeps the choice, in memory and in its cache on disk (``launch.py``).
@@ -12,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from attnext.ops import KEY_BLOCK
+
 __all__ = ["KEY_BLOCK", "TARGETS", "Tiles", "forward_kind", "tiles"]
 
-KEY_BLOCK = 128
-"""Keys are padded to a multiple of this many: any tile of keys divides it."""
 FEW_QUERIES = 4
 """A decoder's step has so many at most: none is computed in vain."""
 
@@ -55,9 +56,9 @@ _ANY: Kinds = {
     "sums of parts": (_tiles(4, BLOCK=256),),
 }
 _FLOAT32: Kinds = _ANY | {
-    "step of one": (_tiles(2, BM=1, BN=128, BH=128), _tiles(1, BM=1, BN=128, BH=128)),
-    "step": (_tiles(2, BM=4, BN=128, BH=128), _tiles(1, BM=4, BN=128, BH=128)),
-    "forward": (_tiles(2, BM=8, BN=128, BH=128), _tiles(1, BM=4, BN=128, BH=128)),
+    "step of one": (_tiles(1, BM=1, BN=128, BH=128), _tiles(2, BM=1, BN=128, BH=128)),
+    "step": (_tiles(1, BM=4, BN=128, BH=128), _tiles(2, BM=4, BN=128, BH=128)),
+    "forward": (_tiles(1, BM=4, BN=128, BH=128), _tiles(2, BM=8, BN=128, BH=128)),
     "pairs": (_tiles(1, BM=8, BN=128), _tiles(1, BM=4, BN=128)),
     "inputs": (_tiles(1, BJ=8, BD=32, BN=8, BH=128), _tiles(1, BJ=4, BD=32, BN=8, BH=128)),
 }

@@ -40,7 +40,7 @@ def test_every_case_in_every_dtype() -> None:
     """As a user would ask for it, where there is no GPU: in processes that interpret."""
     done = verify("--backend", "triton", "--cases", "20", interpreted=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "OK: 120 calls within tolerance on triton" in done.stdout
+    assert "OK: 140 calls within tolerance on triton" in done.stdout
 
 
 TILES = """
@@ -48,6 +48,8 @@ from dataclasses import replace
 import torch
 from attnext.cases import Case, compare
 from attnext.kernels.tiles import TARGETS
+
+torch.use_deterministic_algorithms(True)  # new tensors are filled with NaN
 
 cases = (
     Case(batch=1, queries=17, keys=140, features=66, values=9, lengths=True, mask="slots", weights=True, dropout_p=0.2),
@@ -60,7 +62,8 @@ tried = set()
 for target, kinds in [(t, k) for t, k in TARGETS.items() if t != "interpreter"]:
     for double, dtype in ((False, torch.float32), (True, torch.float64)):
         for number in range(max(map(len, kinds[double].values()))):
-            chosen = {name: (tiles[min(number, len(tiles) - 1)],) for name, tiles in kinds[double].items()}
+            # The others stay behind it: what is padded for them is padded for each.
+            chosen = {name: tiles[(n := number % len(tiles)) :] + tiles[:n] for name, tiles in kinds[double].items()}
             if (double, str(chosen)) in tried:
                 continue
             tried.add((double, str(chosen)))
@@ -82,14 +85,16 @@ import torch, attnext
 from attnext.kernels import additive, gradients, launch
 
 torch.manual_seed(0)
-x = [torch.randn(s, requires_grad=True) for s in ((2, 9, 12), (2, 21, 12), (2, 21, 7), (12,))]
+# As many queries as are several slabs.
+x = [torch.randn(s, requires_grad=True) for s in ((2, 70, 3), (2, 21, 3), (2, 21, 2), (3,))]
 
 def run(backend):
     context, _ = attnext.additive_attention(*x, backend=backend)
     return [context, *torch.autograd.grad(context.square().sum(), x)]
 
-for a, b in zip(run("triton"), run("cpu")):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+for _ in range(2):  # while it is tuned, and with the choice
+    for a, b in zip(run("triton"), run("cpu")):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 for kernel, kind in (
     (additive.forward, "forward"), (gradients.score_gradients, "pairs"), (gradients.input_gradients, "inputs")
 ):
@@ -150,6 +155,27 @@ with attnext.use_backend("triton"):
 with attnext.use_backend("cpu"):
     b, _ = attention(query, states, lengths=lengths)
 torch.testing.assert_close(a, b)
+
+# What comes in for a row that attends nothing may be NaN, as the gradient of the norm at a context of 0.
+mask = torch.ones(2, 9, 21, dtype=torch.bool)
+mask[0, 1] = False
+for options in (dict(lengths=torch.tensor([0, 5])), dict(mask=mask)):
+    context, weights = attnext.additive_attention(*x, **options, need_weights=True, backend="triton")
+    loss = context.square().sum(-1).sqrt().sum() + weights.square().sum(-1).sqrt().sum()
+    grads = torch.autograd.grad(loss, x)
+    assert all(grad.isfinite().all() for grad in grads) and (grads[2][1] != 0).any()
+
+# One large row among many, here of the queries and there of the keys.
+for large in (0, 1):
+    y = [torch.randn(s) for s in ((1, 100, 6), (1, 100, 6), (1, 100, 3), (6,))]
+    y[large][0, 80] *= 100
+    y = [t.requires_grad_() for t in y]
+    found = []
+    for backend in ("triton", "reference"):
+        context, _ = attnext.additive_attention(*y, backend=backend)
+        found.append([context, *torch.autograd.grad(context.square().sum(), y)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 double = [t.detach().double().requires_grad_() for t in x]
 torch.autograd.gradcheck(
@@ -256,15 +282,16 @@ def test_the_inner_loops_stay_within_their_budgets(tmp_path: Path) -> None:
     found = json.loads(numbers.read_text())
     cost = {row["loop"]: row for row in found["loops"]}
     assert cost["tanh.approx"]["special"] == 1.0
-    forward, again, gradients = (
-        cost[name] for name in ("forward: scores", "backward: scores again", "backward: gradients")
+    forward, step, again, gradients = (
+        cost[name] for name in ("forward: scores", "step: scores", "backward: scores again", "backward: gradients")
     )
-    assert forward["special"] <= 0.5
+    assert max(forward["special"], step["special"]) <= 0.5
     assert max(forward["slots"], again["slots"]) <= 5.0
     assert forward["bound"] >= 1.8 * cost["tanh.approx"]["bound"]
     assert again["special"] + gradients["special"] <= 1.0
     assert gradients["slots"] <= 11.0
     assert gradients["shared"] == 0.0
+    assert max(forward["shared"], again["shared"]) <= 0.2
     least = found["least us"]
     # A step beyond the caches is bound by memory: 64 x 1024 keys of 256 + 512 float32 at 3,350 GB/s, and its queries.
     assert 60.0 <= least["step-large"]["H100 SXM"] <= 60.5
