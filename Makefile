@@ -8,7 +8,7 @@ PIP_ARGS ?=
 DEMO_SECONDS ?= 120
 
 BIN := .venv/bin
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(CXX_FILES)
 
 .DEFAULT_GOAL := help

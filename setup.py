@@ -8,12 +8,12 @@ from setuptools import Extension, find_packages, setup
 # pip puts the folder on the path by itself; `python setup.py build_ext --inplace` needs this line.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
 
-from attnext_build_ext import BuildExtension, headers, sources
+from attnext_build_ext import BuildExtension, files
 
 setup(
     packages=[*find_packages(include=["attnext", "attnext.*"]), "attnext.kernels"],
     package_dir={"attnext": "attnext", "attnext.kernels": "kernels"},
     package_data={"attnext": ["py.typed"]},
-    ext_modules=[Extension("attnext._C", sources=sources(), depends=headers(), language="c++")],
+    ext_modules=[Extension("attnext._C", files(".cpp", ".cu"), depends=files(".h", ".cuh"), language="c++")],
     cmdclass={"build_ext": BuildExtension},
 )

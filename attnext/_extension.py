@@ -42,7 +42,7 @@ def status() -> Status:
 
 
 def build_record() -> dict[str, str]:
-    """What the build wrote down: torch, compiler, flags, and the reason if there is no extension."""
+    """What the build wrote down: torch, compiler, flags, CUDA kernels, and the reasons for what is missing."""
     return _read_record(PACKAGE)
 
 

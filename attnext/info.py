@@ -49,6 +49,9 @@ def _extension_facts() -> dict[str, str]:
         facts["instructions"] = module.instruction_set()
         # What the library says of itself is surer than the record beside it.
         built |= module.build_info()
+    cuda, missing = built.pop("cuda", ""), built.pop("cuda reason", "")
+    if cuda or missing:
+        facts["CUDA kernels"] = f"built with CUDA {cuda}" if cuda else f"none: {missing}"
     facts.update({f"built with {key}": value for key, value in built.items() if value and key != "reason"})
     return facts
 

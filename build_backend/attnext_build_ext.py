@@ -1,7 +1,8 @@
-"""Compiles csrc/**/*.cpp into ``attnext._C`` and writes down in ``attnext/_build.json`` how that went.
+"""Compiles csrc/**/*.cpp and *.cu into ``attnext._C`` and writes down in ``attnext/_build.json`` how that went.
 
-The Python half of the package works without the extension, so a machine that can't build it still gets an
-install. ATTNEXT_CPU=1 turns a failure into an error, ATTNEXT_CPU=0 skips the extension.
+The Python half of the package works without the extension, and the extension without its CUDA kernels, so a
+machine that can't build them still gets an install. ATTNEXT_CPU=1 and ATTNEXT_CUDA=1 turn a failure into an error,
+0 skips the extension or the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -20,10 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import attnext_cuda
+from attnext_cuda import Kernels, NoCuda
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
 OLDEST_TORCH = (2, 13)
+DEFINITIONS = [
+    "-DNDEBUG",
+    "-DTORCH_STABLE_ONLY",
+    "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH),
+]
 # No -march=native: the library must run on every machine of its architecture, the sources choose the vector
 # instructions at run time. No -ffast-math: it would delete the tests for NaN and infinity.
 COMPILE_FLAGS = [
@@ -34,9 +42,7 @@ COMPILE_FLAGS = [
     "-fvisibility=hidden",
     "-fPIC",
     "-Wall",
-    "-DNDEBUG",
-    "-DTORCH_STABLE_ONLY",
-    "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH),
+    *DEFINITIONS,
 ]
 # Python's symbols are found when the module is loaded; macOS wants to be told. --as-needed keeps the OpenMP
 # runtime out of the needed libraries where the code uses no more than `omp simd`.
@@ -48,18 +54,35 @@ class Torch(NamedTuple):
     version: str
 
 
-def sources() -> list[str]:
-    return sorted(path.as_posix() for path in Path("csrc").rglob("*.cpp"))
+class Step(NamedTuple):
+    """How the sources of one language become objects."""
+
+    command: list[str]
+    sources: list[str]
+    headers: list[str]
+    key: str  # what changes the objects, beside these files
+    failure: type[CompileError]
 
 
-def headers() -> list[str]:
-    return sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
+def files(*suffixes: str) -> list[str]:
+    return sorted(path.as_posix() for path in Path("csrc").rglob("*") if path.suffix in suffixes)
 
 
 def extension_wanted() -> str:
-    mode = os.environ.get("ATTNEXT_CPU", "auto").strip().lower() or "auto"
+    cpu, cuda = _mode("ATTNEXT_CPU", "no C++ extension"), cuda_wanted()
+    if cuda == "1" and cpu == "0":
+        raise OptionError("ATTNEXT_CUDA=1 contradicts ATTNEXT_CPU=0: that skips the extension that CUDA kernels are in")
+    return cuda if cuda == "1" else cpu
+
+
+def cuda_wanted() -> str:
+    return _mode("ATTNEXT_CUDA", "no CUDA kernels")
+
+
+def _mode(variable: str, without: str) -> str:
+    mode = os.environ.get(variable, "auto").strip().lower() or "auto"
     if mode not in ("auto", "0", "1"):
-        raise OptionError(f"ATTNEXT_CPU takes auto, 0 (no C++ extension) or 1 (demand it), got {mode!r}")
+        raise OptionError(f"{variable} takes auto, 0 ({without}) or 1 (demand it), got {mode!r}")
     return mode
 
 
@@ -104,7 +127,8 @@ class BuildExtension(build_ext):
         extension.parent.mkdir(parents=True, exist_ok=True)
         # What an earlier build left here may be for another torch or of other sources.
         extension.unlink(missing_ok=True)
-        record = {"torch": "", "compiler": "", "flags": "", "reason": ""}
+        record = {"torch": "", "compiler": "", "flags": "", "reason": "", "cuda": ""}
+        record["cuda reason"] = "the C++ extension, which they are part of, was not built"
         try:
             if extension_wanted() == "0":
                 record["reason"] = "the install was told to skip it with ATTNEXT_CPU=0"
@@ -147,24 +171,56 @@ def _build(extension: Path, record: dict[str, str]) -> None:
     record["torch"] = torch.version
     record["compiler"] = _run([*compiler, "--version"]).partition("\n")[0]
     record["flags"] = " ".join(flags)
-    # Objects are kept between builds, apart for everything that changes them.
+    includes = ["-Icsrc", f"-I{torch.root}/include"]
+    host = [*compiler, *flags, *includes, f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    # Objects are kept between builds, apart for everything that changes them. That is not the folders of the
+    # headers: installers put these into a new one for each build.
     key = repr((record, pybind11.__version__, sysconfig.get_config_var("EXT_SUFFIX")))
-    folder = Path("build", "objects-" + hashlib.sha256(key.encode()).hexdigest()[:12])
-    includes = ["csrc", torch.root / "include", pybind11.get_include(), sysconfig.get_path("include")]
-    command = [*compiler, *flags, *(f"-I{path}" for path in includes)]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda source: _compile(command, source, folder), sources()))
+    kernels, reason = None, ""
+    try:
+        kernels = _kernels(compiler, [*DEFINITIONS, *includes])
+        objects = _compile(host, kernels, key)
+    except NoCuda as error:
+        if cuda_wanted() == "1":
+            raise
+        kernels, reason = None, str(error)
+        print(f"NOTE: attnext's extension is built without CUDA kernels: {error}", file=sys.stderr)
+        objects = _compile(host, None, key)
     # No rpath: `import torch` has loaded the library by then, wherever torch lives.
     links = [*LINK_FLAGS, f"-L{torch.root}/lib", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
-    _run([*compiler, "-shared", *flags, *objects, *links, "-o", str(extension)])
+    _run([*compiler, "-shared", *flags, *objects, *(kernels.links if kernels else []), *links, "-o", str(extension)])
+    record |= {"cuda": kernels.title if kernels else "", "cuda reason": reason}
 
 
-def _compile(command: list[str], source: str, folder: Path) -> str:
-    target = folder / f"{source}.o"
-    newest = max(Path(path).stat().st_mtime for path in [source, *headers()])
+def _kernels(compiler: list[str], flags: list[str]) -> Kernels:
+    if cuda_wanted() == "0":
+        raise NoCuda("the install was told to go without them with ATTNEXT_CUDA=0")
+    if not files(".cu"):
+        raise NoCuda("this version has no CUDA kernels")
+    return attnext_cuda.plan(compiler, flags)
+
+
+def _compile(host: list[str], kernels: Kernels | None, key: str) -> list[str]:
+    """The objects. `host` compiles a C++ file."""
+    told = [f'-DATTNEXT_WITH_CUDA="{kernels.title}"'] if kernels else []
+    steps = [Step([*host, *told], files(".cpp"), files(".h"), key + repr(told), CompileError)]
+    if kernels:
+        # First, as they take longest.
+        steps.insert(0, Step(kernels.command, files(".cu"), files(".h", ".cuh"), key + kernels.key, NoCuda))
+    jobs = [(step, source) for step in steps for source in step.sources]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda job: _object(*job), jobs))
+
+
+def _object(step: Step, source: str) -> str:
+    target = Path("build", "objects-" + hashlib.sha256(step.key.encode()).hexdigest()[:12], f"{source}.o")
+    newest = max(Path(path).stat().st_mtime for path in [source, *step.headers])
     if not target.exists() or target.stat().st_mtime < newest:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run([*command, "-c", source, "-o", str(target)])
+        try:
+            _run([*step.command, "-c", source, "-o", str(target)])
+        except CompileError as error:
+            raise step.failure(str(error)) from error
     return str(target)
 
 

@@ -24,6 +24,9 @@ std::map<std::string, std::string> build_info() {
 #if defined(_OPENMP)
       {"openmp", std::to_string(_OPENMP)},
 #endif
+#if defined(ATTNEXT_WITH_CUDA)
+      {"cuda", ATTNEXT_WITH_CUDA},
+#endif
   };
 }
 
@@ -31,7 +34,7 @@ std::map<std::string, std::string> build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "attnext's C++ kernels: build information and settings";
-  m.def("build_info", &build_info, "Compiler and torch version of the build.");
+  m.def("build_info", &build_info, "Compiler and torch version of the build; the CUDA kernels: toolkit and GPUs.");
   m.def(
       "instruction_set", [] { return std::string(attnext::cpu::instruction_set().name); },
       "The instruction set whose kernels run.");

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 
+import pybind11
 import pytest
 import setuptools
 import torch
 from torch.torch_version import TorchVersion
 
-from attnext import _extension
+from attnext import _extension, info
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND = ROOT / "build_backend"
@@ -29,6 +34,17 @@ if not BACKEND.is_dir():
 # A shared library that is surely here, and surely isn't ours.
 LIBRARY = Path(str(torch._C.__file__))
 HAS_COMPILER = bool(shutil.which(os.environ.get("CXX") or "c++"))
+# What a build listens to.
+VARIABLES = (
+    "ATTNEXT_CPU",
+    "ATTNEXT_CUDA",
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "TORCH_CUDA_ARCH_LIST",
+)
 
 
 @pytest.fixture
@@ -144,8 +160,7 @@ def hook(checkout: Path, tmp_path: Path) -> Hook:
 
     def call(expression: str, **environment: str) -> subprocess.CompletedProcess[str]:
         code = f"import sys; sys.path.insert(0, 'build_backend'); import attnext_backend as b; {expression}"
-        ours = ("ATTNEXT_CPU", "CXX", "CXXFLAGS", "LDFLAGS")
-        clean = {k: v for k, v in os.environ.items() if k not in ours}
+        clean = {k: v for k, v in os.environ.items() if k not in VARIABLES}
         (tmp_path / "empty").mkdir(exist_ok=True)
         if environment.pop("compiler", "no") == "no":
             environment["PATH"] = str(tmp_path / "empty")
@@ -187,10 +202,18 @@ def test_extension_not_wanted_is_silent(checkout: Path, hook: Hook) -> None:
     assert "ATTNEXT_CPU=0" in json.loads((checkout / "attnext" / "_build.json").read_text())["reason"]
 
 
-def test_unknown_mode_is_an_error(hook: Hook) -> None:
-    done = hook("b.get_requires_for_build_wheel()", ATTNEXT_CPU="perhaps")
+@pytest.mark.parametrize("variable", ["ATTNEXT_CPU", "ATTNEXT_CUDA"])
+def test_unknown_mode_is_an_error(hook: Hook, variable: str) -> None:
+    done = hook("b.get_requires_for_build_wheel()", **{variable: "perhaps"})
     assert done.returncode != 0
-    assert "ATTNEXT_CPU takes auto, 0" in done.stderr
+    assert f"{variable} takes auto, 0" in done.stderr
+    assert "'perhaps'" in done.stderr
+
+
+def test_cuda_kernels_without_the_extension_are_a_contradiction(hook: Hook) -> None:
+    done = hook("b.get_requires_for_build_wheel()", ATTNEXT_CPU="0", ATTNEXT_CUDA="1")
+    assert done.returncode != 0
+    assert "ATTNEXT_CUDA=1 contradicts ATTNEXT_CPU=0" in done.stderr
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
@@ -242,3 +265,269 @@ def test_info_in_a_process_of_its_own() -> None:
     assert done.returncode == 0, done.stderr
     for topic in (torch.__version__, "backend reference", "c++ compiler now", "extension C++"):
         assert topic in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("record", "shown"),
+    [
+        ({"cuda": "13.0: 9.0+PTX", "cuda reason": ""}, "built with CUDA 13.0: 9.0+PTX"),
+        ({"cuda": "", "cuda reason": "no nvcc"}, "none: no nvcc"),
+        ({}, None),
+    ],
+)
+def test_info_tells_of_cuda_kernels(monkeypatch: pytest.MonkeyPatch, record: dict[str, str], shown: str | None) -> None:
+    monkeypatch.setattr(_extension, "load", lambda: None)
+    monkeypatch.setattr(_extension, "build_record", lambda: record)
+    facts = info._extension_facts()
+    assert facts.get("CUDA kernels") == shown
+    assert not [topic for topic in facts if topic.startswith("built with")]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The build backend's module, with no toolkit in sight."""
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+    monkeypatch.syspath_prepend(BACKEND)
+    return importlib.import_module("attnext_cuda")
+
+
+def _script(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(("#!/bin/sh", *lines, "")))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """What looks like CUDA 12.4, whose nvcc compiles nothing."""
+    root = tmp_path / "toolkit"
+    _script(
+        root / "bin" / "nvcc",
+        'case "$1" in',
+        '--version) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;',
+        "--list-gpu-arch) for arch in 75 80 86 87 89 90; do echo compute_$arch; done ;;",
+        f"--dryrun) echo '#$ TOP={root}/bin/..' >&2 ;;",
+        '*) echo "k.cu(1): error: no such luck"; exit 1 ;;',
+        "esac",
+    )
+    for name in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (root / name).parent.mkdir()
+        (root / name).touch()
+    return root
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_toolkit_by_variable(cuda: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, str(toolkit))
+    found = cuda.find_toolkit()
+    assert found.nvcc == str(toolkit / "bin" / "nvcc")
+    assert found.version == "12.4"
+    assert found.runtime == toolkit / "lib64" / "libcudart_static.a"
+
+
+@pytest.mark.parametrize("kind", ["script", "link"])
+def test_nvcc_on_the_path_outside_of_its_toolkit(
+    cuda: ModuleType, toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    real, outside = toolkit / "bin" / "nvcc", tmp_path / "outside" / "nvcc"
+    if kind == "script":
+        _script(outside, f'exec {real} "$@"')
+    else:
+        # The real one, called through a link, does not tell where it is.
+        real.write_text(real.read_text().replace("#$ TOP", "#$ BOTTOM"))
+        outside.parent.mkdir()
+        outside.symlink_to(real)
+    monkeypatch.setenv("PATH", f"{outside.parent}:/bin:/usr/bin")
+    found = cuda.find_toolkit()
+    assert found.nvcc == str(outside if kind == "script" else real)
+    assert found.runtime == toolkit / "lib64" / "libcudart_static.a"
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("bin/nvcc", "has no bin/nvcc"),
+        ("include/cuda_runtime.h", "has no include/cuda_runtime.h"),
+        ("lib64/libcudart_static.a", "has no lib64/libcudart_static.a"),
+        ("12.4", "CUDA toolkit 12.3 in"),
+    ],
+)
+def test_unusable_toolkit(
+    cuda: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch, missing: str, told: str
+) -> None:
+    if missing == "12.4":
+        nvcc = toolkit / "bin" / "nvcc"
+        nvcc.write_text(nvcc.read_text().replace("12.4", "12.3"))
+    else:
+        (toolkit / missing).unlink()
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    with pytest.raises(cuda.NoCuda, match=r"get 12\.4 or later from https:") as error:
+        cuda.find_toolkit()
+    assert told in str(error.value)
+    assert str(toolkit) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "archs"),
+    [
+        (None, "7.5 8.0 9.0+PTX"),
+        (" ; ", "7.5 8.0 9.0+PTX"),
+        ("8.0;9.0+PTX", "8.0 9.0+PTX"),
+        (" 9.0a  8.0; 8.0 ", "9.0a 8.0"),
+        ("10.3+PTX", "10.3+PTX"),
+    ],
+)
+def test_arch_list(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str | None, archs: str) -> None:
+    if asked is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert cuda.arch_list({"7.5", "8.0", "8.7", "9.0", "10.3"}) == archs.split()
+
+
+@pytest.mark.parametrize("asked", ["Ampere", "80", "8.0,9.0", "8.0+ptx", "native"])
+def test_arch_list_that_is_none(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"7.5 {asked}")
+    with pytest.raises(cuda.OptionError) as error:
+        cuda.arch_list({"7.5", "8.0", "9.0"})
+    assert repr(asked) in str(error.value)
+    assert "TORCH_CUDA_ARCH_LIST" in str(error.value)
+
+
+def test_arch_that_nvcc_does_not_know(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 12.0")
+    with pytest.raises(cuda.NoCuda, match=r"'12\.0' of TORCH_CUDA_ARCH_LIST; it knows 7\.5 9\.0"):
+        cuda.arch_list({"9.0", "7.5"})
+
+
+def test_code_for_each_gpu(cuda: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX")
+    kernels = cuda.plan(["ccache", "/opt/g++", "-m64"], ["-Icsrc"])
+    assert kernels.title == "12.4: 8.0 9.0a+PTX"
+    assert kernels.command[1:4] == ["-ccbin", "/opt/g++", "-Xcompiler=-m64"]
+    assert [flag for flag in kernels.command if "gencode" in flag] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+
+
+HOST = """
+#ifndef ATTNEXT_WITH_CUDA
+#define ATTNEXT_WITH_CUDA "none"
+#endif
+extern "C" __attribute__((visibility("default"))) const char* with_cuda() { return ATTNEXT_WITH_CUDA; }
+"""
+DEVICE = """
+#include "kernel.cuh"
+#include <torch/csrc/stable/accelerator.h>
+
+extern "C" __attribute__((visibility("default"))) int launch(int device, float* y) {
+  torch::stable::accelerator::DeviceGuard guard(device);
+  auto* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+  twice<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>(y);
+  return cudaGetLastError();
+}
+
+extern "C" __attribute__((visibility("default"))) int runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : -1;
+}
+"""
+
+
+@pytest.fixture
+def both(checkout: Path) -> Path:
+    """The checkout with a C++ file that compiles in no time, and a kernel."""
+    (checkout / "csrc" / "bindings.cpp").write_text(HOST)
+    (checkout / "csrc" / "kernel.cuh").write_text("__global__ void twice(float* y) { y[threadIdx.x] *= 2; }\n")
+    (checkout / "csrc" / "kernel.cu").write_text(DEVICE)
+    return checkout
+
+
+def _built(checkout: Path) -> tuple[ctypes.CDLL, dict[str, str]]:
+    folder = checkout / "attnext"
+    library = ctypes.CDLL(str(folder / f"_C{EXTENSION_SUFFIXES[0]}"))
+    library.with_cuda.restype = ctypes.c_char_p
+    return library, json.loads((folder / "_build.json").read_text())
+
+
+def test_source_archive_has_the_kernels(both: Path, hook: Hook) -> None:
+    done = hook("b.build_sdist('dist')")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (both / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {"csrc/kernel.cu", "csrc/kernel.cuh", "build_backend/attnext_cuda.py"} <= names
+
+
+@pytest.mark.skipif(not HAS_COMPILER or sys.platform != "linux", reason="needs a C++ compiler")
+def test_no_toolkit_on_the_path(both: Path, hook: Hook, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("as", "ld"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    here = {"compiler": "yes", "PATH": str(tools), "CXX": str(shutil.which(os.environ.get("CXX") or "c++"))}
+    done = hook("b.build_editable('dist')", ATTNEXT_CUDA="1", **here)
+    assert done.returncode != 0
+    assert "no nvcc on the PATH" in done.stderr
+    assert "https://developer.nvidia.com/cuda-downloads" in done.stderr
+
+    done = hook("b.build_editable('dist')", **here)
+    assert done.returncode == 0, done.stderr
+    library, record = _built(both)
+    assert library.with_cuda() == b"none"
+    assert (record["reason"], record["cuda"]) == ("", "")
+    assert "no nvcc on the PATH" in record["cuda reason"]
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_toolkit_that_compiles_nothing(both: Path, hook: Hook, toolkit: Path) -> None:
+    here = {"compiler": "yes", "CUDA_HOME": str(toolkit)}
+    done = hook("b.build_editable('dist')", ATTNEXT_CUDA="1", **here)
+    assert done.returncode != 0
+    assert "nvcc failed: k.cu(1): error: no such luck" in done.stderr
+
+    done = hook("b.build_editable('dist')", TORCH_CUDA_ARCH_LIST="8.0 Volta", **here)
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST" in done.stderr
+    assert "'Volta'" in done.stderr
+
+    done = hook("b.build_editable('dist')", **here)
+    assert done.returncode == 0, done.stderr
+    library, record = _built(both)
+    assert library.with_cuda() == b"none"
+    assert (record["reason"], record["cuda"]) == ("", "")
+    assert "no such luck" in record["cuda reason"]
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_cuda_kernels_are_built_and_load(both: Path, hook: Hook, tmp_path: Path) -> None:
+    probe = hook("import attnext_cuda; attnext_cuda.find_toolkit()", compiler="yes")
+    if probe.returncode:
+        pytest.skip(probe.stderr.splitlines()[-1])
+    here = {"compiler": "yes", "ATTNEXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
+    done = hook("b.build_editable('dist')", **here)
+    assert done.returncode == 0, done.stderr
+    library, record = _built(both)
+    assert record["cuda"].endswith(": 9.0+PTX")
+    assert record["cuda reason"] == ""
+    assert library.with_cuda().decode() == record["cuda"]
+    # The runtime is inside: no other library, no GPU and no driver is needed to load it and ask.
+    assert library.runtime_version() >= 12040
+
+    def ages() -> list[int]:
+        return [path.stat().st_mtime_ns for path in sorted((both / "build").rglob("*.o"))]
+
+    first = ages()
+    assert len(first) == 2
+    # As in an isolated build environment, whose folder has another name each time.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pybind11").symlink_to(Path(str(pybind11.__file__)).parent)
+    assert hook("b.build_editable('dist')", PYTHONPATH=str(tmp_path / "other"), **here).returncode == 0
+    assert ages() == first
+    # A device header is no matter of the C++ file.
+    (both / "csrc" / "kernel.cuh").touch()
+    assert hook("b.build_editable('dist')", **here).returncode == 0
+    assert sum(a != b for a, b in zip(ages(), first, strict=True)) == 1
