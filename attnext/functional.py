@@ -92,7 +92,7 @@ def attend(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Additive attention of checked arguments; the memory may be prepared, and dropout draws its own seed for None."""
-    family = choose(backend, query.device.type)
+    family = choose(backend, query.device.type, query.dtype)
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
     if family == "reference":
@@ -149,7 +149,7 @@ def additive_scores(
     lengths = _checks.lengths(lengths, key)
     mask = _checks.mask(mask, key, _queries(query))
     scale = _checks.scale(scale)
-    family = choose(backend, query.device.type)
+    family = choose(backend, query.device.type, query.dtype)
     if family == "reference":
         query, key, score_weight = _autocast(query, key, score_weight)
         return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
@@ -159,7 +159,7 @@ def additive_scores(
 
 def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:
     """What the backend computes of the keys ahead of the steps; None where it has no use for that."""
-    family = choose(backend, key.device.type)
+    family = choose(backend, key.device.type, key.dtype)
     if family not in operators:
         return None
     with torch.no_grad():

@@ -20,7 +20,9 @@ __all__ = ["FEATURE_BLOCK", "KEY_BLOCK", "Operators", "implement", "operators"]
 FEATURE_BLOCK = 32
 """Features of a memory prepared by the CPU kernels are padded to a multiple of this many (``kFeatureBlock`` in C++)."""
 KEY_BLOCK = 128
-"""Keys of a memory prepared by the Triton kernels are padded to a multiple of this many (``kernels/tiles.py``)."""
+"""Keys of a memory prepared for a GPU are padded to a multiple of this many (``kernels/tiles.py``, ``kKeyBlock``)."""
+PAIR_CHUNK = 8
+"""Pairs of features of a memory prepared by the CUDA kernels, likewise (``kPairChunk``)."""
 
 _library = torch.library.Library("attnext", "DEF")
 
@@ -91,7 +93,19 @@ def _fake_scores_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in inputs[:3])
 
 
-_FAKES_OF_PREPARE: dict[str, Callable[..., Any]] = {"cpu": _fake_prepare_cpu, "triton": _fake_prepare_triton}
+def _fake_prepare_cuda(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator(key.dtype)
+    batch, keys, size = key.shape
+    padded = (max(keys, 1) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
+    pairs = ((max(size, 1) + 1) // 2 + PAIR_CHUNK - 1) // PAIR_CHUNK * PAIR_CHUNK
+    return key.new_empty(batch, pairs, padded, 2, dtype=dtype), key.new_empty(batch, padded, dtype=dtype)
+
+
+_FAKES_OF_PREPARE: dict[str, Callable[..., Any]] = {
+    "cpu": _fake_prepare_cpu,
+    "triton": _fake_prepare_triton,
+    "cuda": _fake_prepare_cuda,
+}
 _FAKES: dict[str, Callable[..., Any]] = {
     "additive_attention": _fake_attention,
     "additive_attention_backward": _fake_attention_backward,
@@ -183,5 +197,9 @@ def implement(family: str, dispatch_key: str, kernel: Callable[[str], Callable[.
         _library.impl(f"{name}_{family}", kernel(name), dispatch_key)
 
 
-operators: dict[str, Operators] = {"cpu": _define("cpu", "cpu"), "triton": _define("triton", "cuda")}
+operators: dict[str, Operators] = {
+    "cpu": _define("cpu", "cpu"),
+    "triton": _define("triton", "cuda"),
+    "cuda": _define("cuda", "cuda"),
+}
 """The operators of each kernel family, by backend name."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnext._support import InputError
-from attnext.backends import backends, kernel_devices
+from attnext.backends import backends, kernel_devices, serves
 from attnext.backends.triton import INTERPRETED
 from attnext.cases import CASES, DTYPES, Case, compare, random_cases
 from attnext.cli import non_negative
@@ -98,12 +98,12 @@ def _cell(error: float) -> str:
 
 
 def _work(backend: str, seed: int, count: int, dtypes: list[str]) -> Iterator[Call]:
-    wanted = [getattr(torch, name) for name in dtypes] or list(DTYPES)
+    wanted = [dtype for dtype in ([getattr(torch, name) for name in dtypes] or DTYPES) if serves(backend, dtype)]
     for number, case in enumerate(CASES):
         for dtype in wanted:
             yield backend, replace(case, dtype=dtype), seed + number
-    for number, case in enumerate(random_cases(count, seed)):
-        dtype = wanted[number % len(wanted)] if dtypes else case.dtype
+    for number, case in enumerate(random_cases(count if wanted else 0, seed)):
+        dtype = case.dtype if case.dtype in wanted else wanted[number % len(wanted)]
         yield backend, replace(case, dtype=dtype), seed + len(CASES) + number
 
 

@@ -18,7 +18,7 @@ import torch
 from attnext.backends import cpu, cuda, reference, triton
 from attnext.backends._base import Backend, Family
 
-__all__ = ["Backend", "backends", "choose", "kernel_devices", "use_backend"]
+__all__ = ["Backend", "backends", "choose", "kernel_devices", "serves", "use_backend"]
 
 _FAMILIES: dict[str, Family] = {
     "reference": reference.FAMILY,
@@ -67,33 +67,42 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def choose(name: str | None, device_type: str) -> str:
+def serves(name: str, dtype: torch.dtype) -> bool:
+    """Whether a backend with kernels has them for a dtype."""
+    family = _FAMILIES[name]
+    return family.serves(family.device_types[0], dtype)
+
+
+def choose(name: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:
     """The backend that serves a call on ``device_type``: the one asked for by name, or an automatic choice.
 
     Raises:
-        ValueError: unknown backend, or one that doesn't serve that device.
+        ValueError: unknown backend, or one that doesn't serve that device or dtype.
         RuntimeError: the backend is not available here.
     """
-    family: str = _resolve(name if name is not None else _forced, device_type)
+    family: str = _resolve(name if name is not None else _forced, device_type, dtype)
     return family
 
 
 # A constant to the compiler: what this machine has doesn't change while it runs. What does, _forced, is read outside.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _resolve(name: str | None, device_type: str) -> str:
+def _resolve(name: str | None, device_type: str, dtype: torch.dtype | None) -> str:
     if name is not None and not isinstance(name, str):
         _require(name)  # says what it may be; the cache below takes no lists
-    return _resolved(name, device_type)
+    return _resolved(name, device_type, dtype)
 
 
 @functools.cache
-def _resolved(name: str | None, device_type: str) -> str:
+def _resolved(name: str | None, device_type: str, dtype: torch.dtype | None) -> str:
     if name is None:
-        return _choose_automatically(device_type)
+        return _choose_automatically(device_type, dtype)
     family = _require(name)
-    if family.device_types and device_type not in family.device_types:
+    if not family.serves(device_type, None):
         served = " and ".join(family.device_types)
         raise ValueError(f"backend={name!r} serves {served} tensors, got tensors on {device_type!r}")
+    if not family.serves(device_type, dtype):
+        served = ", ".join(str(x).removeprefix("torch.") for x in family.dtypes)
+        raise ValueError(f"backend={name!r} serves {served}, got tensors of {str(dtype).removeprefix('torch.')}")
     return name
 
 
@@ -109,10 +118,10 @@ def _require(name: str) -> Family:
     return family
 
 
-def _choose_automatically(device_type: str) -> str:
+def _choose_automatically(device_type: str, dtype: torch.dtype | None) -> str:
     for name in _AUTOMATIC:
         family = _FAMILIES[name]
-        if family.device_types and device_type not in family.device_types:
+        if not family.serves(device_type, dtype):
             continue
         status = family.probe()
         if status.broken:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -23,7 +25,12 @@ class Backend:
 
 @dataclass(frozen=True)
 class Family:
-    """A kernel family: the device types it serves (none named: any), and the probe of this machine."""
+    """A kernel family: the device types and dtypes it serves (none named: any), and the probe of this machine."""
 
     device_types: tuple[str, ...]
     probe: Callable[[], Backend]
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    def serves(self, device_type: str, dtype: torch.dtype | None) -> bool:
+        """Whether it has kernels for tensors of a dtype (None: of any) on a device."""
+        return device_type in (self.device_types or (device_type,)) and dtype in (None, *(self.dtypes or (dtype,)))

@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+import torch
+
+from attnext import _extension
 from attnext.backends._base import Backend, Family
 
-FAMILY = Family(("cuda",), lambda: Backend(False, "this version of attnext has no CUDA kernels yet"))
+OLDEST_CAPABILITY = (7, 5)
+
+
+def _probe() -> Backend:
+    module, status = _extension.load(), _extension.status()
+    if module is None:
+        return Backend(False, status.reason, broken=status.broken)
+    built = module.build_info().get("cuda")
+    if not built:
+        why = _extension.build_record().get("cuda reason") or "it was built without"
+        return Backend(False, f"the extension has no CUDA kernels: {why}")
+    if torch.version.hip or not torch.cuda.is_available():
+        return Backend(False, f"CUDA kernels are there (built with {built}), but no NVIDIA GPU that torch can use")
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        return Backend(
+            False, "the CUDA kernels need compute capability {}.{}, got {}.{}".format(*OLDEST_CAPABILITY, *capability)
+        )
+    return Backend(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
+
+
+FAMILY = Family(("cuda",), _probe, (torch.float32, torch.float16, torch.bfloat16))

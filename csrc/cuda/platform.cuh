@@ -1,0 +1,96 @@
+// What the kernels take from their compiler: nvcc, or g++ with the test harness that runs them on the CPU, which
+// defines ATTNEXT_CUDA_ON_CPU and the same names (tests/cuda_on_cpu).
+#pragma once
+
+#if !defined(ATTNEXT_CUDA_ON_CPU)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline.h>
+
+#define ATTNEXT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+#define ATTNEXT_SHARED(T, name)                                 \
+  extern __shared__ __align__(16) unsigned char shared_bytes[]; \
+  T* name = reinterpret_cast<T*>(shared_bytes)
+#endif
+
+#include <cstdint>
+
+namespace attnext::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// 1/x to an ulp, 0 for what is beyond 2^126: the hardware's own estimate.
+__device__ __forceinline__ float reciprocal(float x) {
+#if defined(ATTNEXT_CUDA_ON_CPU)
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// Four numbers from an address that is a multiple of their size.
+__device__ __forceinline__ void load4(const float* x, float (&out)[4]) {
+  const float4 v = *reinterpret_cast<const float4*>(x);
+  out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+}
+
+template <class T>
+__device__ __forceinline__ void load4(const T* x, float (&out)[4]) {
+  static_assert(sizeof(T) == 2);
+  union {
+    uint2 bits;
+    T numbers[4];
+  } v{*reinterpret_cast<const uint2*>(x)};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) out[k] = to_float(v.numbers[k]);
+}
+
+// Two at a time: one instruction on 10.0 and 10.3 (on 12.0 it would be two).
+__device__ __forceinline__ float2 fma2(float2 x, float2 y, float2 z) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+  return __ffma2_rn(x, y, z);
+#else
+  return make_float2(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
+#endif
+}
+
+__device__ __forceinline__ float2 twice(float x) { return make_float2(x, x); }
+
+__device__ __forceinline__ float2 load2(const float* x) { return *reinterpret_cast<const float2*>(x); }
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+}  // namespace attnext::cuda
