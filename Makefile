@@ -5,11 +5,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # options for an index of CPU builds in PIP_ARGS, or another build here.
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+# The CUDA compiler as packages (270 MB) where there is none, for the CUDA kernels and their tests; empty for without.
+CUDA_TOOLKIT ?= $(if $(shell command -v nvcc)$(CUDA_HOME)$(CUDA_PATH),,-r tests/cuda-toolkit.txt)
 DEMO_SECONDS ?= 120
 
 BIN := .venv/bin
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(CXX_FILES)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(filter csrc/%,$(CXX_FILES))
 
 .DEFAULT_GOAL := help
 .PHONY: help install test demo bench lint format clean
@@ -19,7 +21,7 @@ help:  ## show this list
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) '$(TORCH)'
+	$(BIN)/python -m pip install $(PIP_ARGS) '$(TORCH)' $(CUDA_TOOLKIT)
 	touch $@
 
 .venv/installed: .venv/torch $(INSTALL_INPUTS)

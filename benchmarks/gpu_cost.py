@@ -1,12 +1,12 @@
-"""What the Triton kernels' inner loops cost on NVIDIA GPUs, by their machine code: no GPU needed, and nothing is timed.
+"""What the GPU kernels' inner loops cost on NVIDIA GPUs, by their machine code: no GPU needed, and nothing is timed.
 
     python benchmarks/gpu_cost.py [--target sm_90] [--json FILE]
 
-Compiles the kernels, finds the innermost loops that compute reciprocals, and divides their instructions by the score
-elements that a turn of the loop serves. The bound of a loop is what the scarcest of three resources allows a
-multiprocessor in a clock: 16 special-unit operations, 128 issued instructions (4 schedulers of 32 lanes), and 128
-multiply-adds, 64 on sm_80. From these and the cards' published rates follows the time that each case of ``attnext
-bench`` must take at least: a bound, not a measurement.
+Compiles the Triton kernels, takes the CUDA kernels out of the installed extension where it has them, finds the
+innermost loops that compute reciprocals, and divides their instructions by the score elements that a turn serves. The
+bound of a loop is what the scarcest of three resources allows a multiprocessor in a clock: 16 special-unit operations,
+128 issued instructions (4 schedulers of 32 lanes), and 128 multiply-adds, 64 on sm_80. From these and the cards'
+published rates follows the time that each case of ``attnext bench`` must take at least: a bound, not a measurement.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.compiler import ASTSource
 
+from attnext import _extension
 from attnext._support import write_atomically
 from attnext.bench.cases import CASES, Case
 from attnext.kernels import ahead
@@ -60,6 +62,7 @@ class Cost:
     """A loop's instructions for each score element: all, and where they go."""
 
     loop: str
+    family: str
     target: str
     slots: float
     special: float
@@ -73,6 +76,8 @@ class Cost:
     """Loads and stores of shared memory, shuffles and barriers: what an exchange between threads takes."""
     other: float
     """Addresses, counters, copies."""
+    vector_bytes: float
+    """That loads of 16 bytes a lane bring from memory."""
     registers: int
     occupancy: float
 
@@ -111,9 +116,9 @@ def compile_tanh(target: str) -> Any:
 
 
 def loops(code: str) -> Iterator[Counter[str]]:
-    """Instructions of each innermost loop, by name."""
+    """Instructions of each innermost loop, by name; some kinds that matter have a longer one."""
     lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);", code)
-    instructions = [(int(address, 16), name, rest) for address, name, rest in lines]
+    instructions = [(int(address, 16), _kind(name, rest), rest) for address, name, rest in lines]
     found = []
     for address, name, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
@@ -124,7 +129,21 @@ def loops(code: str) -> Iterator[Counter[str]]:
             yield Counter(name for address, name, _ in instructions if first <= address <= last)
 
 
-def cost(loop: str, target: str, compiled: Any, warps: int, counts: Counter[str], per_special: int) -> Cost:
+def _kind(name: str, rest: str) -> str:
+    if name == "MUFU" and rest.startswith(".EX2"):
+        return "MUFU.EX2"
+    return "LDG.128" if name == "LDG" and ".128" in rest.split()[0] else name
+
+
+def near_loop(code: str) -> Counter[str]:
+    """The loop of folded scores, or of their gradients: the others with reciprocals have exponentials too."""
+    near = [c for c in loops(code) if c["MUFU"] and not c["MUFU.EX2"]]
+    return max(near, key=lambda c: (c["MUFU"], c.total()))
+
+
+def cost(
+    loop: str, family: str, target: str, counts: Counter[str], registers: int, warps: int, per_special: int = 2
+) -> Cost:
     """The cost of a loop in which each special-unit operation serves ``per_special`` elements."""
     elements = per_special * counts["MUFU"]
 
@@ -132,13 +151,14 @@ def cost(loop: str, target: str, compiled: Any, warps: int, counts: Counter[str]
         return sum(counts[name] for name in names) / elements
 
     single, double = share("FFMA", "FMUL", "FADD"), share("FFMA2", "FMUL2", "FADD2")
-    loads, stores = share("LDG"), share("STG")
+    loads, stores = share("LDG", "LDG.128", "LDGSTS"), share("STG")
     exchange = share("LDS", "STS", "LDSM", "STSM", "SHFL", "BAR")
     slots, special = counts.total() / elements, share("MUFU")
-    registers = -(-ahead.usage(compiled, target).registers // 8) * 8
+    registers = -(-registers // 8) * 8
     programs = REGISTERS // (registers * 32 * warps)
     return Cost(
         loop=loop,
+        family=family,
         target=target,
         slots=slots,
         special=special,
@@ -148,6 +168,7 @@ def cost(loop: str, target: str, compiled: Any, warps: int, counts: Counter[str]
         stores=stores,
         shared=exchange,
         other=slots - special - single - double - loads - stores - exchange,
+        vector_bytes=16 * share("LDG.128"),
         registers=registers,
         occupancy=min(1.0, programs * warps / WARPS[target]),
     )
@@ -159,26 +180,68 @@ LOOPS = {
     "backward: scores again": "pairs",
     "backward: gradients": "inputs",
 }
-"""Loops by the kind of tiles of their kernel."""
+"""Loops by the kind of tiles of their Triton kernel."""
+CUDA_LOOPS = {
+    "forward: scores": "7forwardIfE",
+    "step: scores": "4stepIfLi1E",
+    "backward: scores again": "15score_gradientsIfE",
+    "backward: gradients": "15input_gradientsIfE",
+}
+"""The same in the CUDA kernels, by what is in the name of the function in float32."""
+CUDA_WARPS = 4
 BACKWARD = ["forward: scores", "backward: scores again", "backward: gradients"]
+PUBLISHED = (
+    "NVIDIA's GNMT kernels (v0.7, scores only, float32): 27.5 instructions forward, 34.5 backward, counted by hand"
+)
 
 
 def costs(target: str) -> list[Cost]:
     """The near loops of the forward and backward kernels, each in its first tiles, and that of the hardware's tanh."""
     compiled = compile_tanh(target)
-    result = [
-        cost("tanh.approx", target, compiled, 2, next(c for c in loops(ahead.disassembly(compiled)) if c["MUFU"]), 1)
-    ]
+    counts = next(c for c in loops(ahead.disassembly(compiled)) if c["MUFU"])
+    result = [cost("tanh.approx", "Triton", target, counts, ahead.usage(compiled, target).registers, 2, 1)]
     first: dict[str, ahead.Build] = {}
     for what in ahead.builds(target, ("float32",)):
         first.setdefault(what.kind, what)
     for name, kind in LOOPS.items():
         compiled = ahead.build(first[kind])
-        special = [c for c in loops(ahead.disassembly(compiled)) if c["MUFU"]]
-        # Loops of features that are too large for E F have two special operations an element; these have half a one.
-        counts = max(special, key=lambda c: (c["FFMA"] + 2 * c["FFMA2"]) / c["MUFU"])
-        result.append(cost(name, target, compiled, first[kind].warps, counts, 2))
+        counts, registers = near_loop(ahead.disassembly(compiled)), ahead.usage(compiled, target).registers
+        result.append(cost(name, "Triton", target, counts, registers, first[kind].warps))
+    resources, code = cuda_resources(target), cuda_code(target)
+    for name, part in CUDA_LOOPS.items() if resources else ():
+        (function,) = (f for f in resources if part in f)
+        counts = near_loop(code[function])
+        result.append(cost(name, "CUDA", target, counts, resources[function].registers, CUDA_WARPS))
     return result
+
+
+def _cuobjdump(target: str, option: str) -> str:
+    """Of the installed extension's CUDA kernels for a target; empty without any."""
+    module = _extension.load()
+    number = f"{target[3:-1]}.{target[-1]}"
+    if module is None or number not in re.split(r"[ +]", module.build_info().get("cuda", "")):
+        return ""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [str(tool), option, "-arch", target, str(module.__file__)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def cuda_code(target: str) -> dict[str, str]:
+    """The machine code of each CUDA kernel."""
+    parts = re.split(r"\n\s*Function : ", _cuobjdump(target, "-sass"))[1:]
+    return {part.split("\n", 1)[0].strip(): part for part in parts}
+
+
+def cuda_resources(target: str) -> dict[str, ahead.Usage]:
+    """Registers, spilled bytes and static shared memory of each CUDA kernel."""
+    found = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+        _cuobjdump(target, "--dump-resource-usage"),
+    )
+    return {
+        name: ahead.Usage(int(registers), int(stack) + int(local), int(shared))
+        for name, registers, stack, shared, local in found
+    }
 
 
 def bound_us(case: Case, card: Card, found: dict[str, Cost]) -> float:
@@ -209,35 +272,51 @@ def minimal_bytes(case: Case) -> int:
 
 
 def show_costs(console: Console, found: list[Cost]) -> None:
-    table = Table("loop", "target", "slots", "special", "multiply-adds", "their instr.", "loads", "stores",
-                  "exchange", "other", "registers", "occupancy", "bound",
+    table = Table("loop", "family", "target", "slots", "special", "multiply-\nadds", "their\ninstr.", "loads", "stores",
+                  "exchange", "other", "registers", "occu-\npancy", "bound",
                   title="Instructions for a score element; bound in elements/clock/SM")  # fmt: skip
     for c in found:
         numbers = (c.slots, c.special, c.multiply_adds, c.arithmetic, c.loads, c.stores, c.shared, c.other)
-        table.add_row(
-            c.loop, c.target, *(f"{n:.2f}" for n in numbers), str(c.registers), f"{c.occupancy:.0%}", f"{c.bound:.1f}"
-        )
+        cells = (*(f"{n:.2f}" for n in numbers), str(c.registers), f"{c.occupancy:.0%}", f"{c.bound:.1f}")
+        table.add_row(c.loop, c.family, c.target, *cells)
     console.print(table)
+    console.print(PUBLISHED)
+
+
+def show_resources(console: Console, targets: list[str]) -> None:
+    """What the CUDA kernels take on each target."""
+    table = Table("CUDA kernels", "functions", "registers at most", "spilled bytes")
+    for target in targets:
+        if found := cuda_resources(target).values():
+            most = max(usage.registers for usage in found)
+            table.add_row(target, str(len(found)), str(most), str(sum(usage.spilled for usage in found)))
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print("The installed extension has no CUDA kernels (attnext info says why).")
 
 
 def bounds(found: list[Cost]) -> dict[str, dict[str, float]]:
-    """By case and card, the least time in microseconds."""
-    by_target = {target: {c.loop: c for c in found if c.target == target} for target in {c.target for c in found}}
-    cards = {name: card for name, card in CARDS.items() if card.target in by_target}
-    # A forward of half types has the loop of float32.
+    """By case, and by card and family, the least time in microseconds; half types have the loops of float32."""
+    columns = {}
+    for name, card in CARDS.items():
+        for family in ("Triton", "CUDA"):
+            loops_of = {c.loop: c for c in found if (c.target, c.family) == (card.target, family)}
+            if loops_of:
+                columns[f"{name}, {family}"] = (card, loops_of)
     return {
-        case.name: {name: bound_us(case, card, by_target[card.target]) for name, card in cards.items()}
+        case.name: {column: bound_us(case, card, loops_of) for column, (card, loops_of) in columns.items()}
         for case in CASES
     }
 
 
 def show_bounds(console: Console, found: dict[str, dict[str, float]]) -> None:
-    cards = list(next(iter(found.values())))
-    if not cards:
+    columns = list(next(iter(found.values())))
+    if not columns:
         return
-    table = Table("case", *(f"{card}, us" for card in cards), title="The least time by data sheet: not a measurement")
+    table = Table("case", *columns, title="The least time in microseconds by data sheet: not a measurement")
     for name, row in found.items():
-        table.add_row(name, *(f"{row[card]:.3g}" for card in cards))
+        table.add_row(name, *(f"{row[column]:.3g}" for column in columns))
     console.print(table)
 
 
@@ -250,6 +329,7 @@ def main() -> None:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         found = [c for cost_of_target in pool.map(costs, arguments.target or WARPS) for c in cost_of_target]
     show_costs(console, found)
+    show_resources(console, arguments.target or list(WARPS))
     least = bounds(found)
     show_bounds(console, least)
     if arguments.json:

@@ -178,7 +178,7 @@ def _build(extension: Path, record: dict[str, str]) -> None:
     key = repr((record, pybind11.__version__, sysconfig.get_config_var("EXT_SUFFIX")))
     kernels, reason = None, ""
     try:
-        kernels = _kernels(compiler, [*DEFINITIONS, *includes])
+        kernels = _kernels(compiler, [*DEFINITIONS, *includes], torch.root.parent)
         objects = _compile(host, kernels, key)
     except NoCuda as error:
         if cuda_wanted() == "1":
@@ -192,12 +192,12 @@ def _build(extension: Path, record: dict[str, str]) -> None:
     record |= {"cuda": kernels.title if kernels else "", "cuda reason": reason}
 
 
-def _kernels(compiler: list[str], flags: list[str]) -> Kernels:
+def _kernels(compiler: list[str], flags: list[str], packages: Path) -> Kernels:
     if cuda_wanted() == "0":
         raise NoCuda("the install was told to go without them with ATTNEXT_CUDA=0")
     if not files(".cu"):
         raise NoCuda("this version has no CUDA kernels")
-    return attnext_cuda.plan(compiler, flags)
+    return attnext_cuda.plan(compiler, flags, packages)
 
 
 def _compile(host: list[str], kernels: Kernels | None, key: str) -> list[str]:

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 from setuptools.errors import CompileError, OptionError
 
-OLDEST_CUDA = (12, 4)
+OLDEST_CUDA = (12, 8)  # the first that knows --compress-mode and 10.0
 # From Turing on: what current toolkits compile for. The last one's PTX serves the GPUs that come after it.
 DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # No USE_CUDA: torch/csrc/stable/accelerator.h needs none, and what it adds to the headers is in CUDA builds of torch
 # only; a library with such a symbol would not load beside another torch.
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+# Code for seven kinds of GPU, compressed, is a tenth of what it is without.
+COMPILE_FLAGS = ["-std=c++17", "-O3", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 OLDEST = ".".join(map(str, OLDEST_CUDA))
 HOW = f"get {OLDEST} or later from https://developer.nvidia.com/cuda-downloads, or name its folder in CUDA_HOME"
 
@@ -46,9 +47,12 @@ class Toolkit(NamedTuple):
     runtime: Path  # the static library
 
 
-def plan(host: list[str], flags: list[str]) -> Kernels:
-    """NoCuda where there is no usable toolkit. `host` is the C++ compiler; `flags` are added to nvcc's."""
-    toolkit = find_toolkit()
+def plan(host: list[str], flags: list[str], packages: Path | None = None) -> Kernels:
+    """NoCuda where there is no usable toolkit.
+
+    `host` is the C++ compiler; `flags` are added to nvcc's; in `packages` may be a toolkit that pip installed.
+    """
+    toolkit = find_toolkit(packages)
     archs = arch_list(_known_archs(toolkit.nvcc))
     # nvcc takes the compiler alone: no launcher (ccache) before it, its options apart.
     compiler = [word for word in host if not word.startswith("-")][-1]
@@ -56,16 +60,17 @@ def plan(host: list[str], flags: list[str]) -> Kernels:
     gpus = dict.fromkeys(flag for arch in archs for flag in _code(arch))
     variables = sorted(item for item in os.environ.items() if re.fullmatch("NVCC_(PRE|AP)PEND_FLAGS", item[0]))
     command = [toolkit.nvcc, "-ccbin", compiler, *options, *COMPILE_FLAGS, *gpus]
+    threads = f"--threads={os.environ.get('MAX_JOBS') or os.cpu_count() or 1}"  # kinds of GPU at a time
     return Kernels(
         title=f"{toolkit.version}: {' '.join(archs)}",
-        command=[*command, *flags],
+        command=[*command, threads, *flags],
         links=[str(toolkit.runtime), "-ldl", "-lrt", "-lpthread"],
         key=repr((command, toolkit.described, variables)),
     )
 
 
-def find_toolkit() -> Toolkit:
-    nvcc, root = _find_nvcc()
+def find_toolkit(packages: Path | None = None) -> Toolkit:
+    nvcc, root = _find_nvcc(packages)
     described = _ask(nvcc, "--version")
     release = re.search(r"release ((\d+)\.(\d+))", described)
     if not release:
@@ -84,7 +89,7 @@ def find_toolkit() -> Toolkit:
     return Toolkit(nvcc, release[1], described, runtime)
 
 
-def _find_nvcc() -> tuple[str, Path]:
+def _find_nvcc(packages: Path | None) -> tuple[str, Path]:
     """nvcc and the folder of its toolkit."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if folder := os.environ.get(variable):
@@ -93,6 +98,9 @@ def _find_nvcc() -> tuple[str, Path]:
                 raise NoCuda(f"no CUDA toolkit: {variable}={folder} has no bin/nvcc ({HOW})")
             return str(nvcc), Path(folder)
     found = shutil.which("nvcc")
+    wheels = sorted(packages.glob("nvidia/cu*/bin/nvcc")) if packages else []
+    if found is None and wheels:
+        return str(wheels[-1]), wheels[-1].parent.parent
     if found is None:
         raise NoCuda(f"no CUDA toolkit: no nvcc on the PATH, and no CUDA_HOME ({HOW})")
     # It may be a script that calls the real one, which knows where it is.

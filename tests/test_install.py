@@ -301,12 +301,12 @@ def _script(path: Path, *lines: str) -> None:
 
 @pytest.fixture
 def toolkit(tmp_path: Path) -> Path:
-    """What looks like CUDA 12.4, whose nvcc compiles nothing."""
+    """What looks like CUDA 12.8, whose nvcc compiles nothing."""
     root = tmp_path / "toolkit"
     _script(
         root / "bin" / "nvcc",
         'case "$1" in',
-        '--version) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;',
+        '--version) echo "Cuda compilation tools, release 12.8, V12.8.61" ;;',
         "--list-gpu-arch) for arch in 75 80 86 87 89 90; do echo compute_$arch; done ;;",
         f"--dryrun) echo '#$ TOP={root}/bin/..' >&2 ;;",
         '*) echo "k.cu(1): error: no such luck"; exit 1 ;;',
@@ -323,7 +323,7 @@ def test_toolkit_by_variable(cuda: ModuleType, toolkit: Path, monkeypatch: pytes
     monkeypatch.setenv(variable, str(toolkit))
     found = cuda.find_toolkit()
     assert found.nvcc == str(toolkit / "bin" / "nvcc")
-    assert found.version == "12.4"
+    assert found.version == "12.8"
     assert found.runtime == toolkit / "lib64" / "libcudart_static.a"
 
 
@@ -345,25 +345,39 @@ def test_nvcc_on_the_path_outside_of_its_toolkit(
     assert found.runtime == toolkit / "lib64" / "libcudart_static.a"
 
 
+def test_toolkit_of_packages(cuda: ModuleType, toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pip installed the compiler and there is no other."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    packages = tmp_path / "site-packages"
+    (packages / "nvidia").mkdir(parents=True)
+    toolkit.rename(packages / "nvidia/cu13")
+    found = cuda.find_toolkit(packages)
+    assert found.nvcc == str(packages / "nvidia/cu13/bin/nvcc")
+    with pytest.raises(cuda.NoCuda, match="no nvcc on the PATH"):
+        cuda.find_toolkit(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("missing", "told"),
     [
         ("bin/nvcc", "has no bin/nvcc"),
         ("include/cuda_runtime.h", "has no include/cuda_runtime.h"),
         ("lib64/libcudart_static.a", "has no lib64/libcudart_static.a"),
-        ("12.4", "CUDA toolkit 12.3 in"),
+        ("12.8", "CUDA toolkit 12.7 in"),
     ],
 )
 def test_unusable_toolkit(
     cuda: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch, missing: str, told: str
 ) -> None:
-    if missing == "12.4":
+    if missing == "12.8":
         nvcc = toolkit / "bin" / "nvcc"
-        nvcc.write_text(nvcc.read_text().replace("12.4", "12.3"))
+        nvcc.write_text(nvcc.read_text().replace("12.8", "12.7"))
     else:
         (toolkit / missing).unlink()
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
-    with pytest.raises(cuda.NoCuda, match=r"get 12\.4 or later from https:") as error:
+    with pytest.raises(cuda.NoCuda, match=r"get 12\.8 or later from https:") as error:
         cuda.find_toolkit()
     assert told in str(error.value)
     assert str(toolkit) in str(error.value)
@@ -404,7 +418,7 @@ def test_code_for_each_gpu(cuda: ModuleType, toolkit: Path, monkeypatch: pytest.
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX")
     kernels = cuda.plan(["ccache", "/opt/g++", "-m64"], ["-Icsrc"])
-    assert kernels.title == "12.4: 8.0 9.0a+PTX"
+    assert kernels.title == "12.8: 8.0 9.0a+PTX"
     assert kernels.command[1:4] == ["-ccbin", "/opt/g++", "-Xcompiler=-m64"]
     assert [flag for flag in kernels.command if "gencode" in flag] == [
         "-gencode=arch=compute_80,code=sm_80",

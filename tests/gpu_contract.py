@@ -1,0 +1,204 @@
+"""What the contract asks of a GPU family beyond the cases, on one that serves CPU tensors here.
+
+    python tests/gpu_contract.py triton
+    python tests/gpu_contract.py cuda LIBRARY
+
+A program of its own: Triton interprets where a variable was set before Python, and the CUDA kernels come in a library.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnext
+from attnext.backends import backends
+
+LENGTHS = torch.tensor([21, 4])
+
+
+def inputs(*, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    sizes = ((2, 9, 12), (2, 21, 12), (2, 21, 7), (12,))
+    return [torch.randn(size, dtype=dtype).requires_grad_() for size in sizes]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def operators(backend: str) -> Any:
+    def operator(name: str) -> Any:
+        return getattr(torch.ops.attnext, f"{name}_{backend}").default
+
+    return operator
+
+
+def opcheck(backend: str) -> None:
+    op, x, none = operators(backend), inputs(), None
+    for options in ((none, none, LENGTHS, none, none, 1.0, 0.0, True), (none, none, none, none, none, 0.5, 0.0, False)):
+        torch.library.opcheck(op("additive_attention"), (*x, *options))
+    torch.library.opcheck(op("additive_scores"), (x[0], x[1], x[3], LENGTHS, none, 1.0))
+    torch.library.opcheck(op("additive_prepare"), (x[1].detach(), LENGTHS, none))
+
+
+def determinism_and_any_subset(backend: str) -> None:
+    x = inputs()
+
+    def run(name: str) -> list[Tensor]:
+        context, weights = attnext.additive_attention(*x, lengths=LENGTHS, need_weights=True, backend=name)
+        assert weights is not None
+        # An expanded gradient comes in.
+        return [context, weights, *torch.autograd.grad(context.sum() + weights.square().sum(), x)]
+
+    def of_weights(name: str) -> list[Tensor]:  # no gradient of the context comes in
+        _, weights = attnext.additive_attention(*x, lengths=LENGTHS, need_weights=True, backend=name)
+        assert weights is not None
+        return list(torch.autograd.grad(weights.square().sum(), x, materialize_grads=True))
+
+    first, second = run(backend), run(backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    close(first, run("reference"))
+    close(of_weights(backend), of_weights("reference"))
+
+
+def prepared_memory(backend: str) -> None:
+    attention = attnext.BahdanauAttention(8, 7, 12)
+    states, query = torch.randn(2, 21, 7), torch.randn(2, 8)
+    with attnext.use_backend(backend):
+        memory = attention.prepare(states, lengths=LENGTHS)
+        assert memory.prepared is not None
+        assert memory.prepared.backend == backend
+        a, _ = attention(query, memory)
+        (of_step,) = torch.autograd.grad(a.sum(), attention.score_weight)
+    with attnext.use_backend("reference"):
+        b, _ = attention(query, states, lengths=LENGTHS)
+        (expected,) = torch.autograd.grad(b.sum(), attention.score_weight)
+    close([a, of_step], [b, expected])
+
+
+def rows_that_attend_nothing(backend: str) -> None:
+    """What comes in for one may be NaN, as the gradient of the norm at a context of 0."""
+    x = inputs()
+    mask = torch.ones(2, 9, 21, dtype=torch.bool)
+    mask[0, 1] = False
+    for options in ({"lengths": torch.tensor([0, 5])}, {"mask": mask}):
+        context, weights = attnext.additive_attention(*x, **options, need_weights=True, backend=backend)
+        assert weights is not None
+        loss = context.square().sum(-1).sqrt().sum() + weights.square().sum(-1).sqrt().sum()
+        grads = torch.autograd.grad(loss, x)
+        assert all(grad.isfinite().all() for grad in grads)
+        assert (grads[2][1] != 0).any()
+
+
+def one_large_row(backend: str) -> None:
+    for large in (0, 1):  # of the queries, of the keys
+        y = [torch.randn(s) for s in ((1, 100, 6), (1, 100, 6), (1, 100, 3), (6,))]
+        y[large][0, 80] *= 100
+        y = [t.requires_grad_() for t in y]
+        found = []
+        for name in (backend, "reference"):
+            context, _ = attnext.additive_attention(*y, backend=name)
+            found.append([context, *torch.autograd.grad(context.square().sum(), y)])
+        close(*found)
+
+
+def weights_out_of_range(backend: str) -> None:
+    x = [t.detach() for t in inputs()]
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        w = x[3].clone()
+        w[2] = bad
+        context, _ = attnext.additive_attention(*x[:3], w, backend=backend)
+        assert context.isnan().all()
+    w = torch.full((12,), 1e20)
+    scores = attnext.additive_scores(x[0], x[1], w, backend=backend)
+    expected = attnext.additive_scores(*(t.double() for t in (x[0], x[1], w)), backend="reference")
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e15)
+
+
+def gradcheck(backend: str) -> None:
+    if backend == "triton":  # the CUDA kernels have no float64
+        x = inputs(dtype=torch.float64)
+        torch.autograd.gradcheck(
+            lambda *t: attnext.additive_attention(*t, lengths=LENGTHS, backend=backend)[0], x, fast_mode=True
+        )
+    else:
+        with pytest.raises(ValueError, match="serves float32, float16, bfloat16, got tensors of float64"):
+            attnext.additive_attention(*inputs(dtype=torch.float64), backend=backend)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what reads a number of the device's, or has a size that depends on one."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.name()
+        bad = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+        assert name.split("::")[1].split(".")[0] not in bad, name
+        assert (kwargs or {}).get("device") in (None, torch.device("cpu")), name
+        return op(*args, **(kwargs or {}))
+
+
+def nothing_waits(backend: str) -> None:
+    """A call can be captured into a CUDA graph."""
+    op, x = operators(backend), [t.detach() for t in inputs()]
+    mask, seed = torch.rand(2, 9, 21) < 0.7, torch.tensor(5)
+    with NoWaiting():
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(1).item()
+        prepared = op("additive_prepare")(x[1], LENGTHS, None)
+        rest = (LENGTHS, mask, seed, 1.0, 0.2)
+        found = op("additive_attention")(*x, *prepared, *rest, True)
+        grads = torch.randn_like(found[0]), torch.randn_like(found[1])
+        op("additive_attention_backward")(*grads, *x, *prepared, *rest, *found)
+        scores = op("additive_scores")(x[0], x[1], x[3], *rest[:2], 1.0)
+        op("additive_scores_backward")(scores, x[0], x[1], x[3], *rest[:2], 1.0)
+
+
+def one_graph(backend: str) -> None:
+    x, mask = inputs(), torch.rand(2, 9, 21) < 0.7
+
+    def loss(*x: Tensor) -> Tensor:
+        context, weights = attnext.additive_attention(
+            *x, lengths=LENGTHS, mask=mask, need_weights=True, backend=backend
+        )
+        assert weights is not None
+        scores = attnext.additive_scores(x[0], x[1], x[3], lengths=LENGTHS, backend=backend)
+        return context.square().sum() + weights.square().sum() + scores.exp().sum()
+
+    whole = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    close(list(torch.autograd.grad(whole(*x), x)), list(torch.autograd.grad(loss(*x), x)))
+
+
+CHECKS = (
+    opcheck,
+    determinism_and_any_subset,
+    prepared_memory,
+    rows_that_attend_nothing,
+    one_large_row,
+    weights_out_of_range,
+    gradcheck,
+    nothing_waits,
+    one_graph,
+)
+
+
+def main(backend: str, *library: str) -> None:
+    torch.manual_seed(0)
+    if library:
+        from cuda_cases import serve_cuda_on_cpu
+
+        serve_cuda_on_cpu(*library)
+    assert backends()[backend].available, backends()[backend]
+    for check in CHECKS:
+        check(backend)
+        print(check.__name__)
+    print("held")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

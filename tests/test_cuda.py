@@ -1,0 +1,195 @@
+"""The CUDA kernels without a GPU: run on the CPU with their launches, under sanitizers, and compiled by nvcc.
+
+The same cases and the same contract as for the other backends, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no build for this platform, and brings cuobjdump")
+
+import cuda_on_cpu_build as harness
+import cuda_toolkit
+
+import attnext
+from attnext import _extension
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc/cuda"
+TORCH = Path(torch.__file__).parent
+# Kinds of GPU that the kernels are built for by default.
+ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+Result = subprocess.CompletedProcess[str]
+
+pytestmark = pytest.mark.skipif(bool(harness.why_not()), reason=harness.why_not() or "")
+
+
+PLANTED = {
+    "tsan": ("forward.cuh", "  __syncwarp();\n  const int count", "  const int count", "data race"),
+    "asan": ("prepare.cuh", "tile[lane * kRow", "tile[(lane + 1) * kRow", "AddressSanitizer"),
+}
+"""A mistake for each sanitizer: file, what is right there, what is put in its place, and what is then said."""
+
+
+def build(sanitizer: str, library: Path, sources: Path) -> None:
+    """The library of the kernels and their launches for the CPU, plain or with a sanitizer."""
+    # The kernels read two numbers as one vector, which nvcc allows.
+    options = ("-include", "cuda_on_cpu.h", "-fPIC", "-shared", "-fno-strict-aliasing", f"-I{sources}")
+    stable = ("-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020d000000000000")
+    of_torch = ("-isystem", TORCH / "include", f"-L{TORCH}/lib", "-ltorch_cpu")
+    source = ("-x", "c++", sources / "additive.cu", "-o", library)
+    command = harness.command(sanitizer, *options, *stable, *source, *of_torch)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def plant(sanitizer: str, folder: Path) -> Path:
+    """The sources with a mistake."""
+    folder.mkdir()
+    for path in SOURCES.iterdir():
+        (folder / path.name).write_text(path.read_text())
+    file, right, wrong, _ = PLANTED[sanitizer]
+    text = (folder / file).read_text()
+    assert right in text
+    (folder / file).write_text(text.replace(right, wrong))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of plain.so, asan.so, tsan.so and, with a mistake in each, planted-asan.so and planted-tsan.so."""
+    folder = tmp_path_factory.mktemp("cuda")
+    jobs = [(name, folder / f"{name}.so", SOURCES) for name in ("asan", "plain", "tsan")]
+    jobs += [(name, folder / f"planted-{name}.so", plant(name, folder / f"planted-{name}")) for name in PLANTED]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: build(*job), jobs))
+    return folder
+
+
+def run(script: str, *arguments: str | Path, sanitizer: str = "plain", order: str = "forward") -> Result:
+    """Runs a script of this folder, with the sanitizer's runtime there before Python."""
+    variables = ["OMP_NUM_THREADS=1", "ASAN_OPTIONS=detect_stack_use_after_return=0:detect_leaks=0"]
+    if sanitizer != "plain":
+        asked = [str(harness.COMPILER), f"-print-file-name=lib{sanitizer}.so"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        variables.append(f"LD_PRELOAD={found}")
+    command = (sys.executable, Path(__file__).with_name(script), *arguments)
+    return harness.run(Path("/usr/bin/env"), *variables, *map(str, command), order=order)
+
+
+def assert_held(done: Result) -> None:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.stdout.strip().endswith("held"), done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "random:1"])
+def test_every_case_with_threads_in_any_order(libraries: Path, order: str) -> None:
+    assert_held(run("cuda_cases.py", libraries / "plain.so", "table", order=order))
+
+
+def test_random_cases(libraries: Path) -> None:
+    assert_held(run("cuda_cases.py", libraries / "plain.so", "random"))
+
+
+def test_the_contract(libraries: Path) -> None:
+    assert_held(run("gpu_contract.py", "cuda", libraries / "plain.so"))
+
+
+def test_no_access_out_of_bounds(libraries: Path) -> None:
+    assert_held(run("cuda_cases.py", libraries / "asan.so", "table", sanitizer="asan"))
+
+
+def test_no_race(libraries: Path) -> None:
+    assert_held(run("cuda_cases.py", libraries / "tsan.so", "tiny", sanitizer="tsan"))
+
+
+@pytest.mark.parametrize("sanitizer", PLANTED)
+def test_a_planted_mistake_is_found(libraries: Path, sanitizer: str) -> None:
+    """The two checks above can fail: without a barrier, and with a row too many in shared memory."""
+    done = run("cuda_cases.py", libraries / f"planted-{sanitizer}.so", "tiny", sanitizer=sanitizer)
+    assert done.returncode != 0
+    assert PLANTED[sanitizer][-1] in done.stderr
+
+
+def test_nvcc_has_nothing_to_say(tmp_path: Path) -> None:
+    """No warning, for every kind of GPU."""
+    nvcc = cuda_toolkit.nvcc()
+    assert nvcc is not None, "no nvcc: pip install -r tests/cuda-toolkit.txt"
+
+    def compile_for(arch: str) -> Result:
+        target = ["-cubin", f"-arch=sm_{arch}", "-o", str(tmp_path / f"{arch}.cubin")]
+        command = [str(nvcc), "-std=c++17", "-O3", "-Werror=all-warnings", f"-I{SOURCES}", *target]
+        source = str(Path(__file__).with_name("cuda_kernels.cu"))
+        return subprocess.run([*command, source], capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for arch, done in zip(ARCHS, pool.map(compile_for, ARCHS), strict=True):
+            assert done.returncode == 0, (arch, done.stderr[-3000:])
+            assert "warning" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def built() -> str:
+    """The kinds of GPU that the installed extension has kernels for."""
+    module = _extension.load()
+    assert module is not None
+    kernels = module.build_info().get("cuda", "")
+    assert kernels, _extension.build_record().get("cuda reason")
+    return str(kernels)
+
+
+def test_no_kernel_spills(built: str) -> None:
+    assert _extension.load() is not None
+    library, tool = str(_extension.load().__file__), str(cuda_toolkit.cuobjdump())  # type: ignore[union-attr]
+    archs = [arch.removesuffix("+PTX").replace(".", "") for arch in built.split(": ")[1].split()]
+    assert archs
+    print(f"\n{'':8}kernels  registers  spilled bytes  static shared bytes")
+    for arch in archs:
+        command = [tool, "--dump-resource-usage", "-arch", f"sm_{arch}", library]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+        registers, stack, shared, local = ([int(x) for x in column] for column in zip(*found, strict=True))
+        print(f"sm_{arch:5}{len(found):7}{max(registers):11}{sum(stack + local):15}{max(shared):21}")
+        assert len(found) == 33, "eleven kernels in three dtypes"
+        assert sum(stack + local) == 0
+        # Four blocks of 128 threads, or three, have a multiprocessor's registers.
+        assert max(registers) <= 168
+        assert max(shared) <= 1024
+
+
+def test_the_inner_loops_stay_within_their_budgets(built: str, tmp_path: Path) -> None:
+    if "9.0" not in built:
+        pytest.skip(f"built for {built} by TORCH_CUDA_ARCH_LIST")
+    tool, numbers = ROOT / "benchmarks/gpu_cost.py", tmp_path / "cost.json"
+    command = [sys.executable, str(tool), "--target", "sm_90", "--json", str(numbers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "27.5 instructions forward, 34.5 backward" in " ".join(done.stdout.split())
+    cost = {row["loop"]: row for row in json.loads(numbers.read_text())["loops"] if row["family"] == "CUDA"}
+    for name in ("forward: scores", "backward: scores again"):
+        assert cost[name]["special"] <= 0.5
+        assert cost[name]["slots"] <= 4.0
+    assert cost["backward: gradients"]["special"] <= 1.0
+    assert cost["backward: gradients"]["slots"] <= 8.5
+    # A score element of a step is a number of F, which one load brings; what comes with it is the same for all lanes.
+    assert cost["step: scores"]["vector_bytes"] == 4.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_without_a_gpu(built: str) -> None:
+    status = attnext.backends()["cuda"]
+    assert not status.available
+    assert f"built with {built}" in status.reason
+    x = torch.zeros(1, 1, 2)
+    with pytest.raises(RuntimeError, match="no NVIDIA GPU that torch can use"):
+        attnext.additive_attention(x, x, x, torch.zeros(2), backend="cuda")
