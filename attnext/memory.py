@@ -15,9 +15,9 @@ class Prepared(NamedTuple):
 
     backend: str
     exp_key: Tensor
-    """(B, Tk, features rounded up) float32 or float64: exp(2 key), 0 in masked slots and in the padding."""
+    """float32 or float64, in the backend's own layout: exp(2 key), 0 in masked slots and in the padding."""
     key_limit: Tensor
-    """(B, Tk): the largest |key| of each row, infinity for a row that is not finite."""
+    """(B, Tk or more): the largest |key| of each row, infinity for a row that is not finite."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,12 @@
 #include "cpu/instruction_set.h"
 #include "cpu/scratch.h"
 
+#if defined(ATTNEXT_WITH_CUDA)
+namespace attnext::cuda {
+std::string problem_with_device();  // additive.cu
+}
+#endif
+
 namespace {
 
 std::map<std::string, std::string> build_info() {
@@ -35,6 +41,10 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "attnext's C++ kernels: build information and settings";
   m.def("build_info", &build_info, "Compiler and torch version of the build; the CUDA kernels: toolkit and GPUs.");
+#if defined(ATTNEXT_WITH_CUDA)
+  m.def("cuda_problem", &attnext::cuda::problem_with_device,
+        "Why the current GPU can't run the CUDA kernels that were built; empty where it can.");
+#endif
   m.def(
       "instruction_set", [] { return std::string(attnext::cpu::instruction_set().name); },
       "The instruction set whose kernels run.");

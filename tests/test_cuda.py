@@ -97,6 +97,13 @@ def test_every_case_with_threads_in_any_order(libraries: Path, order: str) -> No
     assert_held(run("cuda_cases.py", libraries / "plain.so", "table", order=order))
 
 
+def test_the_same_bits_with_threads_in_any_order(libraries: Path) -> None:
+    orders = ("forward", "backward", "random:3")
+    found = {run("cuda_cases.py", libraries / "plain.so", "digest", order=order).stdout.strip() for order in orders}
+    assert len(found) == 1
+    assert len(found.pop()) == 64
+
+
 def test_random_cases(libraries: Path) -> None:
     assert_held(run("cuda_cases.py", libraries / "plain.so", "random"))
 
@@ -191,5 +198,8 @@ def test_kernels_without_a_gpu(built: str) -> None:
     assert not status.available
     assert f"built with {built}" in status.reason
     x = torch.zeros(1, 1, 2)
+    module = _extension.load()
+    assert module is not None
+    assert "CUDA" in module.cuda_problem()  # what the runtime says of a machine without a driver
     with pytest.raises(RuntimeError, match="no NVIDIA GPU that torch can use"):
         attnext.additive_attention(x, x, x, torch.zeros(2), backend="cuda")

@@ -7,8 +7,6 @@ import torch
 from attnext import _extension
 from attnext.backends._base import Backend, Family
 
-OLDEST_CAPABILITY = (7, 5)
-
 
 def _probe() -> Backend:
     module, status = _extension.load(), _extension.status()
@@ -20,12 +18,10 @@ def _probe() -> Backend:
         return Backend(False, f"the extension has no CUDA kernels: {why}")
     if torch.version.hip or not torch.cuda.is_available():
         return Backend(False, f"CUDA kernels are there (built with {built}), but no NVIDIA GPU that torch can use")
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CAPABILITY:
-        return Backend(
-            False, "the CUDA kernels need compute capability {}.{}, got {}.{}".format(*OLDEST_CAPABILITY, *capability)
-        )
-    return Backend(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
+    name = torch.cuda.get_device_name()
+    if problem := module.cuda_problem():  # a driver older than the toolkit, or a GPU that they were not built for
+        return Backend(False, f"the CUDA kernels (built with {built}) can't run on {name}: {problem}")
+    return Backend(True, f"CUDA kernels on {name}")
 
 
 FAMILY = Family(("cuda",), _probe, (torch.float32, torch.float16, torch.bfloat16))

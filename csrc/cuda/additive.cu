@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -126,6 +127,20 @@ void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_
   }
 }
 
+void check_tensor(const Tensor& x, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  check_shape(x, name, shape);
+  STD_TORCH_CHECK(x.scalar_type() == dtype, "attnext: ", name, " has another dtype than the query asks for");
+}
+
+// The shape of a result: (B, Tq, n), or (B, n) for a query of (B, D).
+void check_by_query(const Optional& x, const char* name, const Tensor& query, int64_t n) {
+  if (!x) return;
+  if (query.dim() == 2)
+    check_tensor(*x, name, {query.size(0), n}, query.scalar_type());
+  else
+    check_tensor(*x, name, {query.size(0), query.size(1), n}, query.scalar_type());
+}
+
 Slots slots_of(const Optional& lengths, const Optional& mask, int64_t batch, int64_t queries, int64_t keys) {
   Slots slots = {};
   if (lengths) {
@@ -184,7 +199,7 @@ struct Setup {
   Setup(const Tensor& query, const Tensor& key, const Tensor& score_weight, Optional exp_key, Optional key_limit,
         const Optional& lengths_given, const Optional& mask, double scale, int64_t values, bool backward)
       : device(query), lengths(contiguous(lengths_given)) {
-    STD_TORCH_CHECK(key.dim() == 3, "attnext: key has ", key.dim(), " dimensions, needs 3");
+    STD_TORCH_CHECK(key.dim() == 3 && key.size(2) > 0, "attnext: key must be (B, Tk, D) with a D of at least 1");
     const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2);
     const int64_t queries = query.dim() == 2 ? 1 : query.size(1);
     if (query.dim() == 2)
@@ -213,8 +228,10 @@ struct Setup {
       std::tie(this->exp_key, this->key_limit) = prepare_keys(device, key, problem.slots, mask && mask->dim() == 3);
     else
       this->exp_key = *exp_key, this->key_limit = *key_limit;
-    check_shape(this->exp_key, "exp_key", {batch, pairs, problem.key_rows, 2});
-    check_shape(this->key_limit, "key_limit", {batch, problem.key_rows});
+    check_tensor(this->exp_key, "exp_key", {batch, pairs, problem.key_rows, 2}, ScalarType::Float);
+    check_tensor(this->key_limit, "key_limit", {batch, problem.key_rows}, ScalarType::Float);
+    STD_TORCH_CHECK(this->exp_key.is_contiguous() && this->key_limit.is_contiguous(),
+                    "attnext: exp_key and key_limit must be contiguous");
     problem.exp_query = data_of(exp_query), problem.query_limit = data_of(query_limit);
     problem.exp_key = data_of(this->exp_key), problem.key_limit = data_of(this->key_limit);
   }
@@ -230,8 +247,10 @@ struct Setup {
   }
 
   void drop(const Optional& seed, double dropout_p) {
-    if (dropout_p > 0 && seed) {
-      STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "attnext: seed must be one int64");
+    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "attnext: dropout_p must lie between 0 and 1, got ", dropout_p);
+    if (dropout_p > 0) {
+      STD_TORCH_CHECK(seed, "attnext: dropout needs a seed");
+      check_tensor(*seed, "seed", {}, ScalarType::Long);
       const float gain = dropout_p < 1 ? float(1 / (1 - dropout_p)) : 0.0f;
       problem.dropout = {data_as<const int64_t>(*seed), uint64_t(dropout_p * 4294967296.0), gain};
     }
@@ -259,12 +278,15 @@ Tensor with_neighbouring_columns(const Tensor& value) {
   return value.size(2) < 2 || value.stride(2) == 1 ? value : torch::stable::contiguous(value);
 }
 
+constexpr int64_t kMaxSplits = 4096;
+
 // Splits of the keys, each a multiple of `tile`, so that there are about as many warps as the device can hold.
 template <class T>
 void split_keys(Forward<T>& out, const Setup<T>& setup, int64_t warps, int64_t tile) {
   const int64_t tiles = std::max<int64_t>(1, divide_up(setup.problem.keys, tile));
   const int64_t wanted = std::max<int64_t>(1, 16 * setup.device.multiprocessors / std::max<int64_t>(1, warps));
-  const int64_t each = divide_up(tiles, std::min(wanted, tiles));
+  static_assert(kMaxSplits * sizeof(float) <= 32 << 10);  // combine keeps a factor for each in shared memory
+  const int64_t each = divide_up(tiles, std::min({wanted, tiles, kMaxSplits}));
   out.splits = int(divide_up(tiles, each)), out.keys_each = as_int(each * tile, "Tk");
 }
 
@@ -277,7 +299,7 @@ void launch_forward(const Setup<T>& setup, const Forward<T>& out) {
   const Problem<T>& p = setup.problem;
   const cudaStream_t stream = setup.device.stream;
   if (p.queries <= kFewQueries) {
-    const dim3 grid(p.batch, unsigned(divide_up(out.splits, kWarpsPerBlock)));
+    const dim3 grid(grid_of(divide_up(int64_t(p.batch) * out.splits, kWarpsPerBlock)));
     if (p.queries == 1)
       ATTNEXT_LAUNCH((step<T, 1>), grid, kThreads, kStepShared<1>, stream, p, out);
     else
@@ -318,9 +340,10 @@ std::tuple<Tensor, Tensor, Tensor> attend(Setup<T>& setup, const Tensor& query, 
   if (setup.rows() > 0) {
     launch_forward(setup, out);
     if (split) {
-      const int64_t blocks = divide_up(setup.rows(), kWarpsPerBlock);
-      ATTNEXT_LAUNCH((combine<T>), grid_of(blocks), kThreads, 0, setup.device.stream, p, out);
-      check_launch("combine", blocks);
+      const dim3 grid(grid_of(setup.rows()), unsigned(std::max<int64_t>(1, divide_up(p.values, kThreads))));
+      const int shared = (kWarpsPerBlock + out.splits) * int(sizeof(float));
+      ATTNEXT_LAUNCH((combine<T>), grid, kThreads, shared, setup.device.stream, p, out);
+      check_launch("combine", int64_t(grid.x) * grid.y);
     }
   }
   return {context, weights, lse};
@@ -331,7 +354,8 @@ std::tuple<Tensor, Tensor, Tensor> attend(Setup<T>& setup, const Tensor& query, 
 template <class T>
 void share_gradients(Backward<T>& g, const Setup<T>& setup, int64_t slabs) {
   const Problem<T>& p = setup.problem;
-  const int64_t queries = p.queries, keys = p.keys, both = 2 * (queries + keys);
+  const int64_t queries = p.queries, keys = p.keys;
+  const int64_t both = 2 * (queries + keys) * p.features / (2 * p.pairs);  // the parts' features are padded
   const int64_t warps = p.batch * divide_up(p.pairs, kWarp);
   const int64_t wanted = std::max<int64_t>(1, 16 * setup.device.multiprocessors / warps);
   const int64_t of_keys = std::min({wanted, divide_up(keys, 2 * kGradientKeys), std::max<int64_t>(1, both / queries)});
@@ -367,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Setup<T>& setup, Back
     };
     return {zeros(query), zeros(key), zeros(value), zeros(score_weight)};
   }
-  const int64_t numbers = std::max<int64_t>(1, 4 * (int64_t(p.features) + p.values));
+  const int64_t numbers = std::max<int64_t>(1, 2 * (int64_t(p.features) + p.values));
   g.slab = int(round_up(std::min<int64_t>(p.queries, numbers), kQueryBlock));
   const int64_t slabs = divide_up(p.queries, g.slab);
   share_gradients(g, setup, slabs);
@@ -401,8 +425,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Setup<T>& setup, Back
   Tensor grad_query = empty_as(query), grad_key = empty_as(key), grad_weight = empty_as(score_weight);
   launch_sum(setup, query_parts, grad_query, g.key_splits, setup.rows());
   launch_sum(setup, key_parts, grad_key, g.row_splits, int64_t(p.batch) * p.keys);
-  const int64_t blocks = divide_up(p.features, kFoldThreads);
-  ATTNEXT_LAUNCH((weight_gradient<T>), grid_of(blocks), kFoldThreads, kFoldThreads / kWarp * int(sizeof(float)), stream,
+  const int64_t blocks = divide_up(p.features, kWarp);
+  ATTNEXT_LAUNCH((weight_gradient<T>), grid_of(blocks), kWeightThreads, kWeightThreads * int(sizeof(float)), stream,
                  data_of(ds_sums), slabs * sums, data_of(weight_parts), slabs * splits * p.batch, scale,
                  data_as<T>(grad_weight), p.features, p.pairs);
   check_launch("weight_gradient", blocks);
@@ -410,7 +434,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Setup<T>& setup, Back
 }
 
 std::tuple<Tensor, Tensor> additive_prepare(Tensor key, Optional lengths, Optional mask) {
-  STD_TORCH_CHECK(key.dim() == 3, "attnext: key has ", key.dim(), " dimensions, needs 3");
+  STD_TORCH_CHECK(key.dim() == 3 && key.size(2) > 0, "attnext: key must be (B, Tk, D) with a D of at least 1");
+  STD_TORCH_CHECK(!mask || mask->dim() == 2, "attnext: a memory's mask must be (B, Tk)");
   const Device device(key);
   lengths = contiguous(lengths);
   return prepare_keys(device, key, slots_of(lengths, mask, key.size(0), 1, key.size(1)), false);
@@ -420,8 +445,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention(Tensor query, Tensor key, 
                                                       Optional exp_key, Optional key_limit, Optional lengths,
                                                       Optional mask, Optional seed, double scale, double dropout_p,
                                                       bool need_weights) {
-  check_shape(value, "value", {key.size(0), key.size(1), value.size(2)});
-  STD_TORCH_CHECK(value.scalar_type() == query.scalar_type(), "attnext: the inputs differ in dtype");
+  check_tensor(value, "value", {key.size(0), key.size(1), value.size(2)}, query.scalar_type());
   return with_type(query, [&](auto number) {
     using T = decltype(number);
     Setup<T> setup(query, key, score_weight, exp_key, key_limit, lengths, mask, scale, value.size(2), false);
@@ -435,7 +459,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     Optional grad_context, Optional grad_weights, Tensor query, Tensor key, Tensor value, Tensor score_weight,
     Optional exp_key, Optional key_limit, Optional lengths, Optional mask, Optional seed, double scale,
     double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp) {
-  check_shape(value, "value", {key.size(0), key.size(1), value.size(2)});
+  check_tensor(value, "value", {key.size(0), key.size(1), value.size(2)}, query.scalar_type());
+  check_by_query(grad_context, "grad_context", query, value.size(2));
+  check_by_query(grad_weights, "grad_weights", query, key.size(1));
+  check_by_query(context, "context", query, value.size(2));
+  if (grad_weights) check_by_query(weights, "weights", query, key.size(1));
+  check_tensor(log_sum_exp, "log_sum_exp", {query.size(0), query.dim() == 2 ? 1 : query.size(1)}, ScalarType::Float);
   return with_type(query, [&](auto number) {
     using T = decltype(number);
     Setup<T> setup(query, key, score_weight, exp_key, key_limit, lengths, mask, scale, value.size(2), true);
@@ -473,6 +502,7 @@ Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional l
 
 std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor query, Tensor key, Tensor score_weight,
                                                             Optional lengths, Optional mask, double scale) {
+  check_by_query(grad, "grad", query, key.size(1));
   return with_type(query, [&](auto number) {
     using T = decltype(number);
     Setup<T> setup(query, key, score_weight, {}, {}, lengths, mask, scale, 0, true);
@@ -486,6 +516,20 @@ std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor 
 
 }  // namespace
 }  // namespace attnext::cuda
+
+#if !defined(ATTNEXT_CUDA_ON_CPU)
+namespace attnext::cuda {
+
+std::string problem_with_device() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, exponentials<float>);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // it must not be the next launch's
+  return cudaGetErrorString(error);
+}
+
+}  // namespace attnext::cuda
+#endif
 
 #if defined(ATTNEXT_CUDA_ON_CPU)
 STABLE_TORCH_LIBRARY_IMPL(attnext, CPU, m) {

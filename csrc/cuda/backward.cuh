@@ -53,10 +53,11 @@ __global__ void row_sums(const __grid_constant__ Problem<T> p, const __grid_cons
 
 constexpr int kValueChunk = 16;  // columns of the values that a block holds at a time
 
-// A block's part of the values and of dC, columns first.
+// A block's part of the values and of dC, columns first. Rows are two numbers longer, so that the threads of a warp,
+// which come with the columns of two rows, store to different banks.
 struct ValueStage {
-  float values[kValueChunk][kKeyBlock];
-  float grads[kValueChunk][kQueryBlock];
+  float values[kValueChunk][kKeyBlock + 2];
+  float grads[kValueChunk][kQueryBlock + 2];
 };
 
 // dC_i . h_j of the same pairs as block_scores'. All threads of the block call it.
@@ -69,8 +70,9 @@ __device__ __forceinline__ void block_products(float (&dp)[kQ][kK], ValueStage& 
 #pragma unroll
     for (int k = 0; k < kK; ++k) dp[q][k] = 0;
   for (int h0 = 0; h0 < p.values; h0 += kValueChunk) {
-    for (int n = threadIdx.x; n < kKeyBlock * kValueChunk; n += blockDim.x) {
-      const int j = n % kKeyBlock, c = n / kKeyBlock;
+#pragma unroll 8
+    for (int n = threadIdx.x; n < kKeyBlock * kValueChunk; n += kThreads) {
+      const int j = n / kValueChunk, c = n % kValueChunk;
       const bool inside = j0 + j < p.keys && h0 + c < p.values;
       stage.values[c][j] = inside ? to_float(g.value.at(b, j0 + j)[h0 + c]) : 0.0f;
     }
@@ -116,9 +118,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int j0 = int(blockIdx.x % key_tiles) * kKeyBlock, of_queries = blockIdx.x / key_tiles;
   const int local = of_queries % query_tiles * kQueryBlock, block_i0 = g.first + local, i0 = block_i0 + warp * kQ;
   const int64_t b = of_queries / query_tiles;
-  const int stop = p.slots.length(b, p.keys);
   float sum = 0;
-  if (j0 < stop) {
+  if (j0 < p.slots.length(b, p.keys)) {
     float s[kQ][kK], dp[kQ][kK];
     if (!g.from_scores) block_scores(s, stage->scores, p, b, block_i0, j0);
     if (g.grad_context.data)
@@ -128,6 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       for (int q = 0; q < kQ; ++q)
 #pragma unroll
         for (int k = 0; k < kK; ++k) dp[q][k] = 0;
+    const int stop = p.slots.length(b, p.keys);  // read again: kept from above, it is a register too many on 12.0
 #pragma unroll
     for (int q = 0; q < kQ; ++q) {
       const int i = i0 + q;
@@ -205,8 +207,8 @@ struct Gradients {
 // Takes query after query of a slab's part for a tile of keys. `part` is the queries' sums, which are added to.
 template <bool kNear, class T>
 __device__ __forceinline__ void add_queries(Gradients& sums, const Problem<T>& p, const Backward<T>& g, int64_t b,
-                                            int pair, int local, int count, int j0, float2* part) {
-  const float* ds = g.ds + (b * g.slab + local) * p.key_rows + j0;
+                                            int pair, int local, int count, int j0, float2* __restrict__ part) {
+  const float* __restrict__ ds = g.ds + (b * g.slab + local) * p.key_rows + j0;
   const float2* e =
       reinterpret_cast<const float2*>(g.exp_query_by_row) + (b * p.query_rows + g.first + local) * p.pairs + pair;
   for (int n = 0; n < count; ++n) {
@@ -339,7 +341,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     pair_gradients(p, g, b, n / pair_tiles, n % pair_tiles * kWarp + lane);
   } else {
     const int m = n - splits * pair_tiles;
-    value_gradients(p, g, b, m / value_tiles * kGradientKeys, m % value_tiles * kValueColumns);
+    // The warps of a block have the same columns of dC.
+    value_gradients(p, g, b, m % key_tiles * kGradientKeys, m / key_tiles * kValueColumns);
   }
 }
 
@@ -356,19 +359,28 @@ __global__ void sum_parts(const float* parts, const float* times, T* out, int sp
   out[at] = from_float<T>(-2 * times[d] * total);
 }
 
+constexpr int kWeightThreads = 256;  // for 32 features: a warp has every eighth row of the parts
+
 // The score weight's gradient, scale (sum ds - 2 sum ds r): `sums` of ds, and the parts (rows, pairs, 2) of ds r.
 template <class T>
 __global__ void weight_gradient(const float* sums, int64_t count, const float* parts, int64_t rows, double scale,
                                 T* out, int features, int pairs) {
   ATTNEXT_SHARED(float, shared);
+  constexpr int kWarps = kWeightThreads / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, d = blockIdx.x * kWarp + lane;
   float total = 0;
-  for (int64_t n = threadIdx.x; n < count; n += blockDim.x) total += sums[n];
+  for (int64_t n = threadIdx.x; n < count; n += kWeightThreads) total += sums[n];
   total = block_reduce<false>(total, shared);
-  const int d = blockIdx.x * blockDim.x + threadIdx.x;
-  if (d >= features) return;
-  const float* part = parts + (d < pairs ? 2 * d : 2 * (d - pairs) + 1);
   float of_r = 0;
-  for (int64_t n = 0; n < rows; ++n) of_r += part[n * 2 * pairs];
+  if (d < features) {
+    const float* part = parts + (d < pairs ? 2 * d : 2 * (d - pairs) + 1);
+#pragma unroll 4
+    for (int64_t n = warp; n < rows; n += kWarps) of_r += part[n * 2 * pairs];
+  }
+  shared[threadIdx.x] = of_r;
+  __syncthreads();
+  if (warp > 0 || d >= features) return;
+  for (int n = 1; n < kWarps; ++n) of_r += shared[n * kWarp + lane];
   out[d] = from_float<T>(float(scale * (double(total) - 2 * double(of_r))));
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "platform.cuh"
+#include "prepare.cuh"
 #include "problem.cuh"
 #include "scores.cuh"
 
@@ -200,7 +201,7 @@ __device__ void finish(const Softmax<kQ>& softmax, const Problem<T>& p, const Fo
     if (i >= p.queries) return;
     const int64_t row = b * p.queries + i;
     if (out.scores) {
-      for (int j = max(first_key, stop) + lane; j < end; j += kWarp)
+      for (int j = max(first_key, stop) + lane; j < end; j += kWarp)  // beyond the last tile too
         out.scores[row * p.keys + j] = from_float<T>(-INFINITY);
       continue;
     }
@@ -253,14 +254,15 @@ constexpr int kStepTile = kStepKeys * kWarp;
 template <int kQ>
 constexpr int kStepShared = kWarpsPerBlock * kQ * kStepTile * int(sizeof(float));
 
-// A warp for up to kQ queries over the keys of its split, four splits a block.
+// A warp for up to kQ queries over the keys of its split.
 template <class T, int kQ>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     step(const __grid_constant__ Problem<T> p, const __grid_constant__ Forward<T> out) {
   ATTNEXT_SHARED(float, shared);
-  const int warp = threadIdx.x / kWarp, split = blockIdx.y * kWarpsPerBlock + warp;
-  const int64_t b = blockIdx.x;
-  if (split >= out.splits) return;
+  const int warp = threadIdx.x / kWarp;
+  const int64_t program = int64_t(blockIdx.x) * kWarpsPerBlock + warp, b = program / out.splits;
+  const int split = int(program % out.splits);
+  if (b >= p.batch) return;
   float* probabilities = shared + warp * kQ * kStepTile;
   const int first_key = split * out.keys_each, end = min(first_key + out.keys_each, p.keys);
   const int stop = min(end, p.slots.length(b, p.keys));
@@ -275,31 +277,35 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   finish(softmax, p, out, b, split, 0, first_key, stop, end);
 }
 
-// Context, log-sum-exp and weights of a row from its splits, in their order; a warp a row.
+// Context, log-sum-exp and weights of a row from its splits, in their order; a block for kThreads columns of a row. In
+// shared memory the splits' factors stand behind what the reductions need.
 template <class T>
 __global__ void combine(const __grid_constant__ Problem<T> p, const __grid_constant__ Forward<T> out) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t row = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  const int64_t rows = int64_t(p.batch) * p.queries;
-  if (row >= rows) return;
+  ATTNEXT_SHARED(float, shared);
+  float* factors = shared + kWarpsPerBlock;
+  const int64_t row = blockIdx.x, rows = int64_t(p.batch) * p.queries;
   Softmax<1> all;
-  for (int n = 0; n < out.splits; ++n) all.top[0] = fmaxf(all.top[0], out.part_max[n * rows + row]);
+  for (int n = threadIdx.x; n < out.splits; n += kThreads) all.top[0] = fmaxf(all.top[0], out.part_max[n * rows + row]);
+  all.top[0] = block_reduce<true>(all.top[0], shared);
   const float shift = all.top[0] == -INFINITY ? 0.0f : all.top[0];
-  for (int n = 0; n < out.splits; ++n)
-    all.total[0] += out.part_sum[n * rows + row] * expf(out.part_max[n * rows + row] - shift);
+  for (int n = threadIdx.x; n < out.splits; n += kThreads) {
+    factors[n] = expf(out.part_max[n * rows + row] - shift);
+    all.total[0] = fmaf(out.part_sum[n * rows + row], factors[n], all.total[0]);
+  }
+  all.total[0] = block_reduce<false>(all.total[0], shared);  // and the factors are there for all
   const float gain = all.total[0] == 0 ? 0.0f : reciprocal(all.total[0]);
-  for (int h = lane; h < p.values; h += kWarp) {
+  const int h = blockIdx.y * kThreads + threadIdx.x;
+  if (h < p.values) {
     float sum = 0;
-    for (int n = 0; n < out.splits; ++n)
-      sum += out.part[(n * rows + row) * p.values + h] * expf(out.part_max[n * rows + row] - shift);
+#pragma unroll 8
+    for (int n = 0; n < out.splits; ++n) sum = fmaf(out.part[(n * rows + row) * p.values + h], factors[n], sum);
     out.context[row * p.values + h] = from_float<T>(sum * gain);
   }
+  if (blockIdx.y > 0) return;
   const float lse = all.log_sum_exp(0);
-  if (lane == 0) out.log_sum_exp[row] = lse;
-  if (out.weights) {
-    const int stop = p.slots.length(row / p.queries, p.keys);
-    write_weights(p, out.raw, out.weights, row, stop, lse);
-  }
+  if (threadIdx.x == 0) out.log_sum_exp[row] = lse;
+  if (out.weights && threadIdx.x < kWarp)
+    write_weights(p, out.raw, out.weights, row, p.slots.length(row / p.queries, p.keys), lse);
 }
 
 }  // namespace attnext::cuda

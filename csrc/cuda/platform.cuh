@@ -70,7 +70,7 @@ __device__ __forceinline__ void load4(const T* x, float (&out)[4]) {
 
 // Two at a time: one instruction on 10.0 and 10.3 (on 12.0 it would be two).
 __device__ __forceinline__ float2 fma2(float2 x, float2 y, float2 z) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200 && __CUDACC_VER_MAJOR__ >= 13
   return __ffma2_rn(x, y, z);
 #else
   return make_float2(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));

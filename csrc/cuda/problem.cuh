@@ -12,8 +12,8 @@ constexpr int kKeyBlock = 128;
 constexpr int kPairChunk = 8;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kThreads = 32 * kWarpsPerBlock;
-// At least so many fit a multiprocessor: 128 registers a thread, or 168. Left alone, the compiler spills a few to fit
-// one more block.
+// At least so many fit a multiprocessor by their registers: 128 registers a thread, or 168. Left alone, the compiler
+// spills a few to fit one more block.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBlocksPerMultiprocessor = 3;
 #else
@@ -42,7 +42,10 @@ struct Slots {
   const bool* mask;
   int64_t mask_batch, mask_query, mask_key;
 
-  __device__ int length(int64_t b, int keys) const { return lengths ? int(lengths[b]) : keys; }
+  // Whatever stands on the device, no key beyond the last is read.
+  __device__ int length(int64_t b, int keys) const {
+    return lengths ? int(max(int64_t(0), min(lengths[b], int64_t(keys)))) : keys;
+  }
   __device__ bool shows(int64_t b, int i, int j) const {
     return !mask || mask[b * mask_batch + i * mask_query + j * mask_key];
   }

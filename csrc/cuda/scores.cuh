@@ -27,7 +27,8 @@ __device__ __forceinline__ void unfold(float (&s)[kQ][kK], const Weights& weight
 #pragma unroll
   for (int q = 0; q < kQ; ++q)
 #pragma unroll
-    for (int k = 0; k < kK; ++k) s[q][k] = s[q][k] * kUnit * limit;  // in this order: kUnit limit may be no number
+    for (int k = 0; k < kK; ++k)
+      s[q][k] = s[q][k] * kUnit * limit;  // in this order: kUnit limit may be below the smallest number
 }
 
 // The same for inputs of any size: exp of the sum itself saturates on both sides. i0 is the first query, j0 the tile's
@@ -57,15 +58,16 @@ __device__ __forceinline__ void far_scores(float (&s)[kQ][kK], const Problem<T>&
   }
 }
 
-// Whether folding is safe for kQ queries and the tile's keys: one answer for the warp.
-template <class T, int kQ, int kK>
+// Whether folding is safe for kQ queries and the block of keys that j0 is in: one answer for the warp, and the same in
+// forward, a step and backward, as their scores have to round alike.
+template <class T, int kQ>
 __device__ bool is_near(const Problem<T>& p, int64_t b, int i0, int j0) {
   float q_limit = 0, k_limit = 0;
 #pragma unroll
   for (int q = 0; q < kQ; ++q) q_limit = fmaxf(q_limit, p.query_limit[b * p.query_rows + i0 + q]);
+  const float* limits = p.key_limit + b * p.key_rows + j0 / kKeyBlock * kKeyBlock;
 #pragma unroll
-  for (int k = 0; k < kK; ++k)
-    k_limit = fmaxf(k_limit, p.key_limit[b * p.key_rows + j0 + key_of(threadIdx.x % kWarp, k)]);
+  for (int n = 0; n < kKeyBlock / kWarp; ++n) k_limit = fmaxf(k_limit, limits[n * kWarp + threadIdx.x % kWarp]);
   return q_limit + warp_max(k_limit) <= p.weights.limits[1];
 }
 
@@ -137,7 +139,7 @@ __device__ __forceinline__ void block_scores(float (&s)[kQ][kK], Stage& stage, c
     }
     __syncthreads();
   }
-  if (is_near<T, kQ, kK>(p, b, i0 + warp * kQ, j0))
+  if (is_near<T, kQ>(p, b, i0 + warp * kQ, j0))
     unfold(s, p.weights);
   else
     far_scores(s, p, b, i0 + warp * kQ, j0);
@@ -151,7 +153,7 @@ __device__ __forceinline__ void warp_scores(float (&s)[kQ][kK], const Problem<T>
   for (int q = 0; q < kQ; ++q)
 #pragma unroll
     for (int k = 0; k < kK; ++k) s[q][k] = 0;
-  if (!is_near<T, kQ, kK>(p, b, i0, j0)) return far_scores(s, p, b, i0, j0);
+  if (!is_near<T, kQ>(p, b, i0, j0)) return far_scores(s, p, b, i0, j0);
   const float2* keys = reinterpret_cast<const float2*>(p.exp_key) + b * p.pairs * p.key_rows + j0;
   const float2* queries = reinterpret_cast<const float2*>(p.exp_query) + b * p.pairs * p.query_rows + i0;
   const float2* offset = reinterpret_cast<const float2*>(p.weights.offset);
