@@ -104,6 +104,15 @@ def test_the_same_bits_with_threads_in_any_order(libraries: Path) -> None:
     assert len(found.pop()) == 64
 
 
+def test_a_step_reads_each_number_of_its_memory_once(tmp_path: Path) -> None:
+    """F and the values: D + H numbers a key, and nothing of tiles beyond a row's length."""
+    program = tmp_path / "step_reads"
+    source = Path(__file__).with_name("step_reads.cpp")
+    subprocess.run(harness.command("plain", f"-I{SOURCES}", source, "-o", program), check=True)
+    done = harness.run(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "D + H numbers a key\n", "")
+
+
 def test_random_cases(libraries: Path) -> None:
     assert_held(run("cuda_cases.py", libraries / "plain.so", "random"))
 
