@@ -85,7 +85,7 @@ TARGETS: dict[str, tuple[Kinds, Kinds]] = {
     "sm_100": (_FLOAT32, _FLOAT64),
     "sm_120": (_FLOAT32, _FLOAT64),
     "gfx942": (_FLOAT32 | _OF_64_LANES, _FLOAT64 | _FLOAT64_OF_64_LANES),
-    "gfx1100": (_FLOAT32, _FLOAT64),
+    "gfx1100": (_FLOAT32, _FLOAT64 | {"pairs": (_tiles(1, BM=2, BN=128),)}),
     "interpreter": (_INTERPRETED, _INTERPRETED),
 }
 """Tiles of each kind by target: of float32 arithmetic, and of float64."""

@@ -482,7 +482,11 @@ def test_no_toolkit_on_the_path(both: Path, hook: Hook, tmp_path: Path) -> None:
     tools.mkdir()
     for name in ("as", "ld"):
         (tools / name).symlink_to(str(shutil.which(name)))
+    site = tmp_path / "site"  # torch, and no toolkit that pip has installed beside it
+    site.mkdir()
+    (site / "torch").symlink_to(Path(torch.__file__).parent)
     here = {"compiler": "yes", "PATH": str(tools), "CXX": str(shutil.which(os.environ.get("CXX") or "c++"))}
+    here["PYTHONPATH"] = str(site)
     done = hook("b.build_editable('dist')", ATTNEXT_CUDA="1", **here)
     assert done.returncode != 0
     assert "no nvcc on the PATH" in done.stderr
@@ -518,7 +522,8 @@ def test_toolkit_that_compiles_nothing(both: Path, hook: Hook, toolkit: Path) ->
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
 def test_cuda_kernels_are_built_and_load(both: Path, hook: Hook, tmp_path: Path) -> None:
-    probe = hook("import attnext_cuda; attnext_cuda.find_toolkit()", compiler="yes")
+    find = "from pathlib import Path; import attnext_cuda; attnext_cuda.find_toolkit(Path({!r}))"
+    probe = hook(find.format(str(Path(torch.__file__).parents[1])), compiler="yes")
     if probe.returncode:
         pytest.skip(probe.stderr.splitlines()[-1])
     here = {"compiler": "yes", "ATTNEXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}

@@ -94,8 +94,9 @@ def last_level_cache() -> int:
 
 def versions() -> dict[str, str | None]:
     """Of Python and of the packages that were timed; None for one that isn't installed."""
-    found = {package: _installed(package) for package in ("torch", "jax", "numpy")}
-    return {"python": platform.python_version(), "attnext": attnext.__version__, **found}
+    found = {package: _installed(package) for package in ("jax", "numpy")}
+    of_torch = str(torch.__version__)  # which tells CPU builds from others
+    return {"python": platform.python_version(), "attnext": attnext.__version__, "torch": of_torch, **found}
 
 
 def _installed(package: str) -> str | None:
