@@ -5,6 +5,7 @@
 
 #include <map>
 #include <string>
+#include <utility>
 
 #include <torch/headeronly/version.h>
 
@@ -13,7 +14,7 @@
 
 #if defined(ATTNEXT_WITH_CUDA)
 namespace attnext::cuda {
-std::string problem_with_device();  // additive.cu
+std::pair<int, int> driver_and_runtime();  // additive.cu
 }
 #endif
 
@@ -42,8 +43,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "attnext's C++ kernels: build information and settings";
   m.def("build_info", &build_info, "Compiler and torch version of the build; the CUDA kernels: toolkit and GPUs.");
 #if defined(ATTNEXT_WITH_CUDA)
-  m.def("cuda_problem", &attnext::cuda::problem_with_device,
-        "Why the current GPU can't run the CUDA kernels that were built; empty where it can.");
+  m.def("cuda_versions", &attnext::cuda::driver_and_runtime,
+        "The CUDA version that the driver is for, 0 without one, and that of the runtime inside: 13000 is 13.0.");
 #endif
   m.def(
       "instruction_set", [] { return std::string(attnext::cpu::instruction_set().name); },

@@ -96,6 +96,9 @@ def direct_calls(backend: str) -> None:
         lambda: back(torch.ones(2, 9, 7).double(), None, *x, None, None, *none, *found),
         lambda: back(None, torch.ones(2, 9, 21), *x, None, None, *none, found[0], torch.empty(0), found[2]),
         lambda: op("additive_attention")(*x, exp_key.transpose(1, 2), limit, *none, True),
+        lambda: op("additive_attention")(
+            *x, torch.cat([exp_key.flatten()] * 2)[1:][: exp_key.numel()].view_as(exp_key), limit, *none, True
+        ),
         lambda: op("additive_attention")(*x, None, None, None, None, None, 1.0, 0.5, True),
         lambda: op("additive_scores_backward")(torch.ones(2, 9, 5), x[0], x[1], x[3], None, None, 1.0),
         lambda: op("additive_prepare")(x[1], None, torch.ones(2, 9, 21, dtype=torch.bool)),

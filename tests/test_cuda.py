@@ -23,6 +23,7 @@ import cuda_toolkit
 
 import attnext
 from attnext import _extension
+from attnext.backends import cuda
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc/cuda"
@@ -201,6 +202,25 @@ def test_the_inner_loops_stay_within_their_budgets(built: str, tmp_path: Path) -
     assert cost["step: scores"]["vector_bytes"] == 4.0
 
 
+@pytest.mark.parametrize(
+    ("capability", "driver", "said"),
+    [
+        ((8, 0), 13000, ""),
+        ((8, 9), 13020, ""),
+        ((9, 0), 13000, ""),
+        ((12, 1), 14000, ""),  # by PTX
+        ((7, 5), 13000, "compute capability 7.5"),
+        ((9, 1), 13000, "compute capability 9.1"),
+        ((10, 0), 13000, "compute capability 10.0"),
+        ((8, 0), 12080, "a driver for CUDA 13, and this one is for 12"),
+    ],
+)
+def test_gpus_that_the_kernels_serve(capability: tuple[int, int], driver: int, said: str) -> None:
+    problem = cuda.problem_with(capability, (driver, 13000), "13.0: 8.0 9.0a 12.0+PTX")
+    assert said in problem
+    assert bool(problem) == bool(said)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_without_a_gpu(built: str) -> None:
     status = attnext.backends()["cuda"]
@@ -209,6 +229,8 @@ def test_kernels_without_a_gpu(built: str) -> None:
     x = torch.zeros(1, 1, 2)
     module = _extension.load()
     assert module is not None
-    assert "CUDA" in module.cuda_problem()  # what the runtime says of a machine without a driver
+    driver, runtime = module.cuda_versions()
+    assert f"{runtime // 1000}.{runtime % 1000 // 10}" == built.split(":")[0]
+    assert driver >= 0
     with pytest.raises(RuntimeError, match="no NVIDIA GPU that torch can use"):
         attnext.additive_attention(x, x, x, torch.zeros(2), backend="cuda")

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -114,9 +114,6 @@ Rows<T> rows_of(const Optional& x) {
 }
 
 void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> shape) {
-#if !defined(ATTNEXT_CUDA_ON_CPU)
-  STD_TORCH_CHECK(x.is_cuda(), "attnext: ", name, " is not on a GPU");
-#endif
   STD_TORCH_CHECK(x.dim() == int64_t(shape.size()), "attnext: ", name, " has ", x.dim(), " dimensions, needs ",
                   shape.size());
   int64_t k = 0;
@@ -125,6 +122,16 @@ void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_
                     size);
     ++k;
   }
+}
+
+void check_device(const Tensor& first, const Optional& x) {
+  STD_TORCH_CHECK(!x || x->get_device_index() == first.get_device_index(),
+                  "attnext: the arguments are on different devices");
+}
+
+template <class... Tensors>
+void check_devices(const Tensor& first, const Tensors&... others) {
+  (check_device(first, others), ...);
 }
 
 void check_tensor(const Tensor& x, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype) {
@@ -230,8 +237,9 @@ struct Setup {
       this->exp_key = *exp_key, this->key_limit = *key_limit;
     check_tensor(this->exp_key, "exp_key", {batch, pairs, problem.key_rows, 2}, ScalarType::Float);
     check_tensor(this->key_limit, "key_limit", {batch, problem.key_rows}, ScalarType::Float);
-    STD_TORCH_CHECK(this->exp_key.is_contiguous() && this->key_limit.is_contiguous(),
-                    "attnext: exp_key and key_limit must be contiguous");
+    STD_TORCH_CHECK(this->exp_key.is_contiguous() && this->key_limit.is_contiguous() &&
+                        reinterpret_cast<uintptr_t>(this->exp_key.data_ptr()) % 16 == 0,
+                    "attnext: exp_key and key_limit must be contiguous, and exp_key begin at a multiple of 16 bytes");
     problem.exp_query = data_of(exp_query), problem.query_limit = data_of(query_limit);
     problem.exp_key = data_of(this->exp_key), problem.key_limit = data_of(this->key_limit);
   }
@@ -436,6 +444,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Setup<T>& setup, Back
 std::tuple<Tensor, Tensor> additive_prepare(Tensor key, Optional lengths, Optional mask) {
   STD_TORCH_CHECK(key.dim() == 3 && key.size(2) > 0, "attnext: key must be (B, Tk, D) with a D of at least 1");
   STD_TORCH_CHECK(!mask || mask->dim() == 2, "attnext: a memory's mask must be (B, Tk)");
+  check_devices(key, lengths, mask);
   const Device device(key);
   lengths = contiguous(lengths);
   return prepare_keys(device, key, slots_of(lengths, mask, key.size(0), 1, key.size(1)), false);
@@ -445,6 +454,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention(Tensor query, Tensor key, 
                                                       Optional exp_key, Optional key_limit, Optional lengths,
                                                       Optional mask, Optional seed, double scale, double dropout_p,
                                                       bool need_weights) {
+  check_devices(query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed);
   check_tensor(value, "value", {key.size(0), key.size(1), value.size(2)}, query.scalar_type());
   return with_type(query, [&](auto number) {
     using T = decltype(number);
@@ -459,6 +469,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     Optional grad_context, Optional grad_weights, Tensor query, Tensor key, Tensor value, Tensor score_weight,
     Optional exp_key, Optional key_limit, Optional lengths, Optional mask, Optional seed, double scale,
     double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp) {
+  check_devices(query, grad_context, grad_weights, key, value, score_weight, exp_key, key_limit, lengths, mask, seed,
+                context, weights, log_sum_exp);
   check_tensor(value, "value", {key.size(0), key.size(1), value.size(2)}, query.scalar_type());
   check_by_query(grad_context, "grad_context", query, value.size(2));
   check_by_query(grad_weights, "grad_weights", query, key.size(1));
@@ -488,6 +500,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
 }
 
 Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional lengths, Optional mask, double scale) {
+  check_devices(query, key, score_weight, lengths, mask);
   return with_type(query, [&](auto number) {
     using T = decltype(number);
     Setup<T> setup(query, key, score_weight, {}, {}, lengths, mask, scale, 0, false);
@@ -502,6 +515,7 @@ Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional l
 
 std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor query, Tensor key, Tensor score_weight,
                                                             Optional lengths, Optional mask, double scale) {
+  check_devices(query, grad, key, score_weight, lengths, mask);
   check_by_query(grad, "grad", query, key.size(1));
   return with_type(query, [&](auto number) {
     using T = decltype(number);
@@ -520,12 +534,11 @@ std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor 
 #if !defined(ATTNEXT_CUDA_ON_CPU)
 namespace attnext::cuda {
 
-std::string problem_with_device() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, exponentials<float>);
-  if (error == cudaSuccess) return "";
-  cudaGetLastError();  // it must not be the next launch's
-  return cudaGetErrorString(error);
+std::pair<int, int> driver_and_runtime() {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  return {driver, runtime};
 }
 
 }  // namespace attnext::cuda

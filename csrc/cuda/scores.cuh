@@ -28,7 +28,8 @@ __device__ __forceinline__ void unfold(float (&s)[kQ][kK], const Weights& weight
   for (int q = 0; q < kQ; ++q)
 #pragma unroll
     for (int k = 0; k < kK; ++k)
-      s[q][k] = s[q][k] * kUnit * limit;  // in this order: kUnit limit may be below the smallest number
+      // In this order, as kUnit limit may be below the smallest number; and rounded before anything is added to it.
+      s[q][k] = __fmul_rn(__fmul_rn(s[q][k], kUnit), limit);
 }
 
 // The same for inputs of any size: exp of the sum itself saturates on both sides. i0 is the first query, j0 the tile's
