@@ -19,7 +19,7 @@ from torch import Tensor
 from attnext import functional, reference
 from attnext.memory import Memory
 
-__all__ = ["CASES", "DTYPES", "Case", "Inputs", "compare", "draw", "random_cases"]
+__all__ = ["CASES", "DTYPES", "Case", "Inputs", "compare", "draw", "random_cases", "results"]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INPUTS = ("query", "key", "value", "score_weight")
@@ -213,7 +213,7 @@ def compare(case: Case, backend: str, seed: int, device: str = "cpu") -> dict[st
     """
     inputs = draw(case, seed, device)
     expected = _run(case, inputs, torch.float64, _reference(case))
-    actual = _run(case, inputs, case.dtype, _backend(case, backend))
+    actual = results(case, inputs, backend)
     bounds = tolerances(case, inputs, expected)
     return {name: _worst(actual.get(name), expected[name], bounds[name], case.dtype) for name in expected}
 
@@ -263,6 +263,11 @@ def _backend(case: Case, backend: str) -> Call:
         return {"context": context, "weights": weights}
 
     return call
+
+
+def results(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
+    """A backend's results and the gradients of its inputs, by name."""
+    return _run(case, inputs, case.dtype, _backend(case, backend))
 
 
 def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from attnext.backends._base import Backend, Family
-from attnext.cases import CASES, Case, _backend, _run, compare, draw, random_cases
+from attnext.cases import CASES, Case, compare, draw, random_cases, results
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TINY = (
@@ -53,9 +53,8 @@ def main(library: str, which: str) -> int:
     if which == "digest":
         digest = hashlib.sha256()
         for case in TINY:
-            results = _run(case, draw(case, 1), case.dtype, _backend(case, "cuda"))
-            for name in sorted(results):
-                digest.update(results[name].contiguous().numpy().tobytes())
+            for _, x in sorted(results(case, draw(case, 1), "cuda").items()):
+                digest.update(x.contiguous().numpy().tobytes())
         print(digest.hexdigest())
         return 0
     off = 0

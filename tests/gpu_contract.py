@@ -84,8 +84,6 @@ def prepared_memory(backend: str) -> None:
 
 def direct_calls(backend: str) -> None:
     """What compiled graphs could get wrong is refused before it is read; lengths that are too long count as Tk."""
-    if backend != "cuda":
-        return
     op, x = operators(backend), [t.detach() for t in inputs()]
     none = (None, None, None, 1.0, 0.0)
     found = op("additive_attention")(*x, None, None, *none, True)
@@ -190,8 +188,6 @@ class NoWaiting(TorchDispatchMode):
 
 def nothing_waits(backend: str) -> None:
     """A call can be captured into a CUDA graph. For Triton's launches: the CUDA kernels' are out of a mode's sight."""
-    if backend != "triton":
-        return
     from attnext.kernels.launch import OPERATORS
 
     op, x = OPERATORS.__getitem__, [t.detach() for t in inputs()]
@@ -227,15 +223,14 @@ CHECKS = (
     opcheck,
     determinism_and_any_subset,
     prepared_memory,
-    direct_calls,
     weights_add_up_to_one,
     rows_that_attend_nothing,
     one_large_row,
     weights_out_of_range,
     gradcheck,
-    nothing_waits,
     one_graph,
 )
+OF_FAMILY = {"triton": nothing_waits, "cuda": direct_calls}
 
 
 def main(backend: str, *library: str) -> None:
@@ -246,7 +241,7 @@ def main(backend: str, *library: str) -> None:
 
         serve_cuda_on_cpu(*library)
     assert backends()[backend].available, backends()[backend]
-    for check in CHECKS:
+    for check in (*CHECKS, OF_FAMILY[backend]):
         check(backend)
         print(check.__name__)
     print("held")

@@ -57,13 +57,10 @@ int wrong_reads(int queries, int values, bool aligned, int splits) {
   p.batch = int(lengths.size()), p.queries = queries, p.keys = 300, p.features = 48, p.values = values;
   p.pairs = p.features / 2, p.query_rows = kQueryBlock, p.key_rows = 3 * kKeyBlock;
   p.slots.lengths = lengths.data();
-  const std::vector<float> queries_e(size_t(p.batch) * p.features * p.query_rows, 1), weights(3 * p.features, 1),
-      limits(size_t(p.batch) * p.key_rows, 0), numbers = {
-        1,
-        20,
-        0
-      };
-  p.weights = {weights.data(), &weights[p.features], &weights[2 * p.features], numbers.data()};
+  const float numbers[] = {1, 20, 0};  // the weight's limits: all tiles are near
+  const std::vector<float> queries_e(size_t(p.batch) * p.features * p.query_rows, 1), weights(3 * p.features, 1);
+  const std::vector<float> limits(size_t(p.batch) * p.key_rows, 0);
+  p.weights = {weights.data(), &weights[p.features], &weights[2 * p.features], numbers};
   p.exp_query = queries_e.data(), p.query_limit = p.key_limit = limits.data();
   exp_keys.assign(size_t(p.batch) * p.features * p.key_rows, 1), p.exp_key = exp_keys.data();
   reads_of_f.assign(exp_keys.size(), 0);

@@ -229,8 +229,7 @@ def test_kernels_without_a_gpu(built: str) -> None:
     x = torch.zeros(1, 1, 2)
     module = _extension.load()
     assert module is not None
-    driver, runtime = module.cuda_versions()
+    _, runtime = module.cuda_versions()
     assert f"{runtime // 1000}.{runtime % 1000 // 10}" == built.split(":")[0]
-    assert driver >= 0
     with pytest.raises(RuntimeError, match="no NVIDIA GPU that torch can use"):
         attnext.additive_attention(x, x, x, torch.zeros(2), backend="cuda")

@@ -124,14 +124,19 @@ void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_
   }
 }
 
-void check_device(const Tensor& first, const Optional& x) {
-  STD_TORCH_CHECK(!x || x->get_device_index() == first.get_device_index(),
-                  "attnext: the arguments are on different devices");
+struct Named {
+  const char* name;
+  Optional x;
+};
+
+void check_devices(const Tensor& first, std::initializer_list<Named> others) {
+  for (const auto& [name, x] : others)
+    STD_TORCH_CHECK(!x || x->get_device_index() == first.get_device_index(), "attnext: ", name, " is on device ",
+                    x->get_device_index(), ", the first argument on ", first.get_device_index());
 }
 
-template <class... Tensors>
-void check_devices(const Tensor& first, const Tensors&... others) {
-  (check_device(first, others), ...);
+void check_key(const Tensor& key) {
+  STD_TORCH_CHECK(key.dim() == 3 && key.size(2) > 0, "attnext: key must be (B, Tk, D) with a D of at least 1");
 }
 
 void check_tensor(const Tensor& x, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype) {
@@ -206,7 +211,7 @@ struct Setup {
   Setup(const Tensor& query, const Tensor& key, const Tensor& score_weight, Optional exp_key, Optional key_limit,
         const Optional& lengths_given, const Optional& mask, double scale, int64_t values, bool backward)
       : device(query), lengths(contiguous(lengths_given)) {
-    STD_TORCH_CHECK(key.dim() == 3 && key.size(2) > 0, "attnext: key must be (B, Tk, D) with a D of at least 1");
+    check_key(key);
     const int64_t batch = key.size(0), keys = key.size(1), features = key.size(2);
     const int64_t queries = query.dim() == 2 ? 1 : query.size(1);
     if (query.dim() == 2)
@@ -442,9 +447,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Setup<T>& setup, Back
 }
 
 std::tuple<Tensor, Tensor> additive_prepare(Tensor key, Optional lengths, Optional mask) {
-  STD_TORCH_CHECK(key.dim() == 3 && key.size(2) > 0, "attnext: key must be (B, Tk, D) with a D of at least 1");
+  check_key(key);
   STD_TORCH_CHECK(!mask || mask->dim() == 2, "attnext: a memory's mask must be (B, Tk)");
-  check_devices(key, lengths, mask);
+  check_devices(key, {{"lengths", lengths}, {"mask", mask}});
   const Device device(key);
   lengths = contiguous(lengths);
   return prepare_keys(device, key, slots_of(lengths, mask, key.size(0), 1, key.size(1)), false);
@@ -454,7 +459,14 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention(Tensor query, Tensor key, 
                                                       Optional exp_key, Optional key_limit, Optional lengths,
                                                       Optional mask, Optional seed, double scale, double dropout_p,
                                                       bool need_weights) {
-  check_devices(query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed);
+  check_devices(query, {{"key", key},
+                        {"value", value},
+                        {"score_weight", score_weight},
+                        {"exp_key", exp_key},
+                        {"key_limit", key_limit},
+                        {"lengths", lengths},
+                        {"mask", mask},
+                        {"seed", seed}});
   check_tensor(value, "value", {key.size(0), key.size(1), value.size(2)}, query.scalar_type());
   return with_type(query, [&](auto number) {
     using T = decltype(number);
@@ -469,8 +481,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     Optional grad_context, Optional grad_weights, Tensor query, Tensor key, Tensor value, Tensor score_weight,
     Optional exp_key, Optional key_limit, Optional lengths, Optional mask, Optional seed, double scale,
     double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp) {
-  check_devices(query, grad_context, grad_weights, key, value, score_weight, exp_key, key_limit, lengths, mask, seed,
-                context, weights, log_sum_exp);
+  check_devices(query, {{"grad_context", grad_context},
+                        {"grad_weights", grad_weights},
+                        {"key", key},
+                        {"value", value},
+                        {"score_weight", score_weight},
+                        {"exp_key", exp_key},
+                        {"key_limit", key_limit},
+                        {"lengths", lengths},
+                        {"mask", mask},
+                        {"seed", seed},
+                        {"context", context},
+                        {"weights", weights},
+                        {"log_sum_exp", log_sum_exp}});
   check_tensor(value, "value", {key.size(0), key.size(1), value.size(2)}, query.scalar_type());
   check_by_query(grad_context, "grad_context", query, value.size(2));
   check_by_query(grad_weights, "grad_weights", query, key.size(1));
@@ -500,7 +523,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
 }
 
 Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional lengths, Optional mask, double scale) {
-  check_devices(query, key, score_weight, lengths, mask);
+  check_devices(query, {{"key", key}, {"score_weight", score_weight}, {"lengths", lengths}, {"mask", mask}});
   return with_type(query, [&](auto number) {
     using T = decltype(number);
     Setup<T> setup(query, key, score_weight, {}, {}, lengths, mask, scale, 0, false);
@@ -515,7 +538,8 @@ Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional l
 
 std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor query, Tensor key, Tensor score_weight,
                                                             Optional lengths, Optional mask, double scale) {
-  check_devices(query, grad, key, score_weight, lengths, mask);
+  check_devices(query,
+                {{"grad", grad}, {"key", key}, {"score_weight", score_weight}, {"lengths", lengths}, {"mask", mask}});
   check_by_query(grad, "grad", query, key.size(1));
   return with_type(query, [&](auto number) {
     using T = decltype(number);
