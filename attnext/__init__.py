@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from attnext.attention import BahdanauAttention, CoverageAttention, LocationSensitiveAttention, Past
 from attnext.backends import Backend, backends, use_backend
 from attnext.functional import additive_attention, additive_scores
 from attnext.memory import Memory
-from attnext.modules import BahdanauAttention
 
 __all__ = [
     "Backend",
     "BahdanauAttention",
+    "CoverageAttention",
+    "LocationSensitiveAttention",
     "Memory",
+    "Past",
     "__version__",
     "additive_attention",
     "additive_scores",

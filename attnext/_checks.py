@@ -127,3 +127,31 @@ def flag(name: str, x: object) -> bool:
     if not isinstance(x, bool):
         raise TypeError(f"{name} must be a bool, got {type(x).__name__}")
     return x
+
+
+def floating(name: str, x: object) -> torch.dtype:
+    """A dtype that the operators take."""
+    if x not in _FLOATS:
+        raise TypeError(f"{name} must be torch.float32, float64, float16 or bfloat16, got {x}")
+    return x
+
+
+def indices(name: str, x: object, size: int, device: torch.device) -> Tensor:
+    """``x`` as int64 (N,), each from 0 to size - 1. Values are read on the CPU and outside compilation only."""
+    x = tensor(name, x, 1)
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be a tensor of integers, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on the memory's device {device}, got {x.device}")
+    if not torch.compiler.is_compiling() and x.device.type == "cpu":
+        bad = [n for n in x.tolist() if not 0 <= n < size]
+        if bad:
+            raise ValueError(f"{name} must lie between 0 and {size - 1}, got {bad[0]}")
+    return x.to(torch.int64)
+
+
+def at_least_one(name: str, x: object) -> int:
+    """An integer of at least 1."""
+    if not isinstance(x, int) or isinstance(x, bool) or x < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {x!r}")
+    return x

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnext import functional, reference
-from attnext.memory import Memory
+from attnext.memory import Memory, prepare
 
 __all__ = ["CASES", "DTYPES", "Case", "Inputs", "compare", "draw", "random_cases", "results"]
 
@@ -253,7 +253,7 @@ def _backend(case: Case, backend: str) -> Call:
             )
             return {"scores": scores.unsqueeze(1) if case.flat else scores}
         by_key = case.op == "step" and case.mask != "slots"
-        prepared = functional.prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
+        prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
         memory = Memory(x[1], x[2], inputs.lengths, inputs.mask, x[3], prepared)
         context, weights = functional.attend(
             query, memory, case.scale, case.dropout_p, case.weights, backend, seed=inputs.seed

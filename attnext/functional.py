@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from attnext import _checks, reference
 from attnext.backends import choose
-from attnext.memory import Memory, Prepared
+from attnext.memory import Memory
 from attnext.ops import operators
 
 __all__ = ["additive_attention", "additive_scores"]
@@ -155,15 +155,6 @@ def additive_scores(
         return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
     scores: Tensor = _call(operators[family].scores, (query, key, score_weight), lengths, mask, scale)
     return scores
-
-
-def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:
-    """What the backend computes of the keys ahead of the steps; None where it has no use for that."""
-    family = choose(backend, key.device.type, key.dtype)
-    if family not in operators:
-        return None
-    with torch.no_grad():
-        return Prepared(family, *operators[family].prepare(key.detach(), lengths, mask))
 
 
 def _queries(query: Tensor) -> int:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Memory"]
+from attnext import _checks
+from attnext.backends import choose
+from attnext.ops import operators
+
+__all__ = ["Memory", "Prepared", "prepare"]
 
 
 class Prepared(NamedTuple):
@@ -39,3 +44,56 @@ class Memory:
     mask: Tensor | None
     score_weight: Tensor
     prepared: Prepared | None
+
+    def select(self, indices: Tensor) -> Memory:
+        """The rows of the batch at ``indices``, in that order: finished sentences dropped, or hypotheses reordered.
+
+        Args:
+            indices: (N,) integers from 0 to B - 1, on the memory's device; a row may come several times or not at all.
+
+        Returns:
+            A memory of N rows, prepared where this one is; gradients flow to the rows that were taken.
+
+        Raises:
+            TypeError, ValueError: ``indices`` is not that.
+        """
+        indices = _checks.indices("indices", indices, self.key.shape[0], self.key.device)
+
+        def take(x: Tensor) -> Tensor:
+            return x.index_select(0, indices)
+
+        before = self.prepared
+        return replace(
+            self,
+            key=take(self.key),
+            value=take(self.value),
+            lengths=None if self.lengths is None else take(self.lengths),
+            mask=None if self.mask is None else take(self.mask),
+            prepared=before and Prepared(before.backend, take(before.exp_key), take(before.key_limit)),
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Memory:
+        """The same memory on another device, in another floating dtype, or both; prepared anew where it was prepared.
+
+        Raises:
+            TypeError: ``dtype`` is not float32, float64, float16 or bfloat16.
+        """
+        device = self.key.device if device is None else torch.device(device)
+        dtype = self.key.dtype if dtype is None else _checks.floating("dtype", dtype)
+        key = self.key.to(device, dtype)
+        if key is self.key:  # and so are the others, which have its device and dtype
+            return self
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        mask = None if self.mask is None else self.mask.to(device)
+        prepared = None if self.prepared is None else prepare(key, lengths, mask, None)
+        value, score_weight = (x.to(device, dtype) for x in (self.value, self.score_weight))
+        return Memory(key, value, lengths, mask, score_weight, prepared)
+
+
+def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:
+    """What the backend computes of the keys ahead of the steps; None where it has no use for that."""
+    family = choose(backend, key.device.type, key.dtype)
+    if family not in operators:
+        return None
+    with torch.no_grad():
+        return Prepared(family, *operators[family].prepare(key.detach(), lengths, mask))

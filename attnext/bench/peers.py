@@ -16,7 +16,7 @@ from attnext import additive_attention, additive_scores, backends, functional, r
 from attnext.backends import choose, kernel_devices
 from attnext.bench.cases import Case
 from attnext.cases import Inputs
-from attnext.memory import Memory
+from attnext.memory import Memory, prepare
 
 __all__ = ["OTHERS", "Peer", "Unavailable", "Wrong", "checked", "cores", "exact", "ours"]
 
@@ -94,7 +94,7 @@ def _attnext(backend: str, case: Case, inputs: Inputs) -> Run:
         return _call(case, lambda *x: additive_attention(*x, backend=backend)[0], x, incoming)
     query, key, value, score_weight = x
     query = query.squeeze(1)
-    memory = Memory(key, value, None, None, score_weight, functional.prepare(key, None, None, backend))
+    memory = Memory(key, value, None, None, score_weight, prepare(key, None, None, backend))
     return lambda: functional.attend(query, memory, 1.0, 0.0, False, backend)[0]
 
 

@@ -1,12 +1,14 @@
-"""Attention modules: parameters around the functions of :mod:`attnext.functional`."""
+"""Additive attention as a module."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from attnext import _checks, functional, reference
-from attnext.memory import Memory
+from attnext.memory import Memory, prepare
 
 __all__ = ["BahdanauAttention"]
 
@@ -47,14 +49,9 @@ class BahdanauAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("query_size", query_size),
-            ("memory_size", memory_size),
-            ("attention_size", attention_size),
-        ):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-        self.query_size, self.memory_size, self.attention_size = query_size, memory_size, attention_size
+        self.query_size = _checks.at_least_one("query_size", query_size)
+        self.memory_size = _checks.at_least_one("memory_size", memory_size)
+        self.attention_size = _checks.at_least_one("attention_size", attention_size)
         self.dropout = _checks.probability("dropout", dropout)
         # The bias of the tanh enters with the query: one addition a query, none a key.
         self.query_projection = nn.Linear(query_size, attention_size, bias=bias or normalize)
@@ -86,8 +83,7 @@ class BahdanauAttention(nn.Module):
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
         memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
-        prepared = functional.prepare(memory.key, memory.lengths, memory.mask, None)
-        return Memory(memory.key, memory.value, memory.lengths, memory.mask, memory.score_weight, prepared)
+        return replace(memory, prepared=prepare(memory.key, memory.lengths, memory.mask, None))
 
     def forward(
         self,
@@ -113,20 +109,60 @@ class BahdanauAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
-        query = _checks.tensor("query", query, 2, 3)
-        _checks.size("query", query, -1, self.query_size, "query_size")
-        _checks.same_kind_as_module("query", query, self.query_projection.weight)
-        need_weights = _checks.flag("need_weights", need_weights)
+        query = self._checked("query", query)
+        queries = 1 if query.dim() == 2 else query.shape[1]
+        memory = self._memory(memory, lengths, mask, queries)
+        return self._attend(self._projected(query, memory), memory, _checks.flag("need_weights", need_weights))
+
+    def step(
+        self, query: Tensor, memory: Memory, state: None = None, *, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """One decoder step, in the shape that all attention modules share; this one has no state.
+
+        Args:
+            query: (B, Q), or (B, beam, Q) for hypotheses that share the memory.
+            memory: what :meth:`prepare` returned.
+            state: None.
+            need_weights: also return the weights.
+
+        Returns:
+            context (B, H) or (B, beam, H), weights (B, Tk) or (B, beam, Tk) or None, and the next step's state.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        if state is not None:
+            raise TypeError(f"state must be None for {type(self).__name__}, got {type(state).__name__}")
         if not isinstance(memory, Memory):
-            queries = 1 if query.dim() == 2 else query.shape[1]
-            memory = self._project("memory", memory, lengths, mask, queries)
-        elif lengths is not None or mask is not None:
+            raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
+        return *self(query, memory, need_weights=need_weights), None
+
+    def _checked(self, name: str, query: Tensor) -> Tensor:
+        query = _checks.tensor(name, query, 2, 3)
+        _checks.size(name, query, -1, self.query_size, "query_size")
+        _checks.same_kind_as_module(name, query, self.query_projection.weight)
+        return query
+
+    def _memory(
+        self, memory: Memory | Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
+    ) -> Memory:
+        """The memory itself, or encoder states as one for a single call."""
+        if not isinstance(memory, Memory):
+            return self._project("memory", memory, lengths, mask, queries)
+        if lengths is not None or mask is not None:
             name = "lengths" if lengths is not None else "mask"
             raise ValueError(f"{name} must be None with a prepared memory: pass it to prepare() instead")
+        return memory
+
+    def _projected(self, query: Tensor, memory: Memory) -> Tensor:
+        """The query in the space of the keys."""
         _checks.size("memory", memory.key, 0, query.shape[0], "query's batch")
         _checks.size("memory", memory.key, 2, self.attention_size, "attention_size")
         query = self.query_projection(query)
         _checks.same_kind(query, memory=memory.key)
+        return query
+
+    def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         return functional.attend(query, memory, 1.0, self.dropout if self.training else 0.0, need_weights, None)
 
     def extra_repr(self) -> str:

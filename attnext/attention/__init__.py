@@ -1,0 +1,10 @@
+"""Attention modules: parameters around the functions of :mod:`attnext.functional`, one score a file."""
+
+from __future__ import annotations
+
+from attnext.attention.bahdanau import BahdanauAttention
+from attnext.attention.coverage import CoverageAttention
+from attnext.attention.location import LocationSensitiveAttention
+from attnext.attention.past import Past
+
+__all__ = ["BahdanauAttention", "CoverageAttention", "LocationSensitiveAttention", "Past"]

@@ -1,0 +1,158 @@
+"""Additive attention that is told where it attended before: what location-sensitive attention and coverage share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnext import _checks
+from attnext.attention.bahdanau import BahdanauAttention
+from attnext.memory import Memory
+
+__all__ = ["Past", "PastAttention"]
+
+
+class Past(NamedTuple):
+    """The weights of the steps so far.
+
+    Attributes:
+        weights: (B, Tk) or (B, beam, Tk), those of the last step.
+        cumulative: the same shape: their sum over all steps (the coverage), in float32 or float64.
+    """
+
+    weights: Tensor
+    cumulative: Tensor
+
+    def select(self, indices: Tensor) -> Past:
+        """The state of other rows: (N,) integers take rows of the batch, as :meth:`attnext.Memory.select` does; (B,
+        beam) integers take for each sentence the hypotheses that go on.
+
+        Raises:
+            TypeError, ValueError: ``indices`` is not that.
+        """
+        indices = _checks.tensor("indices", indices, 1, 2)
+        shape, device = self.weights.shape, self.weights.device
+        if indices.dim() == 1:
+            rows = _checks.indices("indices", indices, shape[0], device)
+            return Past(*(x.index_select(0, rows) for x in self))
+        if len(shape) == 2:
+            raise ValueError("indices of (B, beam) need a state of (B, beam, Tk), got one of (B, Tk)")
+        _checks.size("indices", indices, 0, shape[0], "the state's batch")
+        hypotheses = _checks.indices("indices", indices.flatten(), shape[1], device).view(*indices.shape, 1)
+        return Past(*(x.gather(1, hypotheses.expand(-1, -1, shape[2])) for x in self))
+
+
+class PastAttention(BahdanauAttention):
+    """Additive attention with features of its past weights: ``v . tanh(W query + U state_j + features_j + b)``."""
+
+    @abstractmethod
+    def _features(self, past: Past) -> Tensor:
+        """(N, Tk, D) of a state of (N, Tk), in its dtype, to be added to the projected states."""
+
+    def forward(
+        self,
+        query: Tensor,
+        memory: Memory | Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends step after step, from a beginning without a past: a query of (B, Tq, Q) is Tq steps in their order.
+
+        Args:
+            query: (B, Q) or (B, Tq, Q).
+            memory: what :meth:`prepare` returned, or encoder states (B, Tk, H).
+            lengths: (B,) integers; only with encoder states, as a prepared memory has its own.
+            mask: bool (B, Tk); likewise.
+            need_weights: also return the weights.
+
+        Returns:
+            context (B, H) or (B, Tq, H), and weights (B, Tk) or (B, Tq, Tk) or None.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        query = self._checked("query", query)
+        need_weights = _checks.flag("need_weights", need_weights)
+        memory = self._memory(memory, lengths, mask, None)
+        projected = self._projected(query, memory)  # of all steps, at once
+        past = self._beginning(memory, projected.shape[:1])
+        if query.dim() == 2:
+            context, past = self._step(projected, memory, past)
+            return context, past.weights if need_weights else None
+        contexts, weights = [], []
+        for one in projected.unbind(1):
+            context, past = self._step(one, memory, past)
+            contexts.append(context)
+            weights.append(past.weights)
+        if not contexts:  # no step
+            batch, keys = memory.key.shape[:2]
+            context = projected.new_empty(batch, 0, memory.value.shape[2])
+            return context, projected.new_empty(batch, 0, keys) if need_weights else None
+        return torch.stack(contexts, 1), torch.stack(weights, 1) if need_weights else None
+
+    def step(  # type: ignore[override]
+        self, query: Tensor, memory: Memory, state: Past | None = None, *, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None, Past]:
+        """One decoder step.
+
+        Args:
+            query: (B, Q), or (B, beam, Q) for hypotheses that share the memory, each with its own past.
+            memory: what :meth:`prepare` returned.
+            state: what the last step returned; None at the first.
+            need_weights: also return the weights, which stand in the state too.
+
+        Returns:
+            context (B, H) or (B, beam, H), weights (B, Tk) or (B, beam, Tk) or None, and the next step's state.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        query = self._checked("query", query)
+        need_weights = _checks.flag("need_weights", need_weights)
+        if not isinstance(memory, Memory):
+            raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
+        projected = self._projected(query, memory)
+        if state is None:
+            state = self._beginning(memory, projected.shape[:-1])
+        elif not isinstance(state, Past):
+            raise TypeError(f"state must be None or a Past, got {type(state).__name__}")
+        wanted = (*projected.shape[:-1], memory.key.shape[1])
+        if state.weights.shape != wanted:
+            raise ValueError(f"state must have weights of shape {wanted}, got {tuple(state.weights.shape)}")
+        if query.dim() == 2:
+            context, past = self._step(projected, memory, state)
+        elif query.shape[1] == 0:
+            raise ValueError("query must have at least one hypothesis, got shape " + str(tuple(query.shape)))
+        else:  # one after another, as the keys differ: the values are shared without a copy
+            steps = [
+                self._step(projected[:, k], memory, Past(*(x[:, k] for x in state))) for k in range(query.shape[1])
+            ]
+            context = torch.stack([context for context, _ in steps], 1)
+            past = Past(*(torch.stack(x, 1) for x in zip(*(past for _, past in steps), strict=True)))
+        return context, past.weights if need_weights else None, past
+
+    def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
+        """One step of projected queries (B, D)."""
+        key = memory.key + self._features(past).to(memory.key.dtype)
+        context, weights = self._attend(query, replace(memory, key=key, prepared=None), True)
+        assert weights is not None
+        return context, Past(weights, past.cumulative + weights)
+
+    def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
+        """The state before the first step: nothing was attended."""
+        key = memory.key
+        weights = key.new_zeros(*rows, key.shape[1])
+        return Past(weights, weights.to(torch.promote_types(key.dtype, torch.float32)))
+
+    def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
+        """Projects encoder states once, for many steps; see :meth:`attnext.BahdanauAttention.prepare`.
+
+        Their exponentials can't be made ahead, as the past enters each step's keys.
+        """
+        return self._project("encoder_states", encoder_states, lengths, mask, queries=None)

@@ -1,0 +1,226 @@
+"""Location-sensitive attention and coverage against their formulas, step by step, on every kernel family here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnext import CoverageAttention, LocationSensitiveAttention, Past, reference, use_backend
+
+BATCH, STEPS, KEYS, QUERY, MEMORY, SIZE = 3, 4, 7, 5, 6, 9
+LENGTHS = torch.tensor([KEYS, 0, 4])
+Module = LocationSensitiveAttention | CoverageAttention
+KINDS: dict[str, dict[str, Any]] = {
+    "previous": {"features": "previous", "filters": 3, "kernel_size": 5},
+    "cumulative": {"features": "cumulative", "filters": 2, "kernel_size": 1, "bias": True},
+    "both": {"features": "both", "filters": 4, "kernel_size": 31, "normalize": True},
+    "coverage": {},
+}
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    name: str = request.param
+    with use_backend(name):
+        yield name
+
+
+def module(kind: str, dtype: torch.dtype = torch.float64) -> Module:
+    cls = CoverageAttention if kind == "coverage" else LocationSensitiveAttention
+    attn = cls(QUERY, MEMORY, SIZE, **KINDS[kind]).to(dtype)
+    for parameter in attn.parameters():
+        torch.nn.init.normal_(parameter)
+    return attn
+
+
+def inputs(dtype: torch.dtype = torch.float64, keys: int = KEYS) -> tuple[Tensor, Tensor]:
+    """Queries and encoder states."""
+    query, states = torch.randn(BATCH, STEPS, QUERY, dtype=dtype), torch.randn(BATCH, keys, MEMORY, dtype=dtype)
+    return query.requires_grad_(), states.requires_grad_()
+
+
+def features(p: dict[str, Tensor], kind: str, weights: Tensor, cumulative: Tensor) -> Tensor:
+    """The definition: a filter sees so many weights to both sides of a key, and nothing beyond the ends."""
+    if kind == "coverage":
+        return cumulative[:, :, None] * p["coverage_weight"]
+    seen = {"previous": [weights], "cumulative": [cumulative], "both": [weights, cumulative]}[kind]
+    filters, keys = p["location_convolution.weight"], weights.shape[1]
+    reach = filters.shape[2] // 2
+    rows = []
+    for j in range(keys):
+        total = torch.zeros(weights.shape[0], filters.shape[0], dtype=weights.dtype)
+        for channel, x in enumerate(seen):
+            for m in range(max(0, j - reach), min(keys, j + reach + 1)):
+                total = total + x[:, m, None] * filters[:, channel, m - j + reach]
+        rows.append(total)
+    return torch.stack(rows, 1) @ p["location_projection.weight"].T
+
+
+def formula(attn: Module, kind: str, query: Tensor, states: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All steps from the beginning, with the parameters by their names in a checkpoint."""
+    p = dict(attn.named_parameters())
+    v = p["score_weight"]
+    if "gain" in p:
+        v = p["gain"] * v / v.square().sum().sqrt()
+    q = query @ p["query_projection.weight"].T + p.get("query_projection.bias", 0.0)
+    k = states @ p["memory_projection.weight"].T
+    weights = cumulative = torch.zeros(states.shape[:2], dtype=states.dtype)
+    contexts, all_weights = [], []
+    for t in range(query.shape[1]):
+        key = k + features(p, kind, weights, cumulative)
+        context, now = reference.additive_attention(q[:, t], key, states, v, lengths=lengths, need_weights=True)
+        assert now is not None
+        weights, cumulative = now, cumulative + now
+        contexts.append(context)
+        all_weights.append(weights)
+    return torch.stack(contexts, 1), torch.stack(all_weights, 1)
+
+
+def gradients(context: Tensor, weights: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    rng = torch.Generator().manual_seed(9)
+    loss = (context * torch.randn(context.shape, generator=rng, dtype=context.dtype)).sum()
+    return torch.autograd.grad(loss + (weights * torch.randn(weights.shape, generator=rng)).sum(), leaves)
+
+
+def close(actual: object, expected: object) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "lengths"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_steps_in_one_call(kind: str, lengths: Tensor | None) -> None:
+    attn, (query, states) = module(kind), inputs()
+    context, weights = attn(query, states, lengths=lengths, need_weights=True)
+    expected = formula(attn, kind, query, states, lengths)
+    close((context, weights), expected)
+    leaves = (query, states, *attn.parameters())
+    close(gradients(context, weights, *leaves), gradients(*expected, *leaves))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_by_step(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs()
+    memory, state, steps = attn.prepare(states, LENGTHS), None, []
+    for one in query.unbind(1):
+        context, weights, state = attn.step(one, memory, state, need_weights=True)
+        steps.append((context, weights))
+    expected = formula(attn, kind, query, states, LENGTHS)
+    close(tuple(torch.stack(x, 1) for x in zip(*steps, strict=True)), expected)
+    assert state is not None
+    close(state.cumulative, expected[1].sum(1))
+    first, none, _ = attn.step(query[:, 0], memory)
+    assert none is None
+    close(first, expected[0][:, 0])
+    close(attn(query[:, 0], memory)[0], expected[0][:, 0])
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", KINDS)
+def test_hypotheses_have_pasts_of_their_own(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs()
+    memory = attn.prepare(states, LENGTHS)
+    second = torch.randn_like(query)
+    beams = torch.stack([query, second], 2)  # (B, steps, beam, Q)
+    _, _, state = attn.step(beams[:, 0], memory)
+    # Each hypothesis of the first row, and of the last, goes on from the other's past.
+    state = state.select(torch.tensor([[1, 0], [0, 1], [1, 1]]))
+    context, weights, _ = attn.step(beams[:, 1], memory, state, need_weights=True)
+    assert weights is not None
+    for row, column, before in ((0, 0, second), (0, 1, query), (1, 0, query), (2, 0, second), (2, 1, second)):
+        path = torch.stack([before[:, 0], beams[:, 1, column]], 1)
+        expected = formula(attn, kind, path, states, LENGTHS)
+        close((context[row, column], weights[row, column]), (expected[0][row, 1], expected[1][row, 1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_taken_from_the_batch(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs()
+    memory = attn.prepare(states, LENGTHS)
+    _, _, state = attn.step(query[:, 0], memory)
+    whole, _, _ = attn.step(query[:, 1], memory, state)
+    rows = torch.tensor([2, 0])
+    some, _, _ = attn.step(query[:, 1][rows], memory.select(rows), state.select(rows))
+    close(some, whole[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_types(kind: str, dtype: torch.dtype) -> None:
+    attn, (query, states) = module(kind, dtype), inputs(dtype)
+    with torch.no_grad():
+        for parameter in attn.parameters():  # so that what the roundings of the keys do to the scores stays small
+            parameter.mul_(0.3)
+    context, weights, state = attn.step(query[:, 0], attn.prepare(states, LENGTHS), need_weights=True)
+    _, _, state = attn.step(query[:, 1], attn.prepare(states, LENGTHS), state)
+    assert context.dtype == weights.dtype == state.weights.dtype == dtype
+    assert state.cumulative.dtype == torch.float32
+    exact = formula(attn.double(), kind, query.double(), states.double(), LENGTHS)
+    # Keys and queries are of size 1 or so: with D weights of 0.3, scores are off by a few roundings, p by as many.
+    close_to = torch.finfo(dtype).eps * 4
+    torch.testing.assert_close(weights.double(), exact[1][:, 0], rtol=0, atol=close_to)
+    torch.testing.assert_close(state.weights.double(), exact[1][:, 1], rtol=0, atol=close_to)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_in_the_padding_reaches_nothing(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs()
+    hidden = torch.arange(KEYS) >= LENGTHS[:, None]
+    poisoned = states.detach().masked_fill(hidden[:, :, None], torch.nan).requires_grad_()
+    results = []
+    for x in (states, poisoned):
+        context, weights = attn(query, x, lengths=LENGTHS, need_weights=True)
+        results.append((context, weights, *gradients(context, weights, query, *attn.parameters())))
+    close(*results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_whole(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs()
+    memory = attn.prepare(states, LENGTHS)
+    compiled = torch.compile(attn.step, fullgraph=True, backend="aot_eager")
+    _, _, state = attn.step(query[:, 0], memory)
+    expected, actual = attn.step(query[:, 1], memory, state), compiled(query[:, 1], memory, state)
+    close(actual[0], expected[0])
+    close(tuple(actual[2]), tuple(expected[2]))
+    close(*(torch.autograd.grad(x[0].sum(), query, retain_graph=True) for x in (actual, expected)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_attend(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs(keys=0)
+    context, weights = attn(query, states, need_weights=True)
+    assert weights.shape == (BATCH, STEPS, 0)
+    assert torch.equal(context, torch.zeros(BATCH, STEPS, MEMORY, dtype=context.dtype))
+    assert attn(query[:, :0], states)[0].shape == (BATCH, 0, MEMORY)
+
+
+def test_bad_arguments() -> None:
+    attn, (query, states) = module("both"), inputs()
+    memory = attn.prepare(states)
+    _, _, state = attn.step(query[:, 0], memory)
+    beams = Past(*(x[:, None].repeat(1, 2, 1) for x in state))
+    for error, name, call in (
+        (TypeError, "memory", lambda: attn.step(query[:, 0], states)),
+        (TypeError, "state", lambda: attn.step(query[:, 0], memory, (1, 2))),
+        (ValueError, "state", lambda: attn.step(query[:, 0], memory, state.select(torch.tensor([0])))),
+        (ValueError, "state", lambda: attn.step(query[:, :2], memory, state)),
+        (ValueError, "query", lambda: attn.step(query[:, :0], memory)),
+        (ValueError, "mask", lambda: attn(query, memory, mask=torch.ones(BATCH, KEYS).bool())),
+        (ValueError, "mask", lambda: attn(query, states, mask=torch.ones(BATCH, STEPS, KEYS).bool())),
+        (ValueError, "indices", lambda: state.select(torch.tensor([[0], [0], [0]]))),
+        (ValueError, "indices", lambda: beams.select(torch.tensor([[0], [2], [0]]))),
+        (ValueError, "indices", lambda: beams.select(torch.tensor([[0], [0]]))),
+        (ValueError, "indices", lambda: beams.select(torch.tensor([3]))),
+        (TypeError, "indices", lambda: beams.select(torch.tensor([0.0]))),
+        (ValueError, "features", lambda: LocationSensitiveAttention(2, 3, 4, features="all")),
+        (ValueError, "kernel_size", lambda: LocationSensitiveAttention(2, 3, 4, kernel_size=2)),
+        (ValueError, "filters", lambda: LocationSensitiveAttention(2, 3, 4, filters=0)),
+    ):
+        with pytest.raises(error, match=name):
+            call()
