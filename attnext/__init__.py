@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from attnext.attention import BahdanauAttention, CoverageAttention, LocationSensitiveAttention, Past
+from attnext.alignments import coverage_loss, forward_weights, monotonic_weights, normalize
+from attnext.attention import (
+    AttentionPooling,
+    BahdanauAttention,
+    CoverageAttention,
+    ForwardAttention,
+    LocationSensitiveAttention,
+    MonotonicAttention,
+    Past,
+)
 from attnext.backends import Backend, backends, use_backend
 from attnext.functional import additive_attention, additive_scores
 from attnext.memory import Memory
 
 __all__ = [
+    "AttentionPooling",
     "Backend",
     "BahdanauAttention",
     "CoverageAttention",
+    "ForwardAttention",
     "LocationSensitiveAttention",
     "Memory",
+    "MonotonicAttention",
     "Past",
     "__version__",
     "additive_attention",
     "additive_scores",
     "backends",
+    "coverage_loss",
+    "forward_weights",
+    "monotonic_weights",
+    "normalize",
     "use_backend",
 ]
 

@@ -155,3 +155,19 @@ def at_least_one(name: str, x: object) -> int:
     if not isinstance(x, int) or isinstance(x, bool) or x < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {x!r}")
     return x
+
+
+def positive(name: str, x: object) -> float:
+    """A finite number above 0."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not 0.0 < x <= sys.float_info.max:
+        raise ValueError(f"{name} must be above 0 and finite, got {x}")
+    return float(x)
+
+
+def choice(name: str, x: object, choices: tuple[str, ...]) -> str:
+    """One of a few names."""
+    if x not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {x!r}")
+    return str(x)

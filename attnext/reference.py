@@ -10,7 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["additive_attention", "additive_scores", "dropout_keep", "valid_slots"]
+__all__ = [
+    "additive_attention",
+    "additive_scores",
+    "dropout_keep",
+    "forward_weights",
+    "monotonic_weights",
+    "normalize",
+    "valid_slots",
+]
 
 _U32 = 0xFFFFFFFF
 
@@ -105,3 +113,58 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 16)) * 0x7FEB352D & _U32
     x = (x ^ (x >> 15)) * 0x846CA68B & _U32
     return x ^ (x >> 16)
+
+
+def normalize(scores: Tensor, normalizer: str) -> Tensor:
+    """The weights of scores (..., Tk); see :func:`attnext.alignments.normalize`. For float64."""
+    hidden = scores == -torch.inf
+    scores = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0)  # as in an empty row of additive_attention
+    if normalizer == "softmax":
+        weights = scores.softmax(-1)
+    elif normalizer == "sigmoid":
+        weights = scores.sigmoid() / scores.sigmoid().sum(-1, keepdim=True)
+    else:
+        weights = _entmax(scores, {"sparsemax": 1, "entmax15": 2}[normalizer])
+    return weights.masked_fill(hidden, 0.0)
+
+
+def _entmax(scores: Tensor, power: int) -> Tensor:
+    """``max(z - tau, 0)**power``, z the scores over the power, with the tau that makes the sum 1, by bisection."""
+    z = scores / power
+    high = z.detach().amax(-1, keepdim=True)
+    low = high - 1.0
+    for _ in range(60):
+        tau = (low + high) / 2
+        above = (z.detach() - tau).clamp(min=0.0).pow(power).sum(-1, keepdim=True) >= 1.0
+        low, high = torch.where(above, tau, low), torch.where(above, high, tau)
+    # Bisection has no gradient; a step of Newton's method moves tau by rounding only, and gives it the first
+    # derivative, a second step the second and the third.
+    tau = low
+    for _ in range(2):
+        gap = (z - tau).clamp(min=0.0)
+        slope = torch.where(gap > 0.0, power * gap ** (power - 1), 0.0).sum(-1, keepdim=True)
+        tau = tau + (gap.pow(power).sum(-1, keepdim=True) - 1.0) / slope
+    return (z - tau).clamp(min=0.0).pow(power)
+
+
+def monotonic_weights(energies: Tensor, previous: Tensor) -> Tensor:
+    """Monotonic attention of (..., Tk); see :func:`attnext.alignments.monotonic_weights`.
+
+    Over every way to stop at key j: the last step stopped at a key k, and this one passed over k to j - 1.
+    """
+    p = energies.sigmoid()
+    weights = []
+    for j in range(energies.shape[-1]):
+        ways = [previous[..., k] * (1.0 - p[..., k:j]).prod(-1) for k in range(j + 1)]
+        weights.append(p[..., j] * torch.stack(ways).sum(0))
+    return torch.stack(weights, -1)
+
+
+def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None) -> Tensor:
+    """Forward attention of (..., Tk); see :func:`attnext.alignments.forward_weights`."""
+    moved = torch.cat([torch.zeros_like(previous[..., :1]), previous[..., :-1]], -1)
+    mix = previous + moved if transition is None else (1.0 - transition) * previous + transition * moved
+    weights = mix * normalize(scores, "softmax")
+    total = weights.sum(-1, keepdim=True)
+    stay = previous.masked_fill(scores == -torch.inf, 0.0)
+    return torch.where(total > 0.0, weights / torch.where(total > 0.0, total, 1.0), stay)

@@ -389,3 +389,25 @@ class TestModule:
             loss.backward()
             optimizer.step()
         assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid", "sparsemax", "entmax15"])
+@pytest.mark.usefixtures("backend")
+def test_other_normalizers_and_a_temperature(normalizer: str) -> None:
+    attn, (query, states) = module(normalizer=normalizer, temperature=0.4), inputs()
+    lengths = torch.tensor([KEYS, 0, 4])
+    poisoned = states.detach().masked_fill(torch.arange(KEYS)[:, None] >= lengths[:, None, None], torch.nan)
+    scores = attn.scores(query, attn.prepare(states, lengths))
+    p = dict(attn.named_parameters())
+    sums = (query @ p["query_projection.weight"].T)[:, :, None] + (states @ p["memory_projection.weight"].T)[:, None]
+    expected = ((sums.tanh() * p["score_weight"]).sum(-1) / 0.4).masked_fill(~visible(lengths, None), -torch.inf)
+    close(scores, expected)
+    weights = attnext.reference.normalize(expected, normalizer)
+    for x in (states, poisoned):
+        close(attn(query, x, lengths=lengths, need_weights=True), (weights @ states, weights))
+
+
+def test_bad_options() -> None:
+    for name, options in (("normalizer", {"normalizer": "max"}), ("temperature", {"temperature": 0.0})):
+        with pytest.raises(ValueError, match=name):
+            BahdanauAttention(QUERY, MEMORY, SIZE, **options)  # type: ignore[arg-type]

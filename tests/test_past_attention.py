@@ -1,4 +1,4 @@
-"""Location-sensitive attention and coverage against their formulas, step by step, on every kernel family here."""
+"""Attention with a state (location-sensitive, coverage, monotonic, forward) against its formulas, step by step."""
 
 from __future__ import annotations
 
@@ -9,17 +9,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnext import CoverageAttention, LocationSensitiveAttention, Past, reference, use_backend
+from attnext import (
+    CoverageAttention,
+    ForwardAttention,
+    LocationSensitiveAttention,
+    MonotonicAttention,
+    reference,
+    use_backend,
+)
 
 BATCH, STEPS, KEYS, QUERY, MEMORY, SIZE = 3, 4, 7, 5, 6, 9
 LENGTHS = torch.tensor([KEYS, 0, 4])
-Module = LocationSensitiveAttention | CoverageAttention
-KINDS: dict[str, dict[str, Any]] = {
-    "previous": {"features": "previous", "filters": 3, "kernel_size": 5},
-    "cumulative": {"features": "cumulative", "filters": 2, "kernel_size": 1, "bias": True},
-    "both": {"features": "both", "filters": 4, "kernel_size": 31, "normalize": True},
-    "coverage": {},
+Module = LocationSensitiveAttention | CoverageAttention | MonotonicAttention
+KINDS: dict[str, tuple[type[Module], dict[str, Any]]] = {
+    "previous": (LocationSensitiveAttention, {"features": "previous", "filters": 3, "kernel_size": 5}),
+    "cumulative": (
+        LocationSensitiveAttention,
+        {"features": "cumulative", "filters": 2, "kernel_size": 1, "bias": True},
+    ),
+    "both": (LocationSensitiveAttention, {"features": "both", "filters": 4, "kernel_size": 31, "normalize": True}),
+    "sparse": (LocationSensitiveAttention, {"features": "previous", "filters": 3, "normalizer": "sparsemax"}),
+    "coverage": (CoverageAttention, {"temperature": 0.5}),
+    "monotonic": (MonotonicAttention, {}),
+    "recursive": (MonotonicAttention, {"mode": "recursive", "normalize": False, "temperature": 2.0}),
+    "forward": (ForwardAttention, {"filters": 3, "kernel_size": 3}),
+    "agent": (ForwardAttention, {"transition_agent": True, "features": "previous", "filters": 2}),
 }
+ONWARD = ("monotonic", "recursive", "forward", "agent")
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -30,8 +46,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def module(kind: str, dtype: torch.dtype = torch.float64) -> Module:
-    cls = CoverageAttention if kind == "coverage" else LocationSensitiveAttention
-    attn = cls(QUERY, MEMORY, SIZE, **KINDS[kind]).to(dtype)
+    cls, options = KINDS[kind]
+    attn = cls(QUERY, MEMORY, SIZE, **options).to(dtype)
     for parameter in attn.parameters():
         torch.nn.init.normal_(parameter)
     return attn
@@ -43,11 +59,13 @@ def inputs(dtype: torch.dtype = torch.float64, keys: int = KEYS) -> tuple[Tensor
     return query.requires_grad_(), states.requires_grad_()
 
 
-def features(p: dict[str, Tensor], kind: str, weights: Tensor, cumulative: Tensor) -> Tensor:
+def features(attn: Module, p: dict[str, Tensor], weights: Tensor, cumulative: Tensor) -> Tensor | float:
     """The definition: a filter sees so many weights to both sides of a key, and nothing beyond the ends."""
-    if kind == "coverage":
+    if isinstance(attn, CoverageAttention):
         return cumulative[:, :, None] * p["coverage_weight"]
-    seen = {"previous": [weights], "cumulative": [cumulative], "both": [weights, cumulative]}[kind]
+    if isinstance(attn, MonotonicAttention):
+        return 0.0
+    seen = {"previous": [weights], "cumulative": [cumulative], "both": [weights, cumulative]}[attn.features]
     filters, keys = p["location_convolution.weight"], weights.shape[1]
     reach = filters.shape[2] // 2
     rows = []
@@ -62,19 +80,34 @@ def features(p: dict[str, Tensor], kind: str, weights: Tensor, cumulative: Tenso
 
 def formula(attn: Module, kind: str, query: Tensor, states: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """All steps from the beginning, with the parameters by their names in a checkpoint."""
-    p = dict(attn.named_parameters())
+    p, options = dict(attn.named_parameters()), KINDS[kind][1]
     v = p["score_weight"]
     if "gain" in p:
         v = p["gain"] * v / v.square().sum().sqrt()
     q = query @ p["query_projection.weight"].T + p.get("query_projection.bias", 0.0)
     k = states @ p["memory_projection.weight"].T
-    weights = cumulative = torch.zeros(states.shape[:2], dtype=states.dtype)
+    cumulative = torch.zeros(states.shape[:2], dtype=states.dtype)
+    weights = cumulative.clone()
+    if kind in ONWARD:
+        weights[:, 0] = 1.0
+    transition = torch.full((BATCH, 1), 0.5, dtype=states.dtype)
     contexts, all_weights = [], []
     for t in range(query.shape[1]):
-        key = k + features(p, kind, weights, cumulative)
-        context, now = reference.additive_attention(q[:, t], key, states, v, lengths=lengths, need_weights=True)
-        assert now is not None
-        weights, cumulative = now, cumulative + now
+        scores = reference.additive_scores(
+            q[:, t], k + features(attn, p, weights, cumulative), v, lengths=lengths,
+            scale=1 / options.get("temperature", 1.0),
+        )  # fmt: skip
+        if isinstance(attn, MonotonicAttention):
+            weights = reference.monotonic_weights(scores + p["score_bias"], weights)
+        elif isinstance(attn, ForwardAttention):
+            weights = reference.forward_weights(scores, weights, transition)
+        else:
+            weights = reference.normalize(scores, options.get("normalizer", "softmax"))
+        cumulative = cumulative + weights
+        context = (weights[:, None] @ states)[:, 0]
+        if kind == "agent":
+            both = torch.cat([context, q[:, t]], 1)
+            transition = 1 / (1 + (-both @ p["transition_agent.weight"].T - p["transition_agent.bias"]).exp())
         contexts.append(context)
         all_weights.append(weights)
     return torch.stack(contexts, 1), torch.stack(all_weights, 1)
@@ -183,11 +216,12 @@ def test_what_stands_in_the_padding_reaches_nothing(kind: str) -> None:
 def test_compiled_whole(kind: str) -> None:
     attn, (query, states) = module(kind), inputs()
     memory = attn.prepare(states, LENGTHS)
+    torch._dynamo.reset()  # of one function only so many versions are compiled
     compiled = torch.compile(attn.step, fullgraph=True, backend="aot_eager")
     _, _, state = attn.step(query[:, 0], memory)
     expected, actual = attn.step(query[:, 1], memory, state), compiled(query[:, 1], memory, state)
     close(actual[0], expected[0])
-    close(tuple(actual[2]), tuple(expected[2]))
+    close(actual[2][:2], expected[2][:2])
     close(*(torch.autograd.grad(x[0].sum(), query, retain_graph=True) for x in (actual, expected)))
 
 
@@ -204,7 +238,7 @@ def test_bad_arguments() -> None:
     attn, (query, states) = module("both"), inputs()
     memory = attn.prepare(states)
     _, _, state = attn.step(query[:, 0], memory)
-    beams = Past(*(x[:, None].repeat(1, 2, 1) for x in state))
+    beams = state.map(lambda x: x[:, None].repeat(1, 2, 1))
     for error, name, call in (
         (TypeError, "memory", lambda: attn.step(query[:, 0], states)),
         (TypeError, "state", lambda: attn.step(query[:, 0], memory, (1, 2))),
@@ -224,3 +258,37 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(error, match=name):
             call()
+
+
+def test_a_hard_reader_stops_at_the_first_sure_state_from_where_it_stood() -> None:
+    attn, (query, states) = module("monotonic").eval(), inputs()
+    memory, state, before = attn.prepare(states, LENGTHS), None, [0, 0, 0]
+    with torch.no_grad():
+        for one in query.unbind(1):
+            sure = attn.scores(one, memory) + attn.score_bias > 0
+            context, weights, state = attn.step(one, memory, state, need_weights=True)
+            for b in range(BATCH):
+                stop = next((j for j in range(before[b], KEYS) if sure[b, j]), KEYS)
+                expected = torch.nn.functional.one_hot(torch.tensor(stop), KEYS + 1)[:KEYS].double()
+                assert torch.equal(weights[b], expected)
+                close(context[b], states[b, stop] if stop < KEYS else torch.zeros_like(context[b]))
+                before[b] = stop
+
+
+def test_noise_is_for_training() -> None:
+    attn = MonotonicAttention(QUERY, MEMORY, SIZE, noise=2.0, hard=False)
+    query, states = inputs(torch.float32)
+    first, second = (attn(query, states, need_weights=True)[1] for _ in range(2))
+    assert not torch.equal(first, second)
+    attn.eval()
+    first, second = (attn(query, states, need_weights=True)[1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_forward_attention_stays_at_the_last_state() -> None:
+    attn = ForwardAttention(QUERY, MEMORY, SIZE)
+    query, states = torch.randn(BATCH, 30, QUERY), torch.randn(BATCH, 3, MEMORY)
+    context, weights = attn(query, states, need_weights=True)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(BATCH, 30))
+    grads = torch.autograd.grad(context.square().sum(), list(attn.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)

@@ -5,6 +5,17 @@ from __future__ import annotations
 from attnext.attention.bahdanau import BahdanauAttention
 from attnext.attention.coverage import CoverageAttention
 from attnext.attention.location import LocationSensitiveAttention
+from attnext.attention.monotonic import MonotonicAttention
+from attnext.attention.onward import ForwardAttention
 from attnext.attention.past import Past
+from attnext.attention.pooling import AttentionPooling
 
-__all__ = ["BahdanauAttention", "CoverageAttention", "LocationSensitiveAttention", "Past"]
+__all__ = [
+    "AttentionPooling",
+    "BahdanauAttention",
+    "CoverageAttention",
+    "ForwardAttention",
+    "LocationSensitiveAttention",
+    "MonotonicAttention",
+    "Past",
+]

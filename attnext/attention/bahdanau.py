@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks, functional, reference
+from attnext.alignments import NORMALIZERS
+from attnext.alignments import normalize as normalized
 from attnext.memory import Memory, prepare
 
 __all__ = ["BahdanauAttention"]
@@ -26,6 +28,9 @@ class BahdanauAttention(nn.Module):
         attention_size: size D of the space in which both are compared.
         bias: add a learnt b inside the tanh.
         normalize: weight-normalised v and a bias.
+        normalizer: what makes weights of the scores: "softmax", "sigmoid", "sparsemax" or "entmax15", see
+            :func:`attnext.normalize`. Only softmax is one kernel; the others take scores and context apart.
+        temperature: divides the scores; below 1 it sharpens the weights, above it levels them.
         dropout: probability that a weight is dropped in training.
 
     Shapes:
@@ -46,12 +51,16 @@ class BahdanauAttention(nn.Module):
         *,
         bias: bool = False,
         normalize: bool = False,
+        normalizer: str = "softmax",
+        temperature: float = 1.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.query_size = _checks.at_least_one("query_size", query_size)
         self.memory_size = _checks.at_least_one("memory_size", memory_size)
         self.attention_size = _checks.at_least_one("attention_size", attention_size)
+        self.normalizer = _checks.choice("normalizer", normalizer, NORMALIZERS)
+        self.temperature = _checks.positive("temperature", temperature)
         self.dropout = _checks.probability("dropout", dropout)
         # The bias of the tanh enters with the query: one addition a query, none a key.
         self.query_projection = nn.Linear(query_size, attention_size, bias=bias or normalize)
@@ -133,9 +142,7 @@ class BahdanauAttention(nn.Module):
         """
         if state is not None:
             raise TypeError(f"state must be None for {type(self).__name__}, got {type(state).__name__}")
-        if not isinstance(memory, Memory):
-            raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
-        return *self(query, memory, need_weights=need_weights), None
+        return *self(query, prepared_memory(memory), need_weights=need_weights), None
 
     def _checked(self, name: str, query: Tensor) -> Tensor:
         query = _checks.tensor(name, query, 2, 3)
@@ -162,11 +169,48 @@ class BahdanauAttention(nn.Module):
         _checks.same_kind(query, memory=memory.key)
         return query
 
+    def scores(self, query: Tensor, memory: Memory) -> Tensor:
+        """The scores before the softmax, divided by the temperature: logits over the encoder states.
+
+        Args:
+            query: (B, Q) or (B, Tq, Q).
+            memory: what :meth:`prepare` returned.
+
+        Returns:
+            (B, Tk) or (B, Tq, Tk), minus infinity in masked slots.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        query = self._checked("query", query)
+        return self._scores(self._projected(query, prepared_memory(memory)), memory)
+
+    def _scores(self, query: Tensor, memory: Memory) -> Tensor:
+        return functional.additive_scores(
+            query,
+            memory.key,
+            memory.score_weight,
+            lengths=memory.lengths,
+            mask=memory.mask,
+            scale=1.0 / self.temperature,
+        )
+
     def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        return functional.attend(query, memory, 1.0, self.dropout if self.training else 0.0, need_weights, None)
+        dropout_p = self.dropout if self.training else 0.0
+        if self.normalizer == "softmax":
+            return functional.attend(query, memory, 1.0 / self.temperature, dropout_p, need_weights, None)
+        weights = nn.functional.dropout(normalized(self._scores(query, memory), self.normalizer), dropout_p)
+        return context_of(weights, memory), weights if need_weights else None
+
+    @property
+    def _multiplies_values(self) -> bool:
+        """Whether the context is a matrix product rather than the kernel's, so that hidden values must be finite."""
+        return self.normalizer != "softmax"
 
     def extra_repr(self) -> str:
-        return f"normalize={self.gain is not None}, dropout={self.dropout}"
+        rest = "" if self.normalizer == "softmax" else f", normalizer={self.normalizer!r}"
+        rest += "" if self.temperature == 1.0 else f", temperature={self.temperature:g}"
+        return f"normalize={self.gain is not None}, dropout={self.dropout}{rest}"
 
     def _project(
         self, name: str, encoder_states: Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
@@ -175,8 +219,9 @@ class BahdanauAttention(nn.Module):
         _checks.size(name, states, 2, self.memory_size, "memory_size")
         _checks.same_kind_as_module(name, states, self.memory_projection.weight)
         lengths, mask = _checks.lengths(lengths, states), _checks.mask(mask, states, queries)
-        if torch.is_grad_enabled() and (lengths is not None or mask is not None):
-            # NaN in the padding would reach the gradient of the projection's weight, as 0 * NaN.
+        needs_finite = torch.is_grad_enabled() or self._multiplies_values
+        if needs_finite and (lengths is not None or mask is not None):
+            # NaN in the padding would reach the gradient of the projection's weight, as 0 * NaN, or such a context.
             visible = reference.valid_slots(states, states, lengths, mask).any(1)
             states = states.masked_fill(~visible.unsqueeze(-1), 0.0)
         key = self.memory_projection(states)
@@ -193,3 +238,16 @@ class BahdanauAttention(nn.Module):
             return self.score_weight
         length: Tensor = torch.linalg.vector_norm(self.score_weight)
         return self.gain * self.score_weight / length
+
+
+def prepared_memory(memory: object) -> Memory:
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
+    return memory
+
+
+def context_of(weights: Tensor, memory: Memory) -> Tensor:
+    """The weighted sum of the values, for weights (B, Tk) or (B, Tq, Tk) that no kernel made."""
+    if weights.dim() == 2:
+        return (weights.unsqueeze(1) @ memory.value).squeeze(1)
+    return weights @ memory.value

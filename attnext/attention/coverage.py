@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,8 @@ class CoverageAttention(PastAttention):
     ``state.cumulative - weights`` of the state after it.
 
     Args:
-        query_size, memory_size, attention_size, bias, normalize, dropout: as in :class:`attnext.BahdanauAttention`.
+        query_size, memory_size, attention_size: as in :class:`attnext.BahdanauAttention`.
+        options: its bias, normalize, normalizer, temperature and dropout.
 
     Shapes:
         query (B, Q) for a step, (B, beam, Q) for a step of hypotheses, (B, Tq, Q) for Tq steps (``forward``); encoder
@@ -31,17 +34,8 @@ class CoverageAttention(PastAttention):
         >>> context, weights, state = attn.step(query, memory, state)   # at every step
     """
 
-    def __init__(
-        self,
-        query_size: int,
-        memory_size: int,
-        attention_size: int,
-        *,
-        bias: bool = False,
-        normalize: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(query_size, memory_size, attention_size, bias=bias, normalize=normalize, dropout=dropout)
+    def __init__(self, query_size: int, memory_size: int, attention_size: int, **options: Any) -> None:
+        super().__init__(query_size, memory_size, attention_size, **options)
         self.coverage_weight = nn.Parameter(torch.empty(attention_size))
         self.reset_parameters()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ class LocationSensitiveAttention(PastAttention):
         features: "previous", "cumulative" or "both": what the convolution sees.
         filters: its output channels.
         kernel_size: its width in encoder states, an odd number.
-        bias, normalize, dropout: as in :class:`attnext.BahdanauAttention`.
+        options: bias, normalize, normalizer, temperature and dropout of :class:`attnext.BahdanauAttention`.
 
     Shapes:
         query (B, Q) for a step, (B, beam, Q) for a step of hypotheses, (B, Tq, Q) for Tq steps (``forward``); encoder
@@ -49,16 +51,13 @@ class LocationSensitiveAttention(PastAttention):
         features: str = "both",
         filters: int = 32,
         kernel_size: int = 31,
-        bias: bool = False,
-        normalize: bool = False,
-        dropout: float = 0.0,
+        **options: Any,
     ) -> None:
-        if features not in _FEATURES:
-            raise ValueError(f"features must be one of {', '.join(map(repr, _FEATURES))}, got {features!r}")
+        _checks.choice("features", features, _FEATURES)
         _checks.at_least_one("filters", filters)
         if _checks.at_least_one("kernel_size", kernel_size) % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that a filter has a middle, got {kernel_size}")
-        super().__init__(query_size, memory_size, attention_size, bias=bias, normalize=normalize, dropout=dropout)
+        super().__init__(query_size, memory_size, attention_size, **options)
         self.features = features
         channels = 2 if features == "both" else 1
         self.location_convolution = nn.Conv1d(channels, filters, kernel_size, padding=kernel_size // 2, bias=False)
@@ -72,7 +71,7 @@ class LocationSensitiveAttention(PastAttention):
                 getattr(self, name).reset_parameters()
 
     def _features(self, past: Past) -> Tensor:
-        seen = {"previous": [past.weights], "cumulative": [past.cumulative], "both": list(past)}[self.features]
+        seen = {"previous": [past.weights], "cumulative": [past.cumulative], "both": list(past[:2])}[self.features]
         dtype = self.location_convolution.weight.dtype
         channels = torch.stack([x.to(dtype) for x in seen], 1)
         if channels.shape[-1] == 0:  # no key, for which the convolution has no answer

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnext import _checks
-from attnext.attention.bahdanau import BahdanauAttention
+from attnext.attention.bahdanau import BahdanauAttention, prepared_memory
 from attnext.memory import Memory
 
 __all__ = ["Past", "PastAttention"]
 
 
 class Past(NamedTuple):
-    """The weights of the steps so far.
+    """The weights of the steps so far, and whatever else an attention carries from step to step.
 
     Attributes:
         weights: (B, Tk) or (B, beam, Tk), those of the last step.
         cumulative: the same shape: their sum over all steps (the coverage), in float32 or float64.
+        transition: (B, 1) or (B, beam, 1), how likely forward attention with an agent moves on at the next step; else
+            None.
     """
 
     weights: Tensor
     cumulative: Tensor
+    transition: Tensor | None = None
 
     def select(self, indices: Tensor) -> Past:
         """The state of other rows: (N,) integers take rows of the batch, as :meth:`attnext.Memory.select` does; (B,
@@ -38,20 +42,29 @@ class Past(NamedTuple):
         shape, device = self.weights.shape, self.weights.device
         if indices.dim() == 1:
             rows = _checks.indices("indices", indices, shape[0], device)
-            return Past(*(x.index_select(0, rows) for x in self))
+            return self.map(lambda x: x.index_select(0, rows))
         if len(shape) == 2:
             raise ValueError("indices of (B, beam) need a state of (B, beam, Tk), got one of (B, Tk)")
         _checks.size("indices", indices, 0, shape[0], "the state's batch")
-        hypotheses = _checks.indices("indices", indices.flatten(), shape[1], device).view(*indices.shape, 1)
-        return Past(*(x.gather(1, hypotheses.expand(-1, -1, shape[2])) for x in self))
+        kept = _checks.indices("indices", indices.flatten(), shape[1], device).view(*indices.shape, 1)
+        return self.map(lambda x: x.gather(1, kept.expand(-1, -1, x.shape[2])))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Past:
+        """The state with each of its tensors changed."""
+        return Past(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+
+
+def _stacked(states: list[Past]) -> Past:
+    """Those of (B, ...) as one of (B, beam, ...)."""
+    return Past(*(None if x[0] is None else torch.stack(x, 1) for x in zip(*states, strict=True)))  # type: ignore[arg-type]
 
 
 class PastAttention(BahdanauAttention):
     """Additive attention with features of its past weights: ``v . tanh(W query + U state_j + features_j + b)``."""
 
-    @abstractmethod
-    def _features(self, past: Past) -> Tensor:
-        """(N, Tk, D) of a state of (N, Tk), in its dtype, to be added to the projected states."""
+    def _features(self, past: Past) -> Tensor | None:
+        """(N, Tk, D) of a state of (N, Tk), to be added to the projected states; None where there are none."""
+        return None
 
     def forward(
         self,
@@ -115,9 +128,7 @@ class PastAttention(BahdanauAttention):
         """
         query = self._checked("query", query)
         need_weights = _checks.flag("need_weights", need_weights)
-        if not isinstance(memory, Memory):
-            raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
-        projected = self._projected(query, memory)
+        projected = self._projected(query, prepared_memory(memory))
         if state is None:
             state = self._beginning(memory, projected.shape[:-1])
         elif not isinstance(state, Past):
@@ -131,18 +142,24 @@ class PastAttention(BahdanauAttention):
             raise ValueError("query must have at least one hypothesis, got shape " + str(tuple(query.shape)))
         else:  # one after another, as the keys differ: the values are shared without a copy
             steps = [
-                self._step(projected[:, k], memory, Past(*(x[:, k] for x in state))) for k in range(query.shape[1])
+                self._step(projected[:, k], memory, state.map(itemgetter((slice(None), k))))
+                for k in range(query.shape[1])
             ]
             context = torch.stack([context for context, _ in steps], 1)
-            past = Past(*(torch.stack(x, 1) for x in zip(*(past for _, past in steps), strict=True)))
+            past = _stacked([past for _, past in steps])
         return context, past.weights if need_weights else None, past
 
     def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
         """One step of projected queries (B, D)."""
-        key = memory.key + self._features(past).to(memory.key.dtype)
-        context, weights = self._attend(query, replace(memory, key=key, prepared=None), True)
+        context, weights = self._attend(query, self._with_features(memory, past), True)
         assert weights is not None
         return context, Past(weights, past.cumulative + weights)
+
+    def _with_features(self, memory: Memory, past: Past) -> Memory:
+        features = self._features(past)
+        if features is None:
+            return memory
+        return replace(memory, key=memory.key + features.to(memory.key.dtype), prepared=None)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
         """The state before the first step: nothing was attended."""
@@ -153,6 +170,13 @@ class PastAttention(BahdanauAttention):
     def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
         """Projects encoder states once, for many steps; see :meth:`attnext.BahdanauAttention.prepare`.
 
-        Their exponentials can't be made ahead, as the past enters each step's keys.
+        Nothing more can be made ahead, as the past enters each step's keys.
         """
         return self._project("encoder_states", encoder_states, lengths, mask, queries=None)
+
+
+def at_the_first_key(past: Past) -> Past:
+    """A beginning for readers that only move on: all weight on the first key, and no coverage yet."""
+    first = torch.zeros_like(past.weights)
+    first[..., :1] = 1.0
+    return past._replace(weights=first)
