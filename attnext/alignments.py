@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["coverage_loss", "forward_weights", "monotonic_weights", "normalize"]
+__all__ = ["NORMALIZERS", "coverage_loss", "forward_weights", "monotonic_weights", "normalize"]
 
 NORMALIZERS = ("softmax", "sigmoid", "sparsemax", "entmax15")
 _MODES = ("parallel", "recursive", "hard")
@@ -56,7 +56,7 @@ def normalize(scores: Tensor, normalizer: str = "softmax") -> Tensor:
     if normalizer == "entmax15":
         wide = wide / 2
     # Neither rule sees a shift of the row, so none is differentiated. The largest score is now 0 and the threshold in
-    # [-1, 0): a score of -2 is as far outside as any, and does not drown the sums over the others.
+    # [-1, 0): a score of -2 is as far outside as any, and keeps minus infinity out of the sums.
     wide = (wide - wide.amax(-1, keepdim=True).detach()).clamp(min=-2.0)
     weights = _sparsemax(wide) if normalizer == "sparsemax" else _entmax15(wide)
     return weights.masked_fill(hidden, 0.0).to(scores.dtype)

@@ -206,6 +206,12 @@ def test_monotonic_at_extremes(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["parallel", "recursive"])
+def test_monotonic_goes_on_past_a_nearly_sure_stop(mode: str) -> None:
+    weights = monotonic_weights(torch.tensor([20.0, 0.0]), torch.tensor([1.0, 0.0]), mode)
+    torch.testing.assert_close(weights[1], torch.tensor(-20.0).sigmoid() / 2, rtol=1e-5, atol=0)  # float32's 1 - p is 0
+
+
+@pytest.mark.parametrize("mode", ["parallel", "recursive"])
 def test_monotonic_gradcheck(mode: str) -> None:
     inputs = drawn_scores((2, 2), 6).requires_grad_(), drawn_weights((2, 2), 6).requires_grad_()
     assert torch.autograd.gradcheck(partial(monotonic_weights, mode=mode), inputs)
@@ -316,6 +322,12 @@ def test_forward_keeps_its_digits_beside_a_high_score() -> None:
     previous = torch.tensor([0.3, 0.5, 0.2])
     high, level = torch.full((3,), 1e4), torch.zeros(3)
     torch.testing.assert_close(forward_weights(high, previous), forward_weights(level, previous))
+
+
+def test_forward_from_a_weight_too_small_to_divide_by() -> None:
+    """A high score makes up for it, and the gradient, about 0.2 / 1e-44, would be infinite; times u = 0, NaN."""
+    weights = all_finite(forward_weights, torch.tensor([101.0, 0.0]), torch.tensor([1e-44, 1.0]), torch.zeros(1))
+    assert weights.tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("agent", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnext.attention.bahdanau import BahdanauAttention
 from attnext.attention.coverage import CoverageAttention
+from attnext.attention.local import LocalAttention
 from attnext.attention.location import LocationSensitiveAttention
 from attnext.attention.monotonic import MonotonicAttention
 from attnext.attention.onward import ForwardAttention
@@ -15,6 +16,7 @@ __all__ = [
     "BahdanauAttention",
     "CoverageAttention",
     "ForwardAttention",
+    "LocalAttention",
     "LocationSensitiveAttention",
     "MonotonicAttention",
     "Past",

@@ -25,11 +25,14 @@ class Past(NamedTuple):
         cumulative: the same shape: their sum over all steps (the coverage), in float32 or float64.
         transition: (B, 1) or (B, beam, 1), how likely forward attention with an agent moves on at the next step; else
             None.
+        position: (B, 1) or (B, beam, 1) int64, how many steps local attention has made, where it counts them; else
+            None.
     """
 
     weights: Tensor
     cumulative: Tensor
     transition: Tensor | None = None
+    position: Tensor | None = None
 
     def select(self, indices: Tensor) -> Past:
         """The state of other rows: (N,) integers take rows of the batch, as :meth:`attnext.Memory.select` does; (B,

@@ -1,0 +1,131 @@
+"""Local attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnext import _checks
+from attnext.attention.bahdanau import context_of
+from attnext.attention.past import Past, PastAttention
+from attnext.memory import Memory
+
+__all__ = ["LocalAttention"]
+
+_POSITIONS = ("steps", "predicted", "last")
+
+
+class LocalAttention(PastAttention):
+    """Additive attention to the states within a window: keys and values outside it are never read.
+
+    The window is centred at step t on state t (local-m), on a learnt guess (local-p), whose weights also fall off as a
+    Gaussian around it and are not normalised again, or on the state that was attended most at the last step. A step
+    costs the window; of the source's size are only the returned weights. Luong, Pham and Manning, "Effective approaches
+    to attention-based neural machine translation", 2015.
+
+    Args:
+        query_size, memory_size, attention_size: as in :class:`attnext.BahdanauAttention`.
+        window: how many states to each side of the centre are attended (the paper's D).
+        position: the centre: "steps" is t, counted from 0 and at most the last state; "predicted" is ``S sigmoid(v_p .
+            tanh(W_p query))`` for S states, with a Gaussian of standard deviation ``window / 2``; "last" is the state
+            with the largest weight at the last step, at the first step state 0.
+        options: bias, normalize, normalizer, temperature and dropout of :class:`attnext.BahdanauAttention`.
+
+    Shapes:
+        query (B, Q) for a step, (B, beam, Q) for a step of hypotheses, (B, Tq, Q) for Tq steps (``forward``); encoder
+        states (B, Tk, H); context (B, H), (B, beam, H) or (B, Tq, H).
+
+    Example:
+        >>> attn = LocalAttention(512, 1024, 256, window=10, position="predicted")
+        >>> memory, state = attn.prepare(encoder_states, lengths), None
+        >>> context, weights, state = attn.step(query, memory, state)   # at every step
+    """
+
+    def __init__(
+        self,
+        query_size: int,
+        memory_size: int,
+        attention_size: int,
+        *,
+        window: int = 10,
+        position: str = "steps",
+        **options: Any,
+    ) -> None:
+        super().__init__(query_size, memory_size, attention_size, **options)
+        self.window = _checks.at_least_one("window", window)
+        self.position = _checks.choice("position", position, _POSITIONS)
+        self.position_predictor = None
+        if position == "predicted":  # from the projected query, which is at hand
+            self.position_predictor = nn.Sequential(
+                nn.Linear(attention_size, attention_size, bias=False),
+                nn.Tanh(),
+                nn.Linear(attention_size, 1, bias=False),
+            )
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, the predictor's as torch does."""
+        super().reset_parameters()
+        for layer in getattr(self, "position_predictor", None) or ():  # the base class calls this before it is there
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+
+    def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
+        keys = memory.key.shape[1]
+        if keys == 0:
+            return super()._step(query, memory, past)
+        position = self._position(query, memory, past)
+        near = torch.arange(-self.window, self.window + 1, device=query.device)
+        slots = position.round().long() + near
+        inside = (slots >= 0) & (slots < _lengths(memory)) & ((slots - position).abs() <= self.window)
+        slots = slots.clamp(0, keys - 1)
+        within = _window(memory, slots, inside)
+        context, weights = self._attend(query, within, True)
+        assert weights is not None
+        if self.position == "predicted":
+            weights = weights * (-2 * ((slots - position) / self.window).square()).exp().to(weights.dtype)
+            context = context_of(weights, within)
+        weights = torch.zeros_like(past.weights).scatter_add(1, slots, weights.to(past.weights.dtype))
+        steps = None if past.position is None else past.position + 1
+        return context, Past(weights, past.cumulative + weights, position=steps)
+
+    def _position(self, query: Tensor, memory: Memory, past: Past) -> Tensor:
+        """The centre of the window, (B, 1), as a real number."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        if self.position_predictor is not None:
+            guess: Tensor = self.position_predictor(query)
+            return _lengths(memory) * guess.to(dtype).sigmoid()
+        if past.position is None:
+            return past.weights.argmax(1, keepdim=True).to(dtype)
+        return torch.minimum(past.position, (_lengths(memory) - 1).clamp(min=0)).to(dtype)
+
+    def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
+        past = super()._beginning(memory, rows)
+        if self.position != "steps":
+            return past
+        return past._replace(position=torch.zeros(*rows, 1, dtype=torch.int64, device=memory.key.device))
+
+    @property
+    def _multiplies_values(self) -> bool:
+        return False  # the values of a window are hidden when it is cut out
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, position={self.position!r}, {super().extra_repr()}"
+
+
+def _lengths(memory: Memory) -> Tensor:
+    """How many states each row has, (B, 1)."""
+    if memory.lengths is not None:
+        return memory.lengths.unsqueeze(1)
+    batch, keys = memory.key.shape[:2]
+    return torch.full((batch, 1), keys, device=memory.key.device)
+
+
+def _window(memory: Memory, slots: Tensor, inside: Tensor) -> Memory:
+    """The states at ``slots`` (B, n) of each row, those that are ``inside`` to be attended."""
+    rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
+    if memory.mask is not None:
+        inside = inside & memory.mask[rows, slots]
+    value = memory.value[rows, slots].masked_fill(~inside.unsqueeze(-1), 0.0)  # a NaN would be one as 0 * NaN too
+    return Memory(memory.key[rows, slots], value, None, inside, memory.score_weight, None)
