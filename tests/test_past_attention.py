@@ -353,3 +353,16 @@ def test_a_window_stays_at_the_last_state() -> None:
     for row, length in enumerate((KEYS, 1, 4)):
         seen = weights[row, -1] > 0
         assert seen.nonzero().flatten().tolist() == list(range(max(0, length - 2), length))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast(kind: str) -> None:
+    attn, (query, states) = module(kind, torch.float32), inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = attn.prepare(states, LENGTHS)
+        _, _, state = attn.step(query[:, 0], memory)
+        context, weights, _ = attn.step(query[:, 1], memory, state, need_weights=True)
+    assert weights is not None
+    assert context.dtype == weights.dtype == torch.bfloat16
+    grads = torch.autograd.grad(context.float().sum(), list(attn.parameters()), allow_unused=True)
+    assert all(grad is None or (grad.isfinite().all() and grad.dtype == torch.float32) for grad in grads)
