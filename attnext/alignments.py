@@ -118,6 +118,7 @@ def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None 
         ``previous`` all 0, has weights 0. A key that cannot be reached passes no gradient, to ``previous`` either. It
         counts as such where the factor before y is below about 1e-31 (float64: 1e-292): the gradient divides by that
         factor, and would not fit the dtype.
+        A masked slot between visible ones is not crossed: the reader moves to the next slot alone.
 
     Raises:
         TypeError: an argument is not of one of these dtypes.

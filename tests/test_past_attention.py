@@ -366,3 +366,13 @@ def test_under_autocast(kind: str) -> None:
     assert context.dtype == weights.dtype == torch.bfloat16
     grads = torch.autograd.grad(context.float().sum(), list(attn.parameters()), allow_unused=True)
     assert all(grad is None or (grad.isfinite().all() and grad.dtype == torch.float32) for grad in grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_hidden_in_front(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs()
+    mask = torch.arange(KEYS).expand(BATCH, KEYS) >= 4
+    _, weights = attn(query, states, mask=mask, need_weights=True)
+    if kind not in ("local-m", "local-p"):  # whose window may lie in front
+        assert (weights[:, 0].sum(-1) > 0).all()
+        assert (weights[:, :, :4] == 0).all()

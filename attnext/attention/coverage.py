@@ -37,14 +37,17 @@ class CoverageAttention(PastAttention):
     def __init__(self, query_size: int, memory_size: int, attention_size: int, **options: Any) -> None:
         super().__init__(query_size, memory_size, attention_size, **options)
         self.coverage_weight = nn.Parameter(torch.empty(attention_size))
-        self.reset_parameters()
+        self._reset_coverage()
 
     def reset_parameters(self) -> None:
         """Draws the parameters anew, w of the coverage uniform within 1/sqrt(D)."""
         super().reset_parameters()
         if hasattr(self, "coverage_weight"):  # the base class calls this before it is there
-            bound = self.attention_size**-0.5
-            nn.init.uniform_(self.coverage_weight, -bound, bound)
+            self._reset_coverage()
+
+    def _reset_coverage(self) -> None:
+        bound = self.attention_size**-0.5
+        nn.init.uniform_(self.coverage_weight, -bound, bound)
 
     def _features(self, past: Past) -> Tensor:
         return past.cumulative.to(self.coverage_weight.dtype).unsqueeze(-1) * self.coverage_weight

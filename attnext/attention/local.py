@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attnext import _checks
 from attnext.attention.bahdanau import context_of
-from attnext.attention.past import Past, PastAttention
+from attnext.attention.past import Past, PastAttention, first_visible
 from attnext.memory import Memory
 
 __all__ = ["LocalAttention"]
@@ -29,8 +29,8 @@ class LocalAttention(PastAttention):
         query_size, memory_size, attention_size: as in :class:`attnext.BahdanauAttention`.
         window: how many states to each side of the centre are attended (the paper's D).
         position: the centre: "steps" is t, counted from 0 and at most the last state; "predicted" is ``S sigmoid(v_p .
-            tanh(W_p query))`` for S states, with a Gaussian of standard deviation ``window / 2``; "last" is the state
-            with the largest weight at the last step, at the first step state 0.
+            tanh(W_p W query))`` for S states, with a Gaussian of standard deviation ``window / 2``; "last" is the state
+            with the largest weight at the last step, at the first step the first visible one.
         options: bias, normalize, normalizer, temperature and dropout of :class:`attnext.BahdanauAttention`.
 
     Shapes:
@@ -76,7 +76,8 @@ class LocalAttention(PastAttention):
         if keys == 0:
             return super()._step(query, memory, past)
         position = self._position(query, memory, past)
-        near = torch.arange(-self.window, self.window + 1, device=query.device)
+        reach = min(self.window, keys)
+        near = torch.arange(-reach, reach + 1, device=query.device)
         slots = position.round().long() + near
         inside = (slots >= 0) & (slots < _lengths(memory)) & ((slots - position).abs() <= self.window)
         slots = slots.clamp(0, keys - 1)
@@ -86,7 +87,7 @@ class LocalAttention(PastAttention):
         if self.position == "predicted":
             weights = weights * (-2 * ((slots - position) / self.window).square()).exp().to(weights.dtype)
             context = context_of(weights, within)
-        weights = torch.zeros_like(past.weights).scatter_add(1, slots, weights.to(past.weights.dtype))
+        weights = weights.new_zeros(past.weights.shape).scatter_add(1, slots, weights)
         steps = None if past.position is None else past.position + 1
         return context, Past(weights, past.cumulative + weights, position=steps)
 
@@ -97,7 +98,9 @@ class LocalAttention(PastAttention):
             guess: Tensor = self.position_predictor(query)
             return _lengths(memory) * guess.to(dtype).sigmoid()
         if past.position is None:
-            return past.weights.argmax(1, keepdim=True).to(dtype)
+            somewhere = (past.weights > 0).any(1, keepdim=True)
+            at = torch.where(somewhere, past.weights.argmax(1, keepdim=True), first_visible(memory).unsqueeze(1))
+            return at.to(dtype)
         return torch.minimum(past.position, (_lengths(memory) - 1).clamp(min=0)).to(dtype)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:

@@ -82,7 +82,7 @@ class MonotonicAttention(PastAttention):
         return context_of(dropped.to(memory.value.dtype), memory), Past(weights, past.cumulative + weights)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
-        return at_the_first_key(super()._beginning(memory, rows))
+        return at_the_first_key(super()._beginning(memory, rows), memory)
 
     @property
     def _multiplies_values(self) -> bool:

@@ -26,7 +26,7 @@ class ForwardAttention(LocationSensitiveAttention):
 
     Args:
         query_size, memory_size, attention_size: as in :class:`attnext.BahdanauAttention`.
-        transition_agent: let u be ``sigmoid(a . [context, query] + b)`` of the step before, learnt; without it u is
+        transition_agent: let u be ``sigmoid(a . [context, W query] + b)`` of the step before, learnt; without it u is
             1/2. At the first step u is 1/2 too.
         options: those of :class:`attnext.LocationSensitiveAttention` but for normalizer.
 
@@ -74,7 +74,7 @@ class ForwardAttention(LocationSensitiveAttention):
         return context, Past(weights, past.cumulative + weights, transition)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
-        past = at_the_first_key(super()._beginning(memory, rows))
+        past = at_the_first_key(super()._beginning(memory, rows), memory)
         if self.transition_agent is None:
             return past
         return past._replace(transition=past.weights.new_full((*past.weights.shape[:-1], 1), 0.5))

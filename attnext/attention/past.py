@@ -21,7 +21,8 @@ class Past(NamedTuple):
     """The weights of the steps so far, and whatever else an attention carries from step to step.
 
     Attributes:
-        weights: (B, Tk) or (B, beam, Tk), those of the last step.
+        weights: (B, Tk) or (B, beam, Tk), those of the last step; of location-sensitive, coverage and local attention
+            in training after dropout.
         cumulative: the same shape: their sum over all steps (the coverage), in float32 or float64.
         transition: (B, 1) or (B, beam, 1), how likely forward attention with an agent moves on at the next step; else
             None.
@@ -178,8 +179,16 @@ class PastAttention(BahdanauAttention):
         return self._project("encoder_states", encoder_states, lengths, mask, queries=None)
 
 
-def at_the_first_key(past: Past) -> Past:
-    """A beginning for readers that only move on: all weight on the first key, and no coverage yet."""
-    first = torch.zeros_like(past.weights)
-    first[..., :1] = 1.0
-    return past._replace(weights=first)
+def at_the_first_key(past: Past, memory: Memory) -> Past:
+    """A beginning for readers that only move on: all weight on the first visible key, and no coverage yet."""
+    if memory.key.shape[1] == 0:
+        return past
+    at = first_visible(memory).view(-1, *(1,) * (past.weights.dim() - 1)).expand(*past.weights.shape[:-1], 1)
+    return past._replace(weights=past.weights.scatter(-1, at, 1.0))
+
+
+def first_visible(memory: Memory) -> Tensor:
+    """The first key that the mask shows, (B,); 0 where there is none."""
+    if memory.mask is None:
+        return torch.zeros(memory.key.shape[0], dtype=torch.int64, device=memory.key.device)
+    return memory.mask.to(torch.uint8).argmax(1)
