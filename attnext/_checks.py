@@ -43,8 +43,7 @@ def same_kind_as_module(name: str, x: Tensor, parameter: Tensor) -> None:
 
 
 def _kind(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, whose: str) -> None:
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    floating(name, x.dtype)
     if x.device != device:
         raise ValueError(f"{name} must be on {whose} device {device}, got {x.device}")
     if x.dtype != dtype and not (torch.float64 not in (x.dtype, dtype) and autocasts(device.type)):
@@ -132,7 +131,7 @@ def flag(name: str, x: object) -> bool:
 def floating(name: str, x: object) -> torch.dtype:
     """A dtype that the operators take."""
     if x not in _FLOATS:
-        raise TypeError(f"{name} must be torch.float32, float64, float16 or bfloat16, got {x}")
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x}")
     return x
 
 

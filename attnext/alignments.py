@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attnext import _checks
+
 __all__ = ["NORMALIZERS", "coverage_loss", "forward_weights", "monotonic_weights", "normalize"]
 
 NORMALIZERS = ("softmax", "sigmoid", "sparsemax", "entmax15")
 _MODES = ("parallel", "recursive", "hard")
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def normalize(scores: Tensor, normalizer: str = "softmax") -> Tensor:
@@ -41,8 +42,7 @@ def normalize(scores: Tensor, normalizer: str = "softmax") -> Tensor:
         TypeError: ``scores`` is not of one of these dtypes.
         ValueError: ``normalizer`` is none of these.
     """
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}")
+    _checks.choice("normalizer", normalizer, NORMALIZERS)
     wide = _widened("scores", scores)
     hidden = wide == -torch.inf
     if normalizer == "sigmoid":
@@ -85,8 +85,7 @@ def monotonic_weights(energies: Tensor, previous: Tensor, mode: str = "parallel"
         TypeError: an argument is not of one of these dtypes.
         ValueError: ``mode`` is none of these, or the two shapes differ.
     """
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
+    _checks.choice("mode", mode, _MODES)
     wide, before = _widened("energies", energies), _widened("previous", previous)
     _same_shape("previous", previous, "energies", energies)
     if mode == "hard":
@@ -169,8 +168,7 @@ def coverage_loss(weights: Tensor, coverage: Tensor) -> Tensor:
 
 def _widened(name: str, x: Tensor) -> Tensor:
     """``x`` in the dtype that it is computed in."""
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    _checks.floating(name, x.dtype)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -404,9 +404,9 @@ ROW = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: normalize(ROW, "entmax"), ValueError, "normalizer must be one of softmax, .* got 'entmax'"),
+        (lambda: normalize(ROW, "entmax"), ValueError, "normalizer must be one of 'softmax', .* got 'entmax'"),
         (lambda: normalize(ROW.long()), TypeError, "scores must be float32, .* got torch.int64"),
-        (lambda: monotonic_weights(ROW, ROW, "soft"), ValueError, "mode must be one of parallel, .* got 'soft'"),
+        (lambda: monotonic_weights(ROW, ROW, "soft"), ValueError, "mode must be one of 'parallel', .* got 'soft'"),
         (lambda: monotonic_weights(ROW, ROW[:1]), ValueError, r"previous must have the shape of energies, \(2, 3\)"),
         (lambda: monotonic_weights(ROW.int(), ROW), TypeError, "energies must be float32"),
         (lambda: monotonic_weights(ROW, ROW.int()), TypeError, "previous must be float32"),

@@ -29,12 +29,14 @@ def test_selected_rows_are_attended_as_in_the_whole(attn: BahdanauAttention, row
     memory = memory_of(attn, lengths=hidden, mask=hidden)
     indices = torch.tensor(rows, dtype=torch.int64)
     some = memory.select(indices)
-    assert some.prepared is not None  # and made of the same numbers:
-    assert torch.equal(some.prepared.exp_key, memory.prepared.exp_key[indices])  # type: ignore[union-attr]
+    assert some.prepared is not None
+    assert memory.prepared is not None
+    assert torch.equal(some.prepared.exp_key, memory.prepared.exp_key[indices])
     expected = attn(query, memory, need_weights=True)
     actual = attn(query[indices], some, need_weights=True)
     for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y[indices], rtol=1e-12, atol=1e-14)  # type: ignore[index]
+        assert y is not None
+        torch.testing.assert_close(x, y[indices], rtol=1e-12, atol=1e-14)
 
 
 def test_gradients_reach_the_rows_that_were_taken(attn: BahdanauAttention) -> None:
@@ -74,9 +76,10 @@ def test_hypotheses_share_a_memory(attn: BahdanauAttention) -> None:
     memory, query = memory_of(attn), torch.randn(BATCH, 3, QUERY)
     context, weights, state = attn.step(query, memory, need_weights=True)
     assert state is None
+    assert weights is not None
     for k in range(3):
         one, of_one, state = attn.step(query[:, k], memory, state, need_weights=True)
-        torch.testing.assert_close((context[:, k], weights[:, k]), (one, of_one), rtol=1e-5, atol=1e-6)  # type: ignore[index]
+        torch.testing.assert_close((context[:, k], weights[:, k]), (one, of_one), rtol=1e-5, atol=1e-6)
 
 
 def test_bad_arguments(attn: BahdanauAttention) -> None:

@@ -376,3 +376,31 @@ def test_states_hidden_in_front(kind: str) -> None:
     if kind not in ("local-m", "local-p"):  # whose window may lie in front
         assert (weights[:, 0].sum(-1) > 0).all()
         assert (weights[:, :, :4] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_of_the_context_alone(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs()
+    expected = attn(query, states, lengths=LENGTHS, need_weights=True)
+    attn.dropout = 0.5
+    hidden = torch.arange(KEYS) >= LENGTHS[:, None]
+    with torch.no_grad():  # where states are not cleaned for the gradients' sake
+        poisoned = states.masked_fill(hidden[:, :, None], torch.nan)
+        context, weights = attn(query, poisoned, lengths=LENGTHS, need_weights=True)
+    steps = 1 if kind == "agent" else STEPS  # which sees the context, so that its next weights change
+    close(weights[:, :steps], expected[1][:, :steps].detach())
+    assert context.isfinite().all()
+    assert not torch.allclose(context, expected[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_are_drawn_anew(kind: str) -> None:
+    cls, options = KINDS[kind]
+    torch.manual_seed(3)
+    fresh = cls(QUERY, MEMORY, SIZE, **options)
+    attn = module(kind, torch.float32)
+    changed = {name: x.detach().clone() for name, x in attn.named_parameters()}
+    attn.reset_parameters()
+    for name, x in attn.named_parameters():
+        assert not torch.equal(x, changed[name]), name
+        assert x.abs().max() <= max(1.0, 2 * fresh.get_parameter(name).abs().max().item()), name

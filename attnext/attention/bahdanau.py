@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class BahdanauAttention(nn.Module):
         self.memory_projection = nn.Linear(memory_size, attention_size, bias=False)
         self.score_weight = nn.Parameter(torch.empty(attention_size))
         self.gain = nn.Parameter(torch.empty(1)) if normalize else None
-        self.reset_parameters()
+        BahdanauAttention.reset_parameters(self)  # a subclass has no parameters of its own yet
 
     def reset_parameters(self) -> None:
         """Draws the parameters anew: uniform projections, v uniform within 1/sqrt(D), g of 1/sqrt(D), b of 0."""
@@ -118,14 +119,13 @@ class BahdanauAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
-        query = self._checked("query", query)
-        queries = 1 if query.dim() == 2 else query.shape[1]
-        memory = self._memory(memory, lengths, mask, queries)
-        return self._attend(self._projected(query, memory), memory, _checks.flag("need_weights", need_weights))
+        query, need_weights = self._checked(query), _checks.flag("need_weights", need_weights)
+        memory = self._memory(memory, lengths, mask, self._masks_by_query(query))
+        return self._over_queries(self._projected(query, memory), memory, need_weights)
 
     def step(
-        self, query: Tensor, memory: Memory, state: None = None, *, need_weights: bool = False
-    ) -> tuple[Tensor, Tensor | None, None]:
+        self, query: Tensor, memory: Memory, state: Any = None, *, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None, Any]:
         """One decoder step, in the shape that all attention modules share; this one has no state.
 
         Args:
@@ -144,10 +144,10 @@ class BahdanauAttention(nn.Module):
             raise TypeError(f"state must be None for {type(self).__name__}, got {type(state).__name__}")
         return *self(query, prepared_memory(memory), need_weights=need_weights), None
 
-    def _checked(self, name: str, query: Tensor) -> Tensor:
-        query = _checks.tensor(name, query, 2, 3)
-        _checks.size(name, query, -1, self.query_size, "query_size")
-        _checks.same_kind_as_module(name, query, self.query_projection.weight)
+    def _checked(self, query: Tensor) -> Tensor:
+        query = _checks.tensor("query", query, 2, 3)
+        _checks.size("query", query, -1, self.query_size, "query_size")
+        _checks.same_kind_as_module("query", query, self.query_projection.weight)
         return query
 
     def _memory(
@@ -182,7 +182,7 @@ class BahdanauAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
-        query = self._checked("query", query)
+        query = self._checked(query)
         return self._scores(self._projected(query, prepared_memory(memory)), memory)
 
     def _scores(self, query: Tensor, memory: Memory) -> Tensor:
@@ -195,12 +195,21 @@ class BahdanauAttention(nn.Module):
             scale=1.0 / self.temperature,
         )
 
-    def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        dropout_p = self.dropout if self.training else 0.0
+    def _masks_by_query(self, query: Tensor) -> int | None:
+        """How many queries a mask may tell apart; None where it is one of the keys alone."""
+        return 1 if query.dim() == 2 else query.shape[1]
+
+    def _over_queries(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Context and weights of projected queries."""
+        return self._attend(query, memory, need_weights, self.dropout if self.training else 0.0)
+
+    def _attend(
+        self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
+    ) -> tuple[Tensor, Tensor | None]:
         if self.normalizer == "softmax":
             return functional.attend(query, memory, 1.0 / self.temperature, dropout_p, need_weights, None)
         weights = nn.functional.dropout(normalized(self._scores(query, memory), self.normalizer), dropout_p)
-        return context_of(weights, memory), weights if need_weights else None
+        return context_of(weights, memory.value), weights if need_weights else None
 
     @property
     def _multiplies_values(self) -> bool:
@@ -241,13 +250,12 @@ class BahdanauAttention(nn.Module):
 
 
 def prepared_memory(memory: object) -> Memory:
+    """A memory, and not encoder states."""
     if not isinstance(memory, Memory):
         raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
     return memory
 
 
-def context_of(weights: Tensor, memory: Memory) -> Tensor:
+def context_of(weights: Tensor, value: Tensor) -> Tensor:
     """The weighted sum of the values, for weights (B, Tk) or (B, Tq, Tk) that no kernel made."""
-    if weights.dim() == 2:
-        return (weights.unsqueeze(1) @ memory.value).squeeze(1)
-    return weights @ memory.value
+    return (weights.unsqueeze(1) @ value).squeeze(1) if weights.dim() == 2 else weights @ value

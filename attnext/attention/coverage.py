@@ -42,8 +42,7 @@ class CoverageAttention(PastAttention):
     def reset_parameters(self) -> None:
         """Draws the parameters anew, w of the coverage uniform within 1/sqrt(D)."""
         super().reset_parameters()
-        if hasattr(self, "coverage_weight"):  # the base class calls this before it is there
-            self._reset_coverage()
+        self._reset_coverage()
 
     def _reset_coverage(self) -> None:
         bound = self.attention_size**-0.5

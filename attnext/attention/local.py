@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks
-from attnext.attention.bahdanau import context_of
 from attnext.attention.past import Past, PastAttention, first_visible
 from attnext.memory import Memory
 
@@ -67,7 +66,7 @@ class LocalAttention(PastAttention):
     def reset_parameters(self) -> None:
         """Draws the parameters anew, the predictor's as torch does."""
         super().reset_parameters()
-        for layer in getattr(self, "position_predictor", None) or ():  # the base class calls this before it is there
+        for layer in self.position_predictor or ():
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
 
@@ -82,11 +81,10 @@ class LocalAttention(PastAttention):
         inside = (slots >= 0) & (slots < _lengths(memory)) & ((slots - position).abs() <= self.window)
         slots = slots.clamp(0, keys - 1)
         within = _window(memory, slots, inside)
-        context, weights = self._attend(query, within, True)
-        assert weights is not None
+        context, weights = self._attend_once(query, within)
         if self.position == "predicted":
             weights = weights * (-2 * ((slots - position) / self.window).square()).exp().to(weights.dtype)
-            context = context_of(weights, within)
+            context = self._dropped_context(weights, within.value)
         weights = weights.new_zeros(past.weights.shape).scatter_add(1, slots, weights)
         steps = None if past.position is None else past.position + 1
         return context, Past(weights, past.cumulative + weights, position=steps)

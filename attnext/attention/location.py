@@ -66,9 +66,8 @@ class LocationSensitiveAttention(PastAttention):
     def reset_parameters(self) -> None:
         """Draws the parameters anew, convolution and projection of the location as torch does."""
         super().reset_parameters()
-        for name in ("location_convolution", "location_projection"):
-            if hasattr(self, name):  # the base class calls this before they are there
-                getattr(self, name).reset_parameters()
+        self.location_convolution.reset_parameters()
+        self.location_projection.reset_parameters()
 
     def _features(self, past: Past) -> Tensor:
         seen = {"previous": [past.weights], "cumulative": [past.cumulative], "both": list(past[:2])}[self.features]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from attnext import _checks
 from attnext.alignments import monotonic_weights
-from attnext.attention.bahdanau import context_of
 from attnext.attention.past import Past, PastAttention, at_the_first_key
 from attnext.memory import Memory
 
@@ -69,8 +68,7 @@ class MonotonicAttention(PastAttention):
     def reset_parameters(self) -> None:
         """Draws the parameters anew; r is ``initial_bias``."""
         super().reset_parameters()
-        if hasattr(self, "score_bias"):  # the base class calls this before it is there
-            nn.init.constant_(self.score_bias, self.initial_bias)
+        nn.init.constant_(self.score_bias, self.initial_bias)
 
     def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
         energies = self._scores(query, memory) + self.score_bias
@@ -78,8 +76,7 @@ class MonotonicAttention(PastAttention):
             energies = energies + self.noise * torch.randn_like(energies)
         mode = "hard" if self.hard and not self.training else self.mode
         weights = monotonic_weights(energies, past.weights, mode)
-        dropped = nn.functional.dropout(weights, self.dropout, self.training)
-        return context_of(dropped.to(memory.value.dtype), memory), Past(weights, past.cumulative + weights)
+        return self._dropped_context(weights, memory.value), Past(weights, past.cumulative + weights)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
         return at_the_first_key(super()._beginning(memory, rows), memory)

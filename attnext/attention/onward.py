@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from attnext import _checks
 from attnext.alignments import forward_weights
-from attnext.attention.bahdanau import context_of
 from attnext.attention.location import LocationSensitiveAttention
 from attnext.attention.past import Past, at_the_first_key
 from attnext.memory import Memory
@@ -59,15 +58,13 @@ class ForwardAttention(LocationSensitiveAttention):
     def reset_parameters(self) -> None:
         """Draws the parameters anew, the agent's as torch does."""
         super().reset_parameters()
-        agent = getattr(self, "transition_agent", None)  # the base class calls this before it is there
-        if agent is not None:
-            agent.reset_parameters()
+        if self.transition_agent is not None:
+            self.transition_agent.reset_parameters()
 
     def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
         scores = self._scores(query, self._with_features(memory, past))
         weights = forward_weights(scores, past.weights, past.transition)
-        dropped = nn.functional.dropout(weights, self.dropout, self.training)
-        context = context_of(dropped, memory)
+        context = self._dropped_context(weights, memory.value)
         transition = None
         if self.transition_agent is not None:
             transition = self.transition_agent(torch.cat([context, query], -1)).sigmoid()

@@ -8,10 +8,10 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnext import _checks
-from attnext.attention.bahdanau import BahdanauAttention, prepared_memory
+from attnext.attention.bahdanau import BahdanauAttention, context_of, prepared_memory
 from attnext.memory import Memory
 
 __all__ = ["Past", "PastAttention"]
@@ -21,8 +21,7 @@ class Past(NamedTuple):
     """The weights of the steps so far, and whatever else an attention carries from step to step.
 
     Attributes:
-        weights: (B, Tk) or (B, beam, Tk), those of the last step; of location-sensitive, coverage and local attention
-            in training after dropout.
+        weights: (B, Tk) or (B, beam, Tk), those of the last step, before dropout.
         cumulative: the same shape: their sum over all steps (the coverage), in float32 or float64.
         transition: (B, 1) or (B, beam, 1), how likely forward attention with an agent moves on at the next step; else
             None.
@@ -55,65 +54,46 @@ class Past(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Past:
         """The state with each of its tensors changed."""
-        return Past(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+        return Past._make(None if x is None else change(x) for x in self)
 
 
 def _stacked(states: list[Past]) -> Past:
     """Those of (B, ...) as one of (B, beam, ...)."""
-    return Past(*(None if x[0] is None else torch.stack(x, 1) for x in zip(*states, strict=True)))  # type: ignore[arg-type]
+    return Past._make(None if x[0] is None else torch.stack(x, 1) for x in zip(*states, strict=True))
 
 
 class PastAttention(BahdanauAttention):
-    """Additive attention with features of its past weights: ``v . tanh(W query + U state_j + features_j + b)``."""
+    """Additive attention with features of its past weights: ``v . tanh(W query + U state_j + features_j + b)``.
+
+    In ``forward`` a query of (B, Tq, Q) is Tq steps in their order, from a beginning without a past, and a mask is
+    (B, Tk). Weights are returned as they were before dropout.
+    """
 
     def _features(self, past: Past) -> Tensor | None:
         """(N, Tk, D) of a state of (N, Tk), to be added to the projected states; None where there are none."""
         return None
 
-    def forward(
-        self,
-        query: Tensor,
-        memory: Memory | Tensor,
-        *,
-        lengths: Tensor | None = None,
-        mask: Tensor | None = None,
-        need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attends step after step, from a beginning without a past: a query of (B, Tq, Q) is Tq steps in their order.
+    def _masks_by_query(self, query: Tensor) -> int | None:
+        return None
 
-        Args:
-            query: (B, Q) or (B, Tq, Q).
-            memory: what :meth:`prepare` returned, or encoder states (B, Tk, H).
-            lengths: (B,) integers; only with encoder states, as a prepared memory has its own.
-            mask: bool (B, Tk); likewise.
-            need_weights: also return the weights.
-
-        Returns:
-            context (B, H) or (B, Tq, H), and weights (B, Tk) or (B, Tq, Tk) or None.
-
-        Raises:
-            TypeError, ValueError: an argument is not what it must be; the message names it.
-        """
-        query = self._checked("query", query)
-        need_weights = _checks.flag("need_weights", need_weights)
-        memory = self._memory(memory, lengths, mask, None)
-        projected = self._projected(query, memory)  # of all steps, at once
-        past = self._beginning(memory, projected.shape[:1])
+    def _over_queries(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Step after step, from a beginning without a past: (B, Tq, D) is Tq steps in their order."""
+        past = self._beginning(memory, query.shape[:1])
         if query.dim() == 2:
-            context, past = self._step(projected, memory, past)
+            context, past = self._step(query, memory, past)
             return context, past.weights if need_weights else None
         contexts, weights = [], []
-        for one in projected.unbind(1):
+        for one in query.unbind(1):
             context, past = self._step(one, memory, past)
             contexts.append(context)
             weights.append(past.weights)
         if not contexts:  # no step
             batch, keys = memory.key.shape[:2]
-            context = projected.new_empty(batch, 0, memory.value.shape[2])
-            return context, projected.new_empty(batch, 0, keys) if need_weights else None
+            context = query.new_empty(batch, 0, memory.value.shape[2])
+            return context, query.new_empty(batch, 0, keys) if need_weights else None
         return torch.stack(contexts, 1), torch.stack(weights, 1) if need_weights else None
 
-    def step(  # type: ignore[override]
+    def step(
         self, query: Tensor, memory: Memory, state: Past | None = None, *, need_weights: bool = False
     ) -> tuple[Tensor, Tensor | None, Past]:
         """One decoder step.
@@ -130,7 +110,7 @@ class PastAttention(BahdanauAttention):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
-        query = self._checked("query", query)
+        query = self._checked(query)
         need_weights = _checks.flag("need_weights", need_weights)
         projected = self._projected(query, prepared_memory(memory))
         if state is None:
@@ -155,9 +135,26 @@ class PastAttention(BahdanauAttention):
 
     def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
         """One step of projected queries (B, D)."""
-        context, weights = self._attend(query, self._with_features(memory, past), True)
-        assert weights is not None
+        context, weights = self._attend_once(query, self._with_features(memory, past))
         return context, Past(weights, past.cumulative + weights)
+
+    def _attend_once(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Context, after dropout, and weights, before it: what was dropped has been attended all the same."""
+        context, weights = self._attend(query, memory, True, 0.0)
+        assert weights is not None
+        return self._dropped_context(weights, memory.value) if self._drops else context, weights
+
+    def _dropped_context(self, weights: Tensor, value: Tensor) -> Tensor:
+        """The context by weights that no kernel made, with dropout in training."""
+        return context_of(nn.functional.dropout(weights, self.dropout, self.training).to(value.dtype), value)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0.0
+
+    @property
+    def _multiplies_values(self) -> bool:
+        return self._drops or super()._multiplies_values
 
     def _with_features(self, memory: Memory, past: Past) -> Memory:
         features = self._features(past)

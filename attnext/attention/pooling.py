@@ -93,11 +93,8 @@ class AttentionPooling(nn.Module):
             query = bias.expand(key.shape[0], -1)
             return functional.attend(query, memory, 1.0, dropout_p, need_weights, None)
         scores = ((key + bias).tanh() * self.gate_projection(states).sigmoid()) @ score_weight
-        weights = normalize(scores.masked_fill(~visible, -torch.inf))
-        weights = nn.functional.dropout(weights, dropout_p)
-        return context_of(
-            weights, Memory(key, value, None, None, score_weight, None)
-        ), weights if need_weights else None
+        weights = nn.functional.dropout(normalize(scores.masked_fill(~visible, -torch.inf)), dropout_p)
+        return context_of(weights, value), weights if need_weights else None
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"
