@@ -14,7 +14,7 @@ from attnext.attention import (
     Past,
 )
 from attnext.backends import Backend, backends, use_backend
-from attnext.functional import additive_attention, additive_scores
+from attnext.functional import additive_attention, additive_scores, dot_attention
 from attnext.memory import Memory
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "additive_scores",
     "backends",
     "coverage_loss",
+    "dot_attention",
     "forward_weights",
     "monotonic_weights",
     "normalize",

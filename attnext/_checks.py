@@ -57,15 +57,21 @@ def autocasts(device_type: str) -> bool:
 
 def additive(query: object, key: object, score_weight: object) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments of a score: query (B, [Tq,] D), key (B, Tk, D), score_weight (D,)."""
+    query, key = dot(query, key)
+    score_weight = tensor("score_weight", score_weight, 1)
+    size("score_weight", score_weight, 0, query.shape[-1], "query's last dimension")
+    return query, key, score_weight
+
+
+def dot(query: object, key: object) -> tuple[Tensor, Tensor]:
+    """The arguments of a dot product: query (B, [Tq,] D), key (B, Tk, D)."""
     query = tensor("query", query, 2, 3)
     key = tensor("key", key, 3)
-    score_weight = tensor("score_weight", score_weight, 1)
     if query.shape[-1] == 0:
         raise ValueError(f"query must have an attention size (last dimension) of at least 1, got {tuple(query.shape)}")
     size("key", key, 0, query.shape[0], "query's batch")
     size("key", key, 2, query.shape[-1], "query's last dimension")
-    size("score_weight", score_weight, 0, query.shape[-1], "query's last dimension")
-    return query, key, score_weight
+    return query, key
 
 
 def lengths(x: object, key: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,8 +29,8 @@ INPUTS = ("query", "key", "value", "score_weight")
 class Case:
     """One call to verify: its sizes and what is special about its inputs."""
 
-    op: Literal["attention", "step", "scores"] = "attention"
-    """``step`` attends a prepared memory."""
+    op: Literal["attention", "step", "scores", "dot"] = "attention"
+    """``step`` attends a prepared memory; ``dot`` is attention by dot products, the others are additive."""
     batch: int = 2
     queries: int = 3
     keys: int = 7
@@ -51,10 +51,12 @@ class Case:
     """NaN in keys and values that no query may attend."""
     flat: bool = False
     """A query of (B, D), where ``queries`` is 1; what follows from it is without Tq too."""
+    shared: bool = False
+    """Of ``dot``: the keys are the values; ``values`` has the number of features."""
 
     def __str__(self) -> str:
         sizes = f"({self.batch}, {self.queries}, {self.keys}, {self.features}, {self.values})"
-        flags = [name for name in ("lengths", "weights", "strided", "poison", "flat") if getattr(self, name)]
+        flags = [name for name in ("lengths", "weights", "strided", "poison", "flat", "shared") if getattr(self, name)]
         if self.mask:
             flags.append(f"mask={self.mask}")
         numbers = (
@@ -107,6 +109,47 @@ CASES: tuple[Case, ...] = (
     Case("scores", batch=2, queries=5, keys=130, features=65, mask="slots", scale=-1.5, strided=True),
     Case("scores", batch=2, queries=6, keys=20, features=40, mask="keys", poison=True, magnitude=50.0),
     Case("scores", keys=0),
+    Case("dot"),
+    Case("dot", batch=1, queries=1, keys=1, features=1, values=1, weights=True, shared=True),
+    Case("dot", batch=3, queries=17, keys=67, features=31, values=65, lengths=True, weights=True, scale=0.2),
+    Case(
+        "dot",
+        batch=2,
+        queries=19,
+        keys=97,
+        features=40,
+        values=40,
+        mask="slots",
+        weights=True,
+        poison=True,
+        shared=True,
+    ),
+    Case("dot", batch=2, queries=9, keys=50, features=33, values=16, mask="slots", poison=True, strided=True),
+    Case("dot", batch=2, queries=33, keys=131, features=128, values=48, mask="keys", scale=0.1, poison=True),
+    Case("dot", batch=2, queries=18, keys=66, features=24, values=24, dropout_p=0.3, weights=True, shared=True),
+    Case("dot", queries=7, keys=40, features=20, values=20, strided=True, weights=True, shared=True, lengths=True),
+    Case("dot", batch=2, queries=9, keys=50, features=70, values=20, magnitude=8.0, weights=True),
+    Case(
+        "dot",
+        batch=1,
+        queries=5,
+        keys=200,
+        features=257,
+        values=257,
+        scale=0.1,
+        lengths=True,
+        mask="slots",
+        shared=True,
+    ),
+    Case("dot", batch=5, queries=1, keys=131, features=96, values=96, lengths=True, scale=0.1, shared=True),
+    Case("dot", batch=3, queries=1, keys=150, features=20, values=6, lengths=True, weights=True, flat=True),
+    Case("dot", batch=9, queries=1, keys=9, features=20, values=20, mask="keys", flat=True, shared=True, poison=True),
+    Case("dot", batch=4, queries=40, keys=600, features=8, values=5),
+    Case("dot", batch=0),
+    Case("dot", queries=0),
+    Case("dot", keys=0, weights=True),
+    Case("dot", keys=0, features=12, values=12, shared=True),
+    Case("dot", values=0, weights=True),
 )
 """The fixed table; every backend runs it in every dtype."""
 
@@ -116,8 +159,8 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
     draw_from = random.Random(seed)
     sizes = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 100, 129)
     for _ in range(count):
-        yield Case(
-            op=draw_from.choice(("attention", "attention", "step", "scores")),
+        case = Case(
+            op=draw_from.choice(("attention", "attention", "step", "scores", "dot", "dot")),
             batch=draw_from.choice((1, 1, 2, 3, 5)),
             queries=draw_from.choice(sizes[:11]),
             keys=draw_from.choice((*sizes, 200)),
@@ -133,6 +176,11 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
             strided=draw_from.random() < 0.3,
             poison=draw_from.random() < 0.3,
         )
+        if case.op == "dot":  # scores that leave weights of several keys, or of one alone
+            scale = draw_from.choice((1.0, 1.0, 0.1, 10.0)) / (case.magnitude**2 * case.features**0.5)
+            shared = draw_from.random() < 0.5
+            case = replace(case, scale=scale, shared=shared, values=case.features if shared else case.values)
+        yield case
 
 
 @dataclass
@@ -160,7 +208,7 @@ def draw(case: Case, seed: int, device: str = "cpu") -> Inputs:
     lengths = torch.randint(0, keys + 1, (batch,), generator=rng) if case.lengths else None
     mask = _draw_mask(case, rng)
     key = normal(batch, keys, case.features) * case.magnitude
-    value = normal(batch, keys, case.values)
+    value = key if case.shared else normal(batch, keys, case.values)
     query = normal(batch, queries, case.features) * case.magnitude
     if case.poison:
         hidden = ~reference.valid_slots(query, key, lengths, mask).any(1)
@@ -236,9 +284,11 @@ def _reference(case: Case) -> Call:
         options: dict[str, Any] = {"lengths": inputs.lengths, "mask": inputs.mask, "scale": case.scale}
         if case.op == "scores":
             return {"scores": reference.additive_scores(x[0], x[1], x[3], **options)}
-        context, weights = reference.additive_attention(
-            *x, **options, dropout_p=case.dropout_p, need_weights=case.weights, seed=inputs.seed
-        )
+        options |= {"dropout_p": case.dropout_p, "need_weights": case.weights, "seed": inputs.seed}
+        if case.op == "dot":
+            context, weights = reference.dot_attention(x[0], x[1], None if case.shared else x[2], **options)
+        else:
+            context, weights = reference.additive_attention(*x, **options)
         return {"context": context, "weights": weights}
 
     return call
@@ -252,12 +302,15 @@ def _backend(case: Case, backend: str) -> Call:
                 query, x[1], x[3], lengths=inputs.lengths, mask=inputs.mask, scale=case.scale, backend=backend
             )
             return {"scores": scores.unsqueeze(1) if case.flat else scores}
-        by_key = case.op == "step" and case.mask != "slots"
-        prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
-        memory = Memory(x[1], x[2], inputs.lengths, inputs.mask, x[3], prepared)
-        context, weights = functional.attend(
-            query, memory, case.scale, case.dropout_p, case.weights, backend, seed=inputs.seed
-        )
+        options = (case.scale, case.dropout_p, case.weights, backend, inputs.seed)
+        if case.op == "dot":
+            value = None if case.shared else x[2]
+            context, weights = functional.attend_by_dot(query, x[1], value, inputs.lengths, inputs.mask, *options)
+        else:
+            by_key = case.op == "step" and case.mask != "slots"
+            prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
+            memory = Memory(x[1], x[2], inputs.lengths, inputs.mask, x[3], prepared)
+            context, weights = functional.attend(query, memory, *options)
         if case.flat:
             context, weights = context.unsqueeze(1), None if weights is None else weights.unsqueeze(1)
         return {"context": context, "weights": weights}
@@ -272,7 +325,7 @@ def results(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
 
 def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str, Tensor]:
     """Results of a call in ``dtype`` and the gradients of its inputs, by name."""
-    names = [name for name in INPUTS if case.op != "scores" or name != "value"]
+    names = _differentiable(case)
     x = {name: getattr(inputs, name).to(dtype).detach().requires_grad_() for name in INPUTS}
     results = {name: y for name, y in call(inputs, list(x.values())).items() if y is not None}
     found = {name: y.detach() for name, y in results.items()}
@@ -285,6 +338,12 @@ def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str
         [inputs.grads[name].to(dtype) for name in outputs],
     )
     return found | {f"grad {name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+def _differentiable(case: Case) -> list[str]:
+    """The inputs that the case's op reads."""
+    unread = {"scores": ["value"], "dot": ["score_weight"] + ["value"] * case.shared}.get(case.op, [])
+    return [name for name in INPUTS if name not in unread]
 
 
 def tolerances(case: Case, inputs: Inputs, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -302,21 +361,27 @@ def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 
     ``u`` is the unit roundoff of the arithmetic (float32 for the half types). A sum of n rounded terms of size m may be
     off by about sqrt(n) u m, and each term by a few u: the constants count the roundings of the formula, rounded up.
-    Errors of r = 1 / (1 + exp(2q) exp(2k)) are below 6 u, so those of tanh below 12 u and of tanh' = 4 r (1 - r) below
-    24 u.
+    """
+    return (_dot_tolerances if case.op == "dot" else _additive_tolerances)(case, inputs)
+
+
+def _additive_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """Errors of r = 1 / (1 + exp(2q) exp(2k)) are below 6 u, so those of tanh below 12 u and of tanh' = 4 r (1 - r)
+    below 24 u.
     """
     u = _roundoff(case)
     query, key, _, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
     tanh = (query.unsqueeze(2) + key.unsqueeze(1)).tanh()
     slope = 1 - tanh.square()
     # Three times what independent errors of the terms add up to, and the rounding of the running sum.
-    score_error = u * abs(case.scale) * float(36 * v.norm() + 4 * v.abs().sum())
+    score_error = torch.full_like(tanh[..., 0], u * abs(case.scale) * float(36 * v.norm() + 4 * v.abs().sum()))
     if case.op == "scores":
         visible = reference.valid_slots(query, key, inputs.lengths, inputs.mask)
         ds = inputs.grads["scores"].double().abs() * visible
-        ds_error, result = 4 * u * ds, {"scores": torch.full_like(ds, score_error)}
+        ds_error, result = 4 * u * ds, {"scores": score_error}
     else:
-        ds, ds_error, result = _softmax_tolerances(case, inputs, score_error)
+        scores = case.scale * (tanh @ v)
+        ds, ds_error, result = _softmax_tolerances(case, inputs, scores, score_error)
     ds, ds_error = ds * abs(case.scale), ds_error * abs(case.scale)
     root_queries, root_keys = case.queries**0.5, case.keys**0.5
 
@@ -335,38 +400,65 @@ def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
+def _dot_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """A running sum of the terms of a score is about as large as their norm, or as the score where they agree."""
+    u = _roundoff(case)
+    query, key = (getattr(inputs, name).double().nan_to_num() for name in ("query", "key"))
+    scores = case.scale * (query @ key.transpose(1, 2))
+    norm = abs(case.scale) * (query.square() @ key.square().transpose(1, 2)).sqrt()
+    visible = reference.valid_slots(query, key, inputs.lengths, inputs.mask)
+    # The largest score of a row is its shift, and the size of its log-sum-exp.
+    largest = scores.abs().masked_fill(~visible, 0.0).amax(-1, keepdim=True) if case.keys else 0.0
+    score_error = u * ((4 + case.features**0.5) * (3 * norm + scores.abs()) + 4 * largest)
+    ds, ds_error, result = _softmax_tolerances(case, inputs, scores, score_error)
+    ds, ds_error = ds * abs(case.scale), ds_error * abs(case.scale)
+    of_query = (ds_error + (4 + case.keys**0.5) * u * ds) @ key.abs()
+    of_key = (ds_error + (4 + case.queries**0.5) * u * ds).transpose(1, 2) @ query.abs()
+    of_value = result["grad value"]
+    return result | {"grad query": of_query, "grad key": of_key + of_value if case.shared else of_key}
+
+
+def _arithmetic(case: Case) -> torch.dtype:
+    return torch.float64 if case.dtype == torch.float64 else torch.float32
+
+
 def _roundoff(case: Case) -> float:
-    return torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps / 2
+    return torch.finfo(_arithmetic(case)).eps / 2
 
 
-def _softmax_tolerances(case: Case, inputs: Inputs, score_error: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _softmax_tolerances(
+    case: Case, inputs: Inputs, scores: Tensor, score_error: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Of attention: |ds|, its error, and the tolerances of context, weights and the value's gradient."""
-    u, out = _roundoff(case), torch.finfo(case.dtype).eps / 2
-    query, key, value, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
+    u, info = _roundoff(case), torch.finfo(case.dtype)
+    out, least = info.eps / 2, info.smallest_normal * info.eps  # of a result's rounding, relative and absolute
+    value = inputs.value.double().nan_to_num()
     root_queries, root_keys, root_values = case.queries**0.5, case.keys**0.5, case.values**0.5
-    p = reference.additive_attention(
-        query, key, value, v, lengths=inputs.lengths, mask=inputs.mask, scale=case.scale, need_weights=True
-    )[1]
-    assert p is not None
-    p_error = 2 * score_error + (8 + root_keys) * u
-    dropped = reference.dropout_keep(inputs.seed, p.shape, case.dropout_p) / (1 - case.dropout_p)
+    visible = reference.valid_slots(inputs.query, inputs.key, inputs.lengths, inputs.mask)
+    empty = ~visible.any(-1, keepdim=True)
+    p = scores.masked_fill(~visible & ~empty, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
+    # A score's own error, and those of all that it is weighed against.
+    p_error = score_error + (p * score_error).sum(-1, keepdim=True) + (8 + root_keys) * u
+    dropped = reference.dropout_keep(inputs.seed, p.shape, case.dropout_p).double() / (1 - case.dropout_p)
     kept = p * dropped
     grad = inputs.grads["context"].double()
     incoming, product = grad @ value.transpose(1, 2), grad.abs() @ value.abs().transpose(1, 2)
     context = kept @ value
     size = kept @ value.abs()
     # delta = dC . C + dA . A, from results that were rounded to their dtype.
-    rounding = ((grad * (out * context.abs() + (4 + root_keys) * u * size)) ** 2).sum(-1, keepdim=True)
+    rounding = ((grad * (out * context.abs() + least + (4 + root_keys) * u * size)) ** 2).sum(-1, keepdim=True)
     if case.weights:
         grad_weights = inputs.grads["weights"].double()
         incoming, product = incoming + grad_weights, product + grad_weights.abs()
-        rounding = rounding + ((grad_weights * out * kept) ** 2).sum(-1, keepdim=True)
-    delta_error = 3 * rounding.sqrt() + (p_error + (4 + root_values) * u) * (kept * product).sum(-1, keepdim=True)
+        rounding = rounding + ((grad_weights * (out * kept + least)) ** 2).sum(-1, keepdim=True)
+    vanishing = 8 * torch.finfo(_arithmetic(case)).smallest_normal * dropped  # a weight as small as that may be 0
+    kept_error = kept * p_error + vanishing
+    of_sums = (product * (kept_error + (4 + root_values) * u * kept)).sum(-1, keepdim=True)
+    delta_error = 3 * rounding.sqrt() + of_sums
     ds = (p * (dropped * incoming - (kept * incoming).sum(-1, keepdim=True))).abs()
-    ds_error = p_error * ds + p * (dropped * (4 + root_values) * u * product + delta_error)
-    outer = kept.transpose(1, 2) @ grad.abs()
+    ds_error = p_error * ds + vanishing * product + p * (dropped * (4 + root_values) * u * product + delta_error)
     return ds, ds_error, {
-        "context": size * (p_error + (4 + root_keys) * u),
-        "weights": kept * p_error,
-        "grad value": outer * (p_error + (4 + root_queries) * u),
+        "context": (kept_error + (4 + root_keys) * u * kept) @ value.abs(),
+        "weights": kept_error,
+        "grad value": (kept_error + (4 + root_queries) * u * kept).transpose(1, 2) @ grad.abs(),
     }  # fmt: skip

@@ -13,7 +13,7 @@ from attnext.backends import choose
 from attnext.memory import Memory
 from attnext.ops import operators
 
-__all__ = ["additive_attention", "additive_scores"]
+__all__ = ["additive_attention", "additive_scores", "dot_attention"]
 
 
 def additive_attention(
@@ -157,28 +157,122 @@ def additive_scores(
     return scores
 
 
+def dot_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Dot-product attention: ``softmax_j(scale * query_i . key_j)`` and its weighted sum of the values.
+
+    From Luong, Pham and Manning, "Effective approaches to attention-based neural machine translation", 2015. Beside
+    what ``torch.nn.functional.scaled_dot_product_attention`` does, it returns weights, takes lengths, and reads keys
+    that are the values once, which is half the memory of a decoder step.
+
+    Args:
+        query: (B, Tq, D) or (B, D). float32, float64, float16 or bfloat16, any strides; all tensors have one dtype and
+            device (under autocast, its dtype). Half types are computed in float32.
+        key: (B, Tk, D).
+        value: (B, Tk, H), or None where the keys are the values.
+        lengths: (B,) integers: how many leading keys of each row are real.
+        mask: bool (B, Tk) or (B, Tq, Tk), True where a key may be attended. What stands in other slots, NaN included,
+            reaches neither a result nor a gradient.
+        scale: multiplies the scores; 1 / sqrt(D) is that of the Transformer.
+        dropout_p: probability that a weight is dropped, the rest scaled by 1 / (1 - dropout_p); drawn from torch's
+            generator, and the same on every backend.
+        need_weights: also return the weights.
+        backend: None chooses by device; "reference", "cpu", "triton" or "cuda" is exactly that one, or an error.
+
+    Returns:
+        The context, (B, Tq, H) or (B, H), and the weights, (B, Tq, Tk) or (B, Tk), or None, as
+        :func:`additive_attention` does.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it.
+        RuntimeError: the backend asked for is not available. Also when a second derivative is taken of a backend other
+            than "reference".
+    """
+    query, key = _checks.dot(query, key)
+    others = {"key": key}
+    if value is not None:
+        value = others["value"] = _checks.tensor("value", value, 3)
+        _checks.size("value", value, 0, key.shape[0], "key")
+        _checks.size("value", value, 1, key.shape[1], "key")
+    _checks.same_kind(query, **others)
+    return attend_by_dot(
+        query,
+        key,
+        value,
+        _checks.lengths(lengths, key),
+        _checks.mask(mask, key, _queries(query)),
+        _checks.scale(scale),
+        _checks.probability("dropout_p", dropout_p),
+        _checks.flag("need_weights", need_weights),
+        backend,
+    )
+
+
+def attend_by_dot(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    need_weights: bool,
+    backend: str | None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Dot-product attention of checked arguments; dropout draws its own seed for None."""
+    family = choose(backend, query.device.type, query.dtype)
+    if dropout_p > 0.0 and seed is None:
+        seed = torch.randint(2**62, (), device=query.device)
+    if family == "reference":
+        return reference.dot_attention(
+            *_autocast(query, key, *(() if value is None else (value,))),
+            lengths=lengths,
+            mask=mask,
+            scale=scale,
+            dropout_p=dropout_p,
+            need_weights=need_weights,
+            seed=seed,
+        )
+    inputs = (query, key, value)
+    context, weights, _ = _call(
+        operators[family].dot_attention, inputs, lengths, mask, seed, scale, dropout_p, need_weights
+    )
+    return context, weights if need_weights else None
+
+
 def _queries(query: Tensor) -> int:
     return 1 if query.dim() == 2 else query.shape[1]
 
 
-def _call(op: Any, inputs: tuple[Tensor, ...], *options: Any) -> Any:
+def _call(op: Any, inputs: tuple[Tensor | None, ...], *options: Any) -> Any:
     """Calls an operator; where no derivative can be asked for, past autograd, which costs more than a small step."""
     if torch.compiler.is_compiling():
         return op(*inputs, *options)
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         _refuse_transforms(inputs)
-    elif not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    elif not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs, *options)
     return op(*inputs, *options)
 
 
-def _refuse_transforms(inputs: tuple[Tensor, ...]) -> None:
+def _refuse_transforms(inputs: tuple[Tensor | None, ...]) -> None:
     """Of torch.func, vmap works on the operators; derivatives taken there would be silently 0."""
     kinds = torch._C._functorch.TransformType
     levels = torch._C._functorch.get_interpreter_stack() or []
     in_transform = any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
-    if in_transform or any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    if in_transform or any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
             "attnext's kernels have no forward-mode derivative and none for torch.func.grad: call the op with "
             "backend='reference', or take the gradient with torch.autograd"

@@ -3,7 +3,8 @@
 Every kernel family has the same operators under its own suffix, ``attnext::additive_attention_cpu`` and so on; the
 family's own code only registers the kernels. Kernels take query (B, Tq, D) or (B, D), key (B, Tk, D), value (B, Tk, H)
 and score_weight (D,) in one dtype, on one device, with checked arguments (:mod:`attnext.functional`). For a query of
-(B, D), context, weights and scores are without Tq too; log_sum_exp is always (B, Tq).
+(B, D), context, weights and scores are without Tq too; log_sum_exp is always (B, Tq). Of dot products, no value means
+that the keys are the values: the gradient of both is the keys', and the value's has no elements.
 """
 
 from __future__ import annotations
@@ -28,17 +29,23 @@ _library = torch.library.Library("attnext", "DEF")
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor score_weight, "
 _SCORE_INPUTS = "Tensor query, Tensor key, Tensor score_weight, "
+_DOT_INPUTS = "Tensor query, Tensor key, Tensor? value, "
 _SLOTS = "Tensor? lengths, Tensor? mask, "
-_OPTIONS = "Tensor? exp_key, Tensor? key_limit, " + _SLOTS + "Tensor? seed, float scale, float dropout_p"
+_DOT_OPTIONS = _SLOTS + "Tensor? seed, float scale, float dropout_p"
+_OPTIONS = "Tensor? exp_key, Tensor? key_limit, " + _DOT_OPTIONS
+_INCOMING = "Tensor? grad_context, Tensor? grad_weights, "
+_RESULTS = "Tensor context, Tensor weights, Tensor log_sum_exp"
 _SCHEMAS = {
     "additive_prepare": "(Tensor key, Tensor? lengths, Tensor? mask) -> (Tensor exp_key, Tensor key_limit)",
-    "additive_attention": f"({_INPUTS}{_OPTIONS}, bool need_weights)"
-    " -> (Tensor context, Tensor weights, Tensor log_sum_exp)",
-    "additive_attention_backward": f"(Tensor? grad_context, Tensor? grad_weights, {_INPUTS}{_OPTIONS},"
-    " Tensor context, Tensor weights, Tensor log_sum_exp) -> (Tensor, Tensor, Tensor, Tensor)",
+    "additive_attention": f"({_INPUTS}{_OPTIONS}, bool need_weights) -> ({_RESULTS})",
+    "additive_attention_backward": f"({_INCOMING}{_INPUTS}{_OPTIONS}, {_RESULTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "additive_scores": f"({_SCORE_INPUTS}{_SLOTS}float scale) -> Tensor",
     "additive_scores_backward": f"(Tensor grad, {_SCORE_INPUTS}{_SLOTS}float scale) -> (Tensor, Tensor, Tensor)",
+    "dot_attention": f"({_DOT_INPUTS}{_DOT_OPTIONS}, bool need_weights) -> ({_RESULTS})",
+    "dot_attention_backward": f"({_INCOMING}{_DOT_INPUTS}{_DOT_OPTIONS}, {_RESULTS}) -> (Tensor, Tensor, Tensor)",
 }
+_DIFFERENTIABLE = {"additive_attention": 4, "additive_scores": 3, "dot_attention": 3}
+"""How many leading tensors of an operator have a gradient, and take the dtype of autocast."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Operators:
     prepare: Callable[..., tuple[Tensor, Tensor]]
     attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
     scores: Callable[..., Tensor]
+    dot_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -69,9 +77,8 @@ def _fake_prepare_triton(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return key.new_empty(batch, features, padded, dtype=dtype), key.new_empty(batch, padded, dtype=dtype)
 
 
-def _fake_attention(
-    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    value = key if value is None else value
     need_weights: bool = options[-1]
     weights = query.new_empty((*query.shape[:-1], key.shape[1]) if need_weights else (0,))
     queries = query.shape[1] if query.dim() == 3 else 1
@@ -79,10 +86,12 @@ def _fake_attention(
     return query.new_empty(*query.shape[:-1], value.shape[2]), weights, log_sum_exp
 
 
-def _fake_attention_backward(
-    grad_context: Tensor | None, grad_weights: Tensor | None, *inputs: Any
-) -> tuple[Tensor, ...]:
+def _fake_attention_backward(_: Tensor | None, __: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in inputs[:4])
+
+
+def _fake_dot_attention_backward(_: Tensor | None, __: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(inputs[0].new_empty((0,) if x is None else x.shape) for x in inputs[:3])
 
 
 def _fake_scores(query: Tensor, key: Tensor, *_: Any) -> Tensor:
@@ -111,11 +120,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "additive_attention_backward": _fake_attention_backward,
     "additive_scores": _fake_scores,
     "additive_scores_backward": _fake_scores_backward,
+    "dot_attention": _fake_attention,
+    "dot_attention_backward": _fake_dot_attention_backward,
 }
 
 
-def _attention_autograd(family: str) -> None:
-    backward_op = getattr(torch.ops.attnext, f"additive_attention_backward_{family}").default
+def _attention_autograd(name: str, family: str) -> None:
+    backward_op = getattr(torch.ops.attnext, f"{name}_backward_{family}").default
+    differentiable = _DIFFERENTIABLE[name]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         *tensors, scale, dropout_p, need_weights = inputs
@@ -131,9 +143,10 @@ def _attention_autograd(family: str) -> None:
         if grad_context is None and grad_weights is None:
             return (None,) * (len(tensors) + 3)
         grads = backward_op(grad_context, grad_weights, *tensors, *ctx.options, context, weights, log_sum_exp)
-        return (*grads, *(None,) * (len(tensors) - 4 + 3))
+        of_inputs = (None if x is None else grad for x, grad in zip(tensors, grads, strict=False))
+        return (*of_inputs, *(None,) * (len(tensors) - differentiable + 3))
 
-    torch.library.register_autograd(f"attnext::additive_attention_{family}", backward, setup_context=save, lib=_library)
+    torch.library.register_autograd(f"attnext::{name}_{family}", backward, setup_context=save, lib=_library)
 
 
 def _scores_autograd(family: str) -> None:
@@ -159,17 +172,18 @@ def _refuse_second_derivative(name: str) -> None:
     torch.library.register_autograd(f"attnext::{name}", backward, lib=_library)
 
 
-def _cast_under_autocast(name: str, tensors: int, device_type: str) -> None:
-    """Under autocast, the first ``tensors`` arguments take its dtype, as those of a matrix product would."""
-    op = getattr(torch.ops.attnext, name).default
+def _cast_under_autocast(name: str, family: str, device_type: str) -> None:
+    """Under autocast the leading tensors take its dtype, as those of a matrix product would."""
+    op = getattr(torch.ops.attnext, f"{name}_{family}").default
+    tensors = _DIFFERENTIABLE[name]
 
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in args[:tensors])
+        cast = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in args[:tensors])
         with torch.autocast(device_type, enabled=False):
             return op(*cast, *args[tensors:])
 
-    _library.impl(name, kernel, f"Autocast{device_type.upper()}")
+    _library.impl(f"{name}_{family}", kernel, f"Autocast{device_type.upper()}")
 
 
 def _define(family: str, device_type: str) -> Operators:
@@ -177,17 +191,18 @@ def _define(family: str, device_type: str) -> Operators:
     for name, schema in _SCHEMAS.items():
         _library.define(f"{name}_{family}{schema}")
         torch.library.register_fake(f"attnext::{name}_{family}", fakes[name], lib=_library)
-    _attention_autograd(family)
+    _attention_autograd("additive_attention", family)
+    _attention_autograd("dot_attention", family)
     _scores_autograd(family)
-    for name in ("additive_attention", "additive_scores"):
+    for name in _DIFFERENTIABLE:
         _refuse_second_derivative(f"{name}_backward_{family}")
-    _cast_under_autocast(f"additive_attention_{family}", 4, device_type)
-    _cast_under_autocast(f"additive_scores_{family}", 3, device_type)
+        _cast_under_autocast(name, family, device_type)
     ops = torch.ops.attnext
     return Operators(
         prepare=getattr(ops, f"additive_prepare_{family}").default,
         attention=getattr(ops, f"additive_attention_{family}").default,
         scores=getattr(ops, f"additive_scores_{family}").default,
+        dot_attention=getattr(ops, f"dot_attention_{family}").default,
     )
 
 

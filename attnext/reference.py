@@ -13,6 +13,8 @@ from torch import Tensor
 __all__ = [
     "additive_attention",
     "additive_scores",
+    "dot_attention",
+    "dot_scores",
     "dropout_keep",
     "forward_weights",
     "monotonic_weights",
@@ -46,21 +48,8 @@ def additive_attention(
             dropout_p=dropout_p, need_weights=need_weights, seed=seed,
         )  # fmt: skip
         return context.squeeze(1), None if weights is None else weights.squeeze(1)
-    valid = valid_slots(query, key, lengths, mask)
     scores = additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
-    # An empty row would be softmax of nothing: give it finite scores, then weights of 0.
-    empty = ~valid.any(-1, keepdim=True)
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~valid, 0.0)
-    if dropout_p > 0.0:
-        if seed is None:
-            seed = torch.randint(2**62, (), device=query.device)
-        keep = dropout_keep(seed, weights.shape, dropout_p)
-        weights = weights * keep / (1.0 - dropout_p) if dropout_p < 1.0 else weights * 0.0
-    if valid.shape[1] == 1:
-        context = weights @ value.masked_fill(~valid.transpose(1, 2), 0.0)
-    else:  # a value may be real to one query and masked, NaN even, to the next
-        visible = torch.where(valid.unsqueeze(-1), value.unsqueeze(1), 0.0)
-        context = (weights.unsqueeze(2) @ visible).squeeze(2)
+    context, weights = _attention_of(scores, value, valid_slots(query, key, lengths, mask), dropout_p, seed)
     return context, weights if need_weights else None
 
 
@@ -81,6 +70,64 @@ def additive_scores(
     # Masked before the tanh, so that a NaN in a masked slot reaches neither the result nor a gradient.
     total = (query.unsqueeze(2) + key.unsqueeze(1)).masked_fill(~valid.unsqueeze(-1), 0.0)
     return (scale * (total.tanh() @ score_weight)).masked_fill(~valid, -torch.inf)
+
+
+def dot_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    need_weights: bool = False,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Dot-product attention (Luong et al., 2015); see :func:`attnext.dot_attention`; ``seed`` as above."""
+    if query.dim() == 2:
+        context, weights = dot_attention(
+            query.unsqueeze(1), key, value, lengths=lengths, mask=mask, scale=scale,
+            dropout_p=dropout_p, need_weights=need_weights, seed=seed,
+        )  # fmt: skip
+        return context.squeeze(1), None if weights is None else weights.squeeze(1)
+    scores = dot_scores(query, key, lengths=lengths, mask=mask, scale=scale)
+    value = key if value is None else value
+    context, weights = _attention_of(scores, value, valid_slots(query, key, lengths, mask), dropout_p, seed)
+    return context, weights if need_weights else None
+
+
+def dot_scores(
+    query: Tensor, key: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """``scale * query_i . key_j`` for queries (B, Tq, D), minus infinity in masked slots."""
+    valid = valid_slots(query, key, lengths, mask)
+    if valid.shape[1] == 1:
+        scores = query @ key.masked_fill(~valid.transpose(1, 2), 0.0).transpose(1, 2)
+    else:  # a key may be real to one query and masked, NaN even, to the next
+        scores = (torch.where(valid.unsqueeze(-1), key.unsqueeze(1), 0.0) @ query.unsqueeze(-1)).squeeze(-1)
+    # A NaN of a query, too, stays out of masked slots, here and in the gradients of their keys.
+    return (scale * scores).masked_fill(~valid, -torch.inf)
+
+
+def _attention_of(
+    scores: Tensor, value: Tensor, valid: Tensor, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Context and weights of scores (B, Tq, Tk)."""
+    # An empty row would be softmax of nothing: give it finite scores, then weights of 0.
+    empty = ~valid.any(-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~valid, 0.0)
+    if dropout_p > 0.0:
+        if seed is None:
+            seed = torch.randint(2**62, (), device=scores.device)
+        keep = dropout_keep(seed, weights.shape, dropout_p)
+        weights = weights * keep / (1.0 - dropout_p) if dropout_p < 1.0 else weights * 0.0
+    if valid.shape[1] == 1:
+        context = weights @ value.masked_fill(~valid.transpose(1, 2), 0.0)
+    else:  # a value may be real to one query and masked, NaN even, to the next
+        visible = torch.where(valid.unsqueeze(-1), value.unsqueeze(1), 0.0)
+        context = (weights.unsqueeze(2) @ visible).squeeze(2)
+    return context, weights
 
 
 def valid_slots(query: Tensor, key: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -31,4 +31,16 @@ std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor 
                                                             std::optional<Tensor> lengths, std::optional<Tensor> mask,
                                                             double scale);
 
+std::tuple<Tensor, Tensor, Tensor> dot_attention(Tensor query, Tensor key, std::optional<Tensor> value,
+                                                 std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                                                 std::optional<Tensor> seed, double scale, double dropout_p,
+                                                 bool need_weights);
+
+std::tuple<Tensor, Tensor, Tensor> dot_attention_backward(std::optional<Tensor> grad_context,
+                                                          std::optional<Tensor> grad_weights, Tensor query, Tensor key,
+                                                          std::optional<Tensor> value, std::optional<Tensor> lengths,
+                                                          std::optional<Tensor> mask, std::optional<Tensor> seed,
+                                                          double scale, double dropout_p, Tensor context,
+                                                          Tensor weights, Tensor log_sum_exp);
+
 }  // namespace attnext::cpu

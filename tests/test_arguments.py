@@ -40,8 +40,8 @@ def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*args: object, **options: object) -> NoReturn:
         pytest.fail("a kernel was reached")  # no Exception: `raises` does not take it for the error it waits for
 
-    monkeypatch.setitem(operators, "cpu", Operators(reached, reached, reached))
-    for name in ("additive_attention", "additive_scores"):
+    monkeypatch.setitem(operators, "cpu", Operators(reached, reached, reached, reached))
+    for name in ("additive_attention", "additive_scores", "dot_attention"):
         monkeypatch.setattr(reference, name, reached)
 
 
@@ -153,6 +153,8 @@ def ids(wrongs: list[Wrong]) -> list[str]:
 
 ALL = TENSORS + SHAPES + SLOTS + NUMBERS
 OF_SCORES = [wrong for wrong in ALL if wrong[0] not in ("value", "dropout_p", "need_weights")]
+# Without a value the keys are the values.
+OF_DOT = [wrong for wrong in ALL if wrong[0] != "score_weight" and not (wrong[0] == "value" and wrong[1] is None)]
 
 
 @pytest.mark.usefixtures("_no_kernel")
@@ -165,6 +167,11 @@ class TestErrors:
     def test_of_scores(self, wrong: Wrong) -> None:
         arguments = {name: x for name, x in good().items() if name != "value"}
         refuses(attnext.additive_scores, arguments, wrong)
+
+    @pytest.mark.parametrize("wrong", OF_DOT, ids=ids(OF_DOT))
+    def test_of_dot_attention(self, wrong: Wrong) -> None:
+        arguments = {name: x for name, x in good().items() if name != "score_weight"}
+        refuses(attnext.dot_attention, arguments, wrong)
 
     @pytest.mark.parametrize("backend", ["cpu", "reference"])
     def test_whatever_the_backend(self, backend: str) -> None:

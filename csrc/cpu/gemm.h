@@ -92,7 +92,8 @@ inline void dots(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t n
   constexpr int W = kLanes<T>, N = (I * J + W - 1) / W * W;
   const T* column[J];
   for (int j = 0; j < J; ++j) column[j] = b + (j < nj ? j : nj - 1) * b_row;
-  Vec<T> sum[N] = {};
+  Vec<T> sum[N];
+  for (int k = 0; k < N; ++k) sum[k] = Vec<T>{};  // in registers; of "= {}" GCC makes a string instruction
   for (int64_t h = 0; h < size; h += W) {
     Vec<T> line[J];
     for (int j = 0; j < J; ++j) line[j] = load(column[j] + h);
@@ -108,10 +109,35 @@ inline void dots(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t n
     for (int j = 0; j < J && j < nj; ++j) out[i * out_row + j] = lanes[i * J + j];
 }
 
+// The same for one row of a: row by row of b, as memory has it. Rows of out have room for whole vectors.
+template <class T>
+inline void row_dots(const T* a, const T* b, int64_t b_row, int64_t nj, int64_t size, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < nj; j += W) {
+    Vec<T> sum[W];
+    for (int k = 0; k < W; ++k) sum[k] = Vec<T>{};
+    for (int64_t k = 0; k < W && j + k < nj; ++k) {
+      const T* row = b + (j + k) * b_row;
+      Vec<T> part0 = {}, part1 = {}, part2 = {}, part3 = {};
+      int64_t h = 0;
+      for (; h + 4 * W <= size; h += 4 * W) {
+        part0 += load(a + h) * load(row + h);
+        part1 += load(a + h + W) * load(row + h + W);
+        part2 += load(a + h + 2 * W) * load(row + h + 2 * W);
+        part3 += load(a + h + 3 * W) * load(row + h + 3 * W);
+      }
+      for (; h < size; h += W) part0 += load(a + h) * load(row + h);
+      sum[k] = (part0 + part1) + (part2 + part3);
+    }
+    store<T>(out + j, lane_sums<T>(sum));
+  }
+}
+
 // out = a b^T for ni and nj rows of whole vectors, in tiles as large as the registers hold.
 template <class T>
 inline void product_transposed(const T* a, int64_t a_row, int64_t ni, const T* b, int64_t b_row, int64_t nj,
                                int64_t size, T* out, int64_t out_row) {
+  if (ni == 1) return row_dots(a, b, b_row, nj, size, out);
   constexpr int I = 4, J = kRegisters > 16 ? 4 : 3;
   for (int64_t j = 0; j < nj; j += J) {
     int64_t i = 0;

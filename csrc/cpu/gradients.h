@@ -52,7 +52,8 @@ inline void keep_r(const Problem<T>& p, const Tile<T>& t, T* scores, T* kept) {
   // In variables of their own: a store to kept could change what a reference refers to, for all the compiler knows.
   const int64_t padded = p.padded, row = row_of(padded), nj = t.nj;
   const T* weight = p.weight;
-  Vec<T> sum[I * W] = {};
+  Vec<T> sum[I * W];
+  for (int k = 0; k < I * W; ++k) sum[k] = Vec<T>{};
   for (int64_t d = 0; d < padded; d += 2 * W) {
     const Vec<T> w0 = load(weight + d), w1 = load(weight + d + W);
     const T* f = t.f + d;
@@ -170,7 +171,7 @@ struct BackwardTiles {  // what a task keeps for one tile of keys
 // From the scores of a tile, and dC . h in tiles.grads: ds, and in tiles.weights what multiplies the incoming gradient
 // in grad_value. Keys up to a whole vector are written, with ds = 0 beyond nj.
 template <class T>
-inline void score_gradients(const Backward<T>& g, const Tile<T>& t, const BackwardTiles<T>& tiles) {
+inline void score_gradients(const Backward<T>& g, const Slots& t, const BackwardTiles<T>& tiles) {
   const Problem<T>& p = g.problem;
   constexpr int64_t row = kGradKeyTile;
   const int64_t width = round_up(t.nj, kLanes<T>);
@@ -224,7 +225,7 @@ inline void near_tile(const Backward<T>& g, const Tile<T>& t, const BackwardTile
     for (int64_t i = 0; i < t.ni; i += I) {
       const int64_t ni = t.ni - i < I ? t.ni - i : I, nj = t.nj - j < J ? t.nj - j : J;
       const int64_t at = i * kGradKeyTile + j;
-      const Tile<T> block{t.b, t.i0 + i, ni, t.j0 + j, nj, t.e + i * row, t.f + j * padded, t.range, t.folded, t.row};
+      const Tile<T> block{{t.b, t.i0 + i, ni, t.j0 + j, nj}, t.e + i * row, t.f + j * padded, t.range, t.folded, t.row};
       BackwardTiles<T> parts = tiles;
       parts.grad_key += j * row;
       parts.scores += at, parts.ds += at, parts.weights += at, parts.grads += at;
@@ -238,7 +239,7 @@ inline void near_tile(const Backward<T>& g, const Tile<T>& t, const BackwardTile
 
 // Adds what the queries [i0, i0 + ni) give to a tile of keys, and takes what they get from it.
 template <class T>
-inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const ValueTile<T>& value,
+inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const RowTile<T>& value,
                           const BackwardTiles<T>& tiles, T* grad_query, T* grad_weight, T& ds_sum) {
   const Problem<T>& p = g.problem;
   const int64_t values_row = row_of(p.padded_values), query = t.b * p.queries + t.i0;
@@ -305,13 +306,13 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
     zero(tile_weight, p.padded);
     zero(tiles.grad_key, nj * features_row);
     zero(tiles.grad_value, nj * values_row);
-    const ValueTile<T> value = g.from_scores ? ValueTile<T>{} : value_tile(p, b, j0, nj, tiles.values);
+    const RowTile<T> value = g.from_scores ? RowTile<T>{} : value_tile(p, b, j0, nj, tiles.values);
     const T key_limit = largest(p.key_limit + at, nj);
     for (int64_t i0 = 0; i0 < p.queries; i0 += kGradQueries) {
       const int64_t ni = p.queries - i0 < kGradQueries ? p.queries - i0 : kGradQueries, query = b * p.queries + i0;
       const Range range = range_of(p, largest(g.query_limit + query, ni), key_limit);
-      const Tile<T> t{b,     i0,     ni, j0, nj, g.exp_query + query * features_row, p.exp_key + at * p.padded,
-                      range, folded, row};
+      const Tile<T> t{
+          {b, i0, ni, j0, nj}, g.query + query * features_row, p.exp_key + at * p.padded, range, folded, row};
       backward_tile(g, t, value, tiles, grad_query + i0 * features_row, tile_weight, ds_sum);
     }
     for (int64_t d = 0; d < p.padded; ++d) grad_weight[d] += tile_weight[d];

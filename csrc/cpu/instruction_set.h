@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/additive.h"
+#include "cpu/problem.h"
 
 namespace attnext::cpu {
 

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "cpu/additive.h"
+#include "cpu/problem.h"
 
 // Vectors are passed between functions of this file alone, so that their calling convention concerns nobody.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -40,11 +40,13 @@ constexpr int kVectorBytes = ATTNEXT_VECTOR_BYTES, kRegisters = ATTNEXT_REGISTER
 #include "cpu/rows.h"
 #include "cpu/kernels.h"
 #include "cpu/gradients.h"
+#include "cpu/dot.h"
 // clang-format on
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {exponentials<T>, forward<T>, scores<T>, backward<T>, delta<T>, finish_query<T>};
+  return {exponentials<T>, forward<T>,     scores<T>,       backward<T>,   delta<T>,
+          finish_query<T>, dot_forward<T>, dot_backward<T>, dot_queries<T>};
 }
 
 bool supported() {

@@ -156,10 +156,14 @@ inline QueryBlock query_block(const Problem<T>& p, int64_t task) {
   return {task / blocks, i0, p.queries - i0 < kQueryBlock ? p.queries - i0 : kQueryBlock};
 }
 
-// A tile of queries [i0, i0 + ni) and keys [j0, j0 + nj) of batch row b, with their exponentials.
-template <class T>
-struct Tile {
+// Queries [i0, i0 + ni) and keys [j0, j0 + nj) of batch row b.
+struct Slots {
   int64_t b, i0, ni, j0, nj;
+};
+
+// A tile of them with their exponentials.
+template <class T>
+struct Tile : Slots {
   const T* e;  // (ni, row_of(padded))
   const T* f;  // (nj, padded)
   Range range;
@@ -221,7 +225,7 @@ inline void far_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t ou
 }
 
 template <class T>
-inline void hide(const Problem<T>& p, const Tile<T>& t, T* out, int64_t out_row) {
+inline void hide(const Problem<T>& p, const Slots& t, T* out, int64_t out_row) {
   if (!p.mask.data) return;
   for (int64_t i = 0; i < t.ni; ++i)
     for (int64_t j = 0; j < t.nj; ++j)
@@ -261,7 +265,7 @@ void scores(const Scores<T>& s, int64_t task, T* scratch) {
     const int64_t nj = length - j0 < width ? (length > j0 ? length - j0 : 0) : width;
     const int64_t at = b * p.keys + j0;
     const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
-    if (nj) score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, folded, row}, tile, kKeyTile);
+    if (nj) score_tile(p, {{b, i0, ni, j0, nj}, e, p.exp_key + at * p.padded, range, folded, row}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
       for (int64_t j = 0; j < nj; ++j) tile[i * kKeyTile + j] += s.constant;
       for (int64_t j = nj; j < width; ++j) tile[i * kKeyTile + j] = kHidden<T>;
@@ -290,29 +294,35 @@ inline void drop(const Problem<T>& p, int64_t b, int64_t i, int64_t j0, int64_t 
 }
 
 template <class T>
-struct ValueTile {
+struct RowTile {
   const T* data;
   int64_t row;
   bool finite;  // known only where the mask differs between queries
 };
 
-// Values of keys [j0, j0 + nj) as padded rows of T: the tensor's own where they are that, else a copy. Hidden
-// rows are 0.
+// Rows of n numbers of keys [j0, j0 + nj) as padded rows of T: the tensor's own where they are that, else a copy.
+// Hidden rows are 0.
 template <class T>
-inline ValueTile<T> value_tile(const Problem<T>& p, int64_t b, int64_t j0, int64_t nj, T* scratch) {
-  const bool whole = p.value.element == 1 && p.values == p.padded_values && p.value.type == kTypeOf<T>;
-  if (whole && !p.mask.data) return {reinterpret_cast<const T*>(row_address(p.value, b, j0)), p.value.row, true};
+inline RowTile<T> row_tile(const Problem<T>& p, const Rows& rows, int64_t n, int64_t padded, int64_t b, int64_t j0,
+                           int64_t nj, T* scratch) {
+  const bool whole = rows.element == 1 && n == padded && rows.type == kTypeOf<T>;
+  if (whole && !p.mask.data) return {reinterpret_cast<const T*>(row_address(rows, b, j0)), rows.row, true};
   bool finite = true;
   for (int64_t j = 0; j < nj; ++j) {
-    T* row = scratch + j * row_of(p.padded_values);
+    T* row = scratch + j * row_of(padded);
     if (p.mask.query == 0 && !visible(p.mask, b, 0, j0 + j)) {
-      for (int64_t h = 0; h < p.padded_values; ++h) row[h] = 0;
+      for (int64_t h = 0; h < padded; ++h) row[h] = 0;
       continue;
     }
-    load_row(p.value, b, j0 + j, p.values, p.padded_values, row);
-    if (p.mask.query != 0) finite &= magnitude(row, p.padded_values) <= Limits<T>::largest;
+    load_row(rows, b, j0 + j, n, padded, row);
+    if (p.mask.query != 0) finite &= magnitude(row, padded) <= Limits<T>::largest;
   }
-  return {scratch, row_of(p.padded_values), finite};
+  return {scratch, row_of(padded), finite};
+}
+
+template <class T>
+inline RowTile<T> value_tile(const Problem<T>& p, int64_t b, int64_t j0, int64_t nj, T* scratch) {
+  return row_tile(p, p.value, p.values, p.padded_values, b, j0, nj, scratch);
 }
 
 // One step of the online softmax: scores become exp(score - maximum), the row's sum and context follow a new
@@ -342,22 +352,18 @@ inline void softmax_step(T* scores, int64_t padded_keys, T& maximum, T& sum, T* 
     for (int64_t h = 0; h < size; ++h) context[h] *= rescale;
 }
 
-// context += weights value. A NaN may stand in a slot that one query may attend and another may not: then
-// slot by slot.
+// A product of weights or their gradients with rows. A NaN may stand in a slot that one query may attend and another
+// may not, where the factor is 0: then slot by slot.
 template <class T>
-inline void add_values(const Problem<T>& p, const T* weights, int64_t ni, int64_t nj, const ValueTile<T>& value,
-                       T* context) {
-  if (value.finite) {
-    product<T>({context, row_of(p.padded_values), weights, kKeyTile, 1, value.data, value.row, nj}, 0, ni,
-               p.padded_values);
-    return;
-  }
-  for (int64_t i = 0; i < ni; ++i)
-    for (int64_t j = 0; j < nj; ++j) {
-      const T weight = weights[i * kKeyTile + j];
-      if (weight == 0) continue;
-      T* c = context + i * row_of(p.padded_values);
-      for (int64_t h = 0; h < p.values; ++h) c[h] += weight * value.data[j * value.row + h];
+inline void add_rows(const Product<T>& product_of, int64_t rows, int64_t columns, bool finite) {
+  const Product<T>& x = product_of;
+  if (finite) return product<T>(x, 0, rows, columns);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < x.depth; ++k) {
+      const T factor = x.a[i * x.a_row + k * x.a_column];
+      if (factor == 0) continue;
+      for (int64_t h = 0; h < columns; h += kLanes<T>)
+        add_to<T>(x.c + i * x.c_row + h, factor * load(x.b + k * x.b_row + h));
     }
 }
 
@@ -379,48 +385,75 @@ inline void store_weights(const Forward<T>& f, int64_t b, int64_t i, int64_t len
   store_row(f.weights, b, i, p.keys, scores);
 }
 
+// Scratch of a forward task: what the attention of its queries needs beside its score.
+template <class T>
+struct ForwardScratch {
+  ForwardScratch(const Problem<T>& p, T* memory)
+      : query(memory),
+        folded(query + kQueryBlock * row_of(p.padded)),
+        context(folded + kQueryBlock * row_of(p.padded)),
+        tile(context + kQueryBlock * row_of(p.padded_values)),
+        values(tile + kQueryBlock * kKeyTile),
+        keys(values + kKeyTile * row_of(p.padded_values)),
+        maximum(keys + (p.exp_key || p.shared ? 0 : kKeyTile * row_of(p.padded))),
+        sum(maximum + kQueryBlock),
+        limit(sum + kQueryBlock),
+        row(limit + kQueryBlock),
+        scores(row + 2 * p.padded) {}
+
+  T *query, *folded;  // (kQueryBlock, row_of(padded))
+  T *context, *tile;  // (kQueryBlock, row_of(padded_values)), (kQueryBlock, kKeyTile)
+  T *values, *keys;   // (kKeyTile, row_of(...))
+  T *maximum, *sum, *limit, *row;
+  T* scores;  // (kQueryBlock, round_up(Tk)), only with weights
+};
+
+// The attention of a block of queries. score(j0, nj) puts the scores of a tile of keys into m.tile, and returns the
+// tile's values.
+template <class T, class Score>
+inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardScratch<T>& m, const Score& score) {
+  const Problem<T>& p = f.problem;
+  const auto [b, i0, ni] = block;
+  const int64_t length = length_of(p, b), context_row = row_of(p.padded_values), all_keys = round_up(p.keys, kKeyTile);
+  for (int64_t i = 0; i < ni; ++i) m.maximum[i] = kHidden<T>, m.sum[i] = 0;
+  for (int64_t k = 0; k < ni * context_row; ++k) m.context[k] = 0;
+  for (int64_t j0 = 0; j0 < length; j0 += kKeyTile) {
+    const int64_t nj = length - j0 < kKeyTile ? length - j0 : kKeyTile, padded_keys = round_up(nj, kLanes<T>);
+    const RowTile<T> value = score(j0, nj);
+    for (int64_t i = 0; i < ni; ++i) {
+      T* s = m.tile + i * kKeyTile;
+      for (int64_t j = nj; j < padded_keys; ++j) s[j] = kHidden<T>;
+      if (f.weights.data) __builtin_memcpy(m.scores + i * all_keys + j0, s, size_t(padded_keys) * sizeof(T));
+      softmax_step(s, padded_keys, m.maximum[i], m.sum[i], m.context + i * context_row, p.padded_values);
+      if (p.keep_threshold) drop(p, b, i0 + i, j0, nj, s);
+    }
+    add_rows<T>({m.context, context_row, m.tile, kKeyTile, 1, value.data, value.row, nj}, ni, p.padded_values,
+                value.finite);
+  }
+  for (int64_t i = 0; i < ni; ++i) {
+    T* c = m.context + i * context_row;
+    const bool empty = m.sum[i] == 0;
+    for (int64_t h = 0; h < p.values; ++h) c[h] = empty ? T(0) : c[h] / m.sum[i];
+    store_row(f.context, b, i0 + i, p.values, c);
+    const T log_sum_exp = empty ? kHidden<T> : m.maximum[i] + T(__builtin_log(m.sum[i]));
+    f.log_sum_exp[b * p.queries + i0 + i] = log_sum_exp;
+    if (f.weights.data) store_weights(f, b, i0 + i, length, log_sum_exp, m.scores + i * all_keys);
+  }
+}
+
 template <class T>
 void forward(const Forward<T>& f, int64_t task, T* scratch) {
   const Problem<T>& p = f.problem;
-  const auto [b, i0, ni] = query_block(p, task);
-  const int64_t length = length_of(p, b);
-  const int64_t e_row = row_of(p.padded), context_row = row_of(p.padded_values);
-  T *e = scratch, *folded = e + kQueryBlock * e_row;
-  T* context = folded + kQueryBlock * e_row;
-  T* tile = context + kQueryBlock * context_row;
-  T* values = tile + kQueryBlock * kKeyTile;
-  T* maximum = values + kKeyTile * context_row;
-  T *sum = maximum + kQueryBlock, *limit = sum + kQueryBlock, *row = limit + kQueryBlock;
-  T* all_scores = row + 2 * p.padded;  // (kQueryBlock, round_up(Tk)), only with weights
-  const int64_t all_keys = round_up(p.keys, kKeyTile);
-  for (int64_t i = 0; i < ni; ++i) {
-    limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, e + i * e_row);
-    maximum[i] = kHidden<T>;
-    sum[i] = 0;
-  }
-  for (int64_t k = 0; k < ni * context_row; ++k) context[k] = 0;
-  const T query_limit = largest(limit, ni);
-  for (int64_t j0 = 0; j0 < length; j0 += kKeyTile) {
-    const int64_t nj = length - j0 < kKeyTile ? length - j0 : kKeyTile, at = b * p.keys + j0;
-    const int64_t padded_keys = round_up(nj, kLanes<T>);
+  const QueryBlock block = query_block(p, task);
+  const auto [b, i0, ni] = block;
+  const ForwardScratch<T> m(p, scratch);
+  for (int64_t i = 0; i < ni; ++i)
+    m.limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, m.query + i * row_of(p.padded));
+  const T query_limit = largest(m.limit, ni);
+  attend(f, block, m, [&, b = b, i0 = i0, ni = ni](int64_t j0, int64_t nj) {
+    const int64_t at = b * p.keys + j0;
     const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
-    score_tile(p, {b, i0, ni, j0, nj, e, p.exp_key + at * p.padded, range, folded, row}, tile, kKeyTile);
-    for (int64_t i = 0; i < ni; ++i) {
-      T* s = tile + i * kKeyTile;
-      for (int64_t j = nj; j < padded_keys; ++j) s[j] = kHidden<T>;
-      if (f.weights.data) __builtin_memcpy(all_scores + i * all_keys + j0, s, size_t(padded_keys) * sizeof(T));
-      softmax_step(s, padded_keys, maximum[i], sum[i], context + i * context_row, p.padded_values);
-      if (p.keep_threshold) drop(p, b, i0 + i, j0, nj, s);
-    }
-    add_values(p, tile, ni, nj, value_tile(p, b, j0, nj, values), context);
-  }
-  for (int64_t i = 0; i < ni; ++i) {
-    T* c = context + i * context_row;
-    const bool empty = sum[i] == 0;
-    for (int64_t h = 0; h < p.values; ++h) c[h] = empty ? T(0) : c[h] / sum[i];
-    store_row(f.context, b, i0 + i, p.values, c);
-    const T log_sum_exp = empty ? kHidden<T> : maximum[i] + T(__builtin_log(sum[i]));
-    f.log_sum_exp[b * p.queries + i0 + i] = log_sum_exp;
-    if (f.weights.data) store_weights(f, b, i0 + i, length, log_sum_exp, all_scores + i * all_keys);
-  }
+    score_tile(p, {{b, i0, ni, j0, nj}, m.query, p.exp_key + at * p.padded, range, m.folded, m.row}, m.tile, kKeyTile);
+    return value_tile(p, b, j0, nj, m.values);
+  });
 }

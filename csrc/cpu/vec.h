@@ -97,7 +97,7 @@ inline Vec<T> halve(Vec<T> x, Vec<T> y, std::integer_sequence<int, L...>) {
 
 // Lane k of the result is the sum of all lanes of x[k]: N - 1 additions for N sums. x is used up.
 template <class T, int G = kLanes<T>>
-inline Vec<T> lane_sums(Vec<T>* x) {
+[[gnu::always_inline]] inline Vec<T> lane_sums(Vec<T>* x) {
   if constexpr (G == 1) {
     return x[0];
   } else {

@@ -46,6 +46,15 @@ template <class T>
 struct Problem {
   int64_t batch, queries, keys, features, padded, values, padded_values;
   Rows query, key, value;
+  const int64_t* lengths;
+  Mask mask;
+  T scale;                  // of the scores
+  T keep_scale;             // 1 / (1 - dropout)
+  uint64_t keep_threshold;  // a weight is kept where its 32 random bits are at least this; 0 is no dropout
+  uint64_t seed;
+  // Of dot products alone:
+  bool shared;  // the keys are the values
+  // Of additive scores alone:
   const T* weight;     // (padded): w = -2 scale v, zero in the padding
   T weight_limit;      // max |w|, NaN if one is
   const T* fold;       // (padded): c = unit max |w| / w, or 0 for a w too small to count
@@ -53,18 +62,13 @@ struct Problem {
   T plain_limit;       // |q| + |k| up to which four folded features share a division
   const T* exp_key;    // (B, Tk, padded): F = exp(2 k)
   const T* key_limit;  // (B, Tk): max |k|, infinity where a row is not finite
-  const int64_t* lengths;
-  Mask mask;
-  T keep_scale;             // 1 / (1 - dropout)
-  uint64_t keep_threshold;  // a weight is kept where its 32 random bits are at least this; 0 is no dropout
-  uint64_t seed;
 };
 
 template <class T>
 struct Forward {
   Problem<T> problem;
   Rows context, weights;  // weights.data may be null
-  T* log_sum_exp;         // (B, Tq), of the scores less their constant scale * sum v
+  T* log_sum_exp;         // (B, Tq), of additive scores less their constant scale * sum v
 };
 
 template <class T>
@@ -83,16 +87,15 @@ struct Backward {
   bool from_scores;            // the incoming gradient is that of the scores
   bool scores_by_tile;         // as in the forward pass, whose log_sum_exp is at hand; else on the way to r
   Rows grad_weights;           // or of the scores; data may be null
-  const T* exp_query;          // (B, Tq, row_of(padded)), and a row more: E = exp(2 q)
-  const T* query_limit;        // (B, Tq): max |q|
+  const T* query;              // (B, Tq, row_of(padded)): scale q; of additive scores E = exp(2 q), and a row more
+  const T* query_limit;        // (B, Tq): max |q|, of additive scores
   const T* grad_context;       // (B, Tq, row_of(padded_values)), zero-padded; null with from_scores
   const T* log_sum_exp;        // (B, Tq); null with from_scores
   const T* delta;              // (B, Tq): sum_j p dp; null with from_scores
-  T scale;
-  const T* gain;  // (padded): 4 v, zero in the padding
+  const T* gain;  // (padded): what the queries' gradient is multiplied by, 4 v (zero in the padding) or the scale
   Rows grad_key, grad_value;
-  T* grad_query;   // (splits, B, Tq, row_of(padded)) partial sums, not yet times 4 v
-  T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r)
+  T* grad_query;   // (splits, B, Tq, row_of(padded)) partial sums, not yet times gain
+  T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r), of additive scores
 };
 
 // The rows [begin, end) of a (B, T, n) tensor, counted over B and T, made into exponentials; hidden rows
@@ -118,6 +121,10 @@ struct Kernels {
   void (*delta)(const Backward<T>&, const Rows& context, const Rows& grad_context, const Rows& weights, T* padded_grad,
                 T* delta, int64_t begin, int64_t end);
   void (*finish_query)(const Backward<T>&, const Rows& grad_query, T* scratch, int64_t begin, int64_t end);
+  void (*dot_forward)(const Forward<T>&, int64_t task, T* scratch);
+  void (*dot_backward)(const Backward<T>&, int64_t task, T* scratch);
+  // The queries [begin, end), counted over B and Tq, times the scale: (B, Tq, row_of(padded)), zero-padded.
+  void (*dot_queries)(const Problem<T>&, int64_t begin, int64_t end, T* scaled);
 };
 
 // Elements of T that one task needs as scratch.
@@ -125,7 +132,8 @@ template <class T>
 int64_t forward_scratch(const Problem<T>& p, bool weights) {
   const int64_t rows = kQueryBlock * (2 * row_of(p.padded) + row_of(p.padded_values) + kKeyTile +
                                       (weights ? round_up(p.keys, kKeyTile) : 0));
-  return rows + kKeyTile * row_of(p.padded_values) + 4 * kQueryBlock + 2 * p.padded;
+  const int64_t keys = p.exp_key || p.shared ? 0 : kKeyTile * row_of(p.padded);  // of dot products
+  return rows + keys + kKeyTile * row_of(p.padded_values) + 4 * kQueryBlock + 2 * p.padded;
 }
 template <class T>
 int64_t backward_scratch(const Problem<T>& p) {

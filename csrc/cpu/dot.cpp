@@ -1,0 +1,65 @@
+// The CPU operators of attention by dot products. Keys that are the values come as no value.
+#include <tuple>
+
+#include "cpu/setup.h"
+#include "ops.h"
+
+namespace attnext::cpu {
+namespace {
+
+template <class T>
+struct DotSetup : Setup<T> {
+  DotSetup(const Tensor& query, const Tensor& key, const Optional& value, const Optional& lengths, const Optional& mask,
+           double scale)
+      : Setup<T>(query, key, value ? &*value : &key, lengths, mask, scale, kValueBlock) {
+    this->problem.shared = !value;
+  }
+};
+
+template <class T>
+Attention attention_as(const Tensor& query, const Tensor& key, const Optional& value, const Optional& lengths,
+                       const Optional& mask, const Optional& seed, double scale, double dropout_p, bool need_weights) {
+  DotSetup<T> setup(query, key, value, lengths, mask, scale);
+  setup.set_dropout(dropout_p, seed);
+  return attend(setup, query, need_weights, kernels_of<T>().dot_forward);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> attention_backward_as(const Outputs& outputs, const Tensor& query, const Tensor& key,
+                                                         const Optional& value, const Optional& lengths,
+                                                         const Optional& mask, const Optional& seed, double scale,
+                                                         double dropout_p) {
+  DotSetup<T> setup(query, key, value, lengths, mask, scale);
+  setup.set_dropout(dropout_p, seed);
+  Gradients<T> gradients(setup, query, key, value ? &*value : nullptr);
+  gradients.take(query, outputs);
+  const Problem<T>& p = setup.problem;
+  T* scaled = setup.scratch.template take<T>(gradients.rows() * row_of(p.padded));
+  T* gain = setup.scratch.template take<T>(p.padded);
+  std::fill(gain, gain + p.padded, p.scale);
+  const auto& kernels = kernels_of<T>();
+  parallel(gradients.rows(), gradients.rows() * p.padded,
+           [&](int64_t begin, int64_t end) { kernels.dot_queries(p, begin, end, scaled); });
+  gradients.g.query = scaled, gradients.g.gain = gain;
+  gradients.run(kernels.dot_backward);
+  return {gradients.grad_query, gradients.grad_key, gradients.grad_value};
+}
+
+}  // namespace
+
+Attention dot_attention(Tensor query, Tensor key, Optional value, Optional lengths, Optional mask, Optional seed,
+                        double scale, double dropout_p, bool need_weights) {
+  const auto run = is_double(query) ? attention_as<double> : attention_as<float>;
+  return run(query, key, value, lengths, mask, seed, scale, dropout_p, need_weights);
+}
+
+std::tuple<Tensor, Tensor, Tensor> dot_attention_backward(Optional grad_context, Optional grad_weights, Tensor query,
+                                                          Tensor key, Optional value, Optional lengths, Optional mask,
+                                                          Optional seed, double scale, double dropout_p, Tensor context,
+                                                          Tensor weights, Tensor log_sum_exp) {
+  const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
+  return run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, lengths, mask, seed, scale,
+             dropout_p);
+}
+
+}  // namespace attnext::cpu
