@@ -10,6 +10,7 @@ from attnext.attention import (
     ForwardAttention,
     LocalAttention,
     LocationSensitiveAttention,
+    LuongAttention,
     MonotonicAttention,
     Past,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "ForwardAttention",
     "LocalAttention",
     "LocationSensitiveAttention",
+    "LuongAttention",
     "Memory",
     "MonotonicAttention",
     "Past",

@@ -37,9 +37,12 @@ def same_kind(query: Tensor, **others: Tensor) -> None:
         _kind(name, x, dtype, device, "query's")
 
 
-def same_kind_as_module(name: str, x: Tensor, parameter: Tensor) -> None:
-    """The same of an argument and a module's parameters."""
-    _kind(name, x, parameter.dtype, parameter.device, "the module's")
+def same_kind_as_module(name: str, x: Tensor, parameter: Tensor | None) -> None:
+    """The same of an argument and a module's parameters, where it has any."""
+    if parameter is None:
+        floating(name, x.dtype)
+    else:
+        _kind(name, x, parameter.dtype, parameter.device, "the module's")
 
 
 def _kind(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, whose: str) -> None:

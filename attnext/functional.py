@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from attnext import _checks, reference
-from attnext.backends import choose
+from attnext.backends import choose, chosen_freely
 from attnext.memory import Memory
 from attnext.ops import operators
 
@@ -92,12 +92,13 @@ def attend(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Additive attention of checked arguments; the memory may be prepared, and dropout draws its own seed for None."""
+    assert memory.score_weight is not None
     family = choose(backend, query.device.type, query.dtype)
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
     if family == "reference":
         return reference.additive_attention(
-            *_autocast(query, memory.key, memory.value, memory.score_weight),
+            *autocast(query, memory.key, memory.value, memory.score_weight),
             lengths=memory.lengths,
             mask=memory.mask,
             scale=scale,
@@ -151,7 +152,7 @@ def additive_scores(
     scale = _checks.scale(scale)
     family = choose(backend, query.device.type, query.dtype)
     if family == "reference":
-        query, key, score_weight = _autocast(query, key, score_weight)
+        query, key, score_weight = autocast(query, key, score_weight)
         return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
     scores: Tensor = _call(operators[family].scores, (query, key, score_weight), lengths, mask, scale)
     return scores
@@ -187,7 +188,9 @@ def dot_attention(
         dropout_p: probability that a weight is dropped, the rest scaled by 1 / (1 - dropout_p); drawn from torch's
             generator, and the same on every backend.
         need_weights: also return the weights.
-        backend: None chooses by device; "reference", "cpu", "triton" or "cuda" is exactly that one, or an error.
+        backend: None chooses by device, and PyTorch's own attention where that is faster: float32 and float64 with 128
+            or more queries and keys, without lengths, mask, dropout and weights. "reference", "cpu", "triton" or "cuda"
+            is exactly that one, or an error.
 
     Returns:
         The context, (B, Tq, H) or (B, H), and the weights, (B, Tq, Tk) or (B, Tk), or None, as
@@ -232,11 +235,16 @@ def attend_by_dot(
 ) -> tuple[Tensor, Tensor | None]:
     """Dot-product attention of checked arguments; dropout draws its own seed for None."""
     family = choose(backend, query.device.type, query.dtype)
+    extras = need_weights or dropout_p > 0.0 or lengths is not None or mask is not None
+    if not extras and chosen_freely(backend) and _sdpa_is_faster(query, key):
+        # With an axis of one head, which its kernels want.
+        heads = (x.unsqueeze(1) for x in (query, key, key if value is None else value))
+        return nn.functional.scaled_dot_product_attention(*heads, scale=scale).squeeze(1), None
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
     if family == "reference":
         return reference.dot_attention(
-            *_autocast(query, key, *(() if value is None else (value,))),
+            *autocast(query, key, *(() if value is None else (value,))),
             lengths=lengths,
             mask=mask,
             scale=scale,
@@ -249,6 +257,35 @@ def attend_by_dot(
         operators[family].dot_attention, inputs, lengths, mask, seed, scale, dropout_p, need_weights
     )
     return context, weights if need_weights else None
+
+
+_MANY_QUERIES = 128
+
+
+def _sdpa_is_faster(query: Tensor, key: Tensor) -> bool:
+    """Whether PyTorch's own attention is the faster one for a call without lengths, mask, weights and dropout.
+
+    That is where a call is two large matrix products (the table is in ``benchmarks/NOTES.md``). Not in half types: it
+    rounds the weights to them.
+    """
+    products = query.dim() == 3 and query.shape[1] >= _MANY_QUERIES and key.shape[1] >= _MANY_QUERIES
+    exact = query.dtype in (torch.float32, torch.float64) and not _checks.autocasts(query.device.type)
+    return products and exact
+
+
+def dot_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The scores of dot-product attention, of checked arguments: a matrix product, which has its kernel."""
+    query, key = autocast(query, key)
+    if query.dim() == 2:
+        return dot_scores(query.unsqueeze(1), key, lengths=lengths, mask=mask, scale=scale).squeeze(1)
+    return reference.dot_scores(query, key, lengths=lengths, mask=mask, scale=scale)
 
 
 def _queries(query: Tensor) -> int:
@@ -279,7 +316,7 @@ def _refuse_transforms(inputs: tuple[Tensor | None, ...]) -> None:
         )
 
 
-def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     """The dtypes that autocast makes of the inputs, for the reference; the operators have their own rule for it."""
     device_type = inputs[0].device.type
     if not _checks.autocasts(device_type):

@@ -31,10 +31,10 @@ class Memory:
 
     Attributes:
         key: (B, Tk, D) projected encoder states, with their gradient.
-        value: (B, Tk, H) the encoder states themselves.
+        value: (B, Tk, H) the encoder states themselves; the very tensor of the keys where the states are the keys.
         lengths: (B,) int64, or None: how many leading states of each row are real.
         mask: (B, Tk) bool, or None: True where a state may be attended.
-        score_weight: (D,) the weight vector of the score, as it was when the memory was prepared.
+        score_weight: (D,) the weight vector of an additive score, as it was when the memory was prepared, or None.
         prepared: what the backend computed ahead of the steps, or None.
     """
 
@@ -42,8 +42,13 @@ class Memory:
     value: Tensor
     lengths: Tensor | None
     mask: Tensor | None
-    score_weight: Tensor
+    score_weight: Tensor | None
     prepared: Prepared | None
+
+    @property
+    def shared(self) -> bool:
+        """Whether the keys are the values."""
+        return self.value is self.key
 
     def select(self, indices: Tensor) -> Memory:
         """The rows of the batch at ``indices``, in that order: finished sentences dropped, or hypotheses reordered.
@@ -62,11 +67,11 @@ class Memory:
         def take(x: Tensor) -> Tensor:
             return x.index_select(0, indices)
 
-        before = self.prepared
+        before, key = self.prepared, take(self.key)
         return replace(
             self,
-            key=take(self.key),
-            value=take(self.value),
+            key=key,
+            value=key if self.shared else take(self.value),
             lengths=None if self.lengths is None else take(self.lengths),
             mask=None if self.mask is None else take(self.mask),
             prepared=before and Prepared(before.backend, take(before.exp_key), take(before.key_limit)),
@@ -86,7 +91,8 @@ class Memory:
         lengths = None if self.lengths is None else self.lengths.to(device)
         mask = None if self.mask is None else self.mask.to(device)
         prepared = None if self.prepared is None else prepare(key, lengths, mask, None)
-        value, score_weight = (x.to(device, dtype) for x in (self.value, self.score_weight))
+        value = key if self.shared else self.value.to(device, dtype)
+        score_weight = None if self.score_weight is None else self.score_weight.to(device, dtype)
         return Memory(key, value, lengths, mask, score_weight, prepared)
 
 

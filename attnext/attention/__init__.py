@@ -6,6 +6,7 @@ from attnext.attention.bahdanau import BahdanauAttention
 from attnext.attention.coverage import CoverageAttention
 from attnext.attention.local import LocalAttention
 from attnext.attention.location import LocationSensitiveAttention
+from attnext.attention.luong import LuongAttention
 from attnext.attention.monotonic import MonotonicAttention
 from attnext.attention.onward import ForwardAttention
 from attnext.attention.past import Past
@@ -18,6 +19,7 @@ __all__ = [
     "ForwardAttention",
     "LocalAttention",
     "LocationSensitiveAttention",
+    "LuongAttention",
     "MonotonicAttention",
     "Past",
 ]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks
-from attnext.attention.bahdanau import BahdanauAttention, context_of, prepared_memory
+from attnext.attention.bahdanau import BahdanauAttention
+from attnext.attention.base import context_of, prepared_memory
 from attnext.memory import Memory
 
 __all__ = ["Past", "PastAttention"]

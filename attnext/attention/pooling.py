@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attnext import _checks, functional, reference
 from attnext.alignments import normalize
-from attnext.attention.bahdanau import context_of
+from attnext.attention.base import context_of
 from attnext.memory import Memory
 
 __all__ = ["AttentionPooling"]

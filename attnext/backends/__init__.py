@@ -18,7 +18,7 @@ import torch
 from attnext.backends import cpu, cuda, reference, triton
 from attnext.backends._base import Backend, Family
 
-__all__ = ["Backend", "backends", "choose", "kernel_devices", "serves", "use_backend"]
+__all__ = ["Backend", "backends", "choose", "chosen_freely", "kernel_devices", "serves", "use_backend"]
 
 _FAMILIES: dict[str, Family] = {
     "reference": reference.FAMILY,
@@ -71,6 +71,11 @@ def serves(name: str, dtype: torch.dtype) -> bool:
     """Whether a backend with kernels has them for a dtype."""
     family = _FAMILIES[name]
     return family.serves(family.device_types[0], dtype)
+
+
+def chosen_freely(name: str | None) -> bool:
+    """Whether nobody asked for a backend by name."""
+    return name is None and _forced is None
 
 
 def choose(name: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:

@@ -1,0 +1,333 @@
+"""Luong's attention against its formulas, and dot-product attention where the cases of every backend don't reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnext
+from attnext import LuongAttention, use_backend
+
+BATCH, QUERIES, KEYS, SIZE = 3, 4, 7, 6
+LENGTHS = torch.tensor([KEYS, 0, 4])
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dot": (SIZE, {}),
+    "scaled_dot": (SIZE, {}),
+    "general": (5, {}),
+    "concat": (5, {"attention_size": 9}),
+}
+"""The query size and the options of each score."""
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    name: str = request.param
+    with use_backend(name):
+        yield name
+
+
+def module(score: str, dtype: torch.dtype = torch.float64, **more: Any) -> LuongAttention:
+    query_size, options = KINDS[score]
+    attn = LuongAttention(query_size, SIZE, score=score, **options, **more).to(dtype)
+    for parameter in attn.parameters():
+        torch.nn.init.normal_(parameter)
+    return attn
+
+
+def inputs(score: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Queries and encoder states."""
+    query = torch.randn(BATCH, QUERIES, KINDS[score][0], dtype=dtype)
+    return query.requires_grad_(), torch.randn(BATCH, KEYS, SIZE, dtype=dtype).requires_grad_()
+
+
+def formula(attn: LuongAttention, query: Tensor, states: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, with the parameters by their names in a checkpoint."""
+    p = dict(attn.named_parameters())
+    if attn.score == "concat":
+        pairs = torch.cat([query[:, :, None].expand(-1, -1, KEYS, -1), states[:, None].expand(-1, QUERIES, -1, -1)], -1)
+        scores = torch.tanh(pairs @ p["joint_projection.weight"].T) @ p["score_weight"]
+    else:
+        if attn.score == "general":
+            query = query @ p["query_projection.weight"].T
+        scores = torch.einsum("bid,bjd->bij", query, states)
+        scores = scores / SIZE**0.5 if attn.score == "scaled_dot" else scores
+    weights = scores.masked_fill(~visible, -1e30).softmax(-1) * visible
+    return weights @ states, weights
+
+
+def visible(lengths: Tensor | None) -> Tensor:
+    real = torch.arange(KEYS) < (torch.full((BATCH,), KEYS) if lengths is None else lengths)[:, None]
+    return real[:, None].expand(-1, QUERIES, -1)
+
+
+def gradients(context: Tensor, weights: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(9)
+    loss = (context * torch.randn(context.shape, generator=generator, dtype=context.dtype)).sum()
+    loss = loss + (weights * torch.randn(weights.shape, generator=generator, dtype=context.dtype)).sum()
+    return torch.autograd.grad(loss, leaves, retain_graph=True)
+
+
+def close(actual: object, expected: object) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", KINDS)
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all", "lengths"])
+@pytest.mark.usefixtures("backend")
+def test_formula_in_one_call_and_in_steps(score: str, lengths: Tensor | None) -> None:
+    attn, (query, states) = module(score), inputs(score)
+    leaves = (query, states, *attn.parameters())
+    expected = formula(attn, query, states, visible(lengths))
+    wanted = gradients(*expected, *leaves)
+    memory = attn.prepare(states, lengths)
+    assert memory.shared == (score != "concat")
+    of_steps = [attn.step(query[:, i], memory, need_weights=True)[:2] for i in range(QUERIES)]
+    for found in (
+        attn(query, states, lengths=lengths, need_weights=True),
+        attn(query, memory, need_weights=True),
+        attn.step(query, memory, need_weights=True)[:2],
+        tuple(torch.stack(x, 1) for x in zip(*of_steps, strict=True)),
+    ):
+        close(found, expected)
+        close(gradients(*found, *leaves), wanted)
+
+
+@pytest.mark.parametrize("score", KINDS)
+@pytest.mark.usefixtures("backend")
+def test_scores_and_a_mask_for_each_query(score: str) -> None:
+    attn, (query, states) = module(score), inputs(score)
+    mask = torch.rand(BATCH, QUERIES, KEYS) < 0.5
+    close(attn(query, states, mask=mask, need_weights=True), formula(attn, query, states, mask))
+    memory = attn.prepare(states, LENGTHS)
+    scores = attn.scores(query, memory)
+    assert torch.equal(scores == -torch.inf, ~visible(LENGTHS))
+    close(scores[0].softmax(-1), formula(attn, query, states, visible(None))[1][0])
+    close(attn.scores(query[:, 1], memory), scores[:, 1])
+
+
+@pytest.mark.parametrize("score", KINDS)
+@pytest.mark.usefixtures("backend")
+def test_memory_of_other_rows_and_dtypes(score: str) -> None:
+    attn, (query, states) = module(score), inputs(score)
+    memory, rows = attn.prepare(states, LENGTHS), torch.tensor([2, 0, 2, 2])
+    selected = memory.select(rows)
+    assert selected.shared == memory.shared
+    close(attn(query[rows], selected)[0], attn(query, memory)[0][rows])
+    single = memory.to(dtype=torch.float32)
+    assert single.shared == memory.shared
+    attn.float()
+    # Scores of some tens are off by a few roundings, and weights by as many times their size.
+    found, expected = attn(query.float(), single)[0], attn.double()(query, memory)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=50 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("score", KINDS)
+def test_what_stands_in_the_padding_reaches_nothing(score: str) -> None:
+    attn, (query, states) = module(score), inputs(score)
+    hidden = torch.arange(KEYS) >= LENGTHS[:, None]
+    poisoned = states.detach().masked_fill(hidden[:, :, None], torch.nan).requires_grad_()
+    results = []
+    for x in (states, poisoned):
+        context, weights = attn(query, x, lengths=LENGTHS, need_weights=True)
+        scores = attn.scores(query, attn.prepare(x, LENGTHS))
+        results.append((context, weights, scores, *gradients(context, weights, query, *attn.parameters())))
+    close(*results)
+
+
+@pytest.mark.parametrize("score", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(score: str, dtype: torch.dtype) -> None:
+    attn, (query, states) = module(score, torch.float32), inputs(score, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        memory = attn.prepare(states, LENGTHS)
+        context, _ = attn(query, memory)
+        assert memory.key.dtype == memory.value.dtype == context.dtype == attn.scores(query, memory).dtype == dtype
+        assert memory.shared == (score != "concat")
+        context.sum().backward()
+    assert states.grad is not None
+    assert states.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("score", KINDS)
+def test_compiled_whole(score: str) -> None:
+    attn, (query, states) = module(score), inputs(score)
+    memory = attn.prepare(states, LENGTHS)
+    torch._dynamo.reset()  # of one function only so many versions are compiled
+    for call, argument in ((attn.step, memory), (attn, states)):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        actual, expected = compiled(query, argument)[0], call(query, argument)[0]
+        close(actual, expected)
+        close(*(torch.autograd.grad(x.sin().sum(), (query, states), retain_graph=True) for x in (actual, expected)))
+
+
+def test_dropout_in_training_alone() -> None:
+    for score in KINDS:
+        attn, (query, states) = module(score, dropout=0.5), inputs(score)
+        _, weights = attn(query, states, need_weights=True)
+        assert (weights == 0).any()
+        _, weights = attn.eval()(query, states, need_weights=True)
+        close(weights.sum(-1), torch.ones(BATCH, QUERIES, dtype=torch.float64))
+
+
+def test_no_gradient_is_kept_without_grad_mode() -> None:
+    attn, (_, states) = module("dot"), inputs("dot")
+    with torch.no_grad():
+        assert not attn.prepare(states).key.requires_grad
+    assert attn.prepare(states).key.requires_grad
+
+
+def test_bad_arguments() -> None:
+    attn, (query, states) = module("general"), inputs("general")
+    for error, message, call in (
+        (ValueError, "score must be one of 'dot', 'scaled_dot'", lambda: LuongAttention(4, 4, score="product")),
+        (ValueError, "attention_size must be left out", lambda: LuongAttention(4, 4, attention_size=3)),
+        (ValueError, "query_size must be memory_size, 5, .* got 4", lambda: LuongAttention(4, 5, score="dot")),
+        (ValueError, "query_size must be memory_size", lambda: LuongAttention(4, 5, score="scaled_dot")),
+        (ValueError, "attention_size must be", lambda: LuongAttention(4, 5, score="concat", attention_size=0)),
+        (ValueError, "dropout must be", lambda: LuongAttention(4, 4, dropout=2.0)),
+        (ValueError, "query must have size 5", lambda: attn(states, states)),
+        (TypeError, "memory must be what prepare", lambda: attn.step(query, states)),
+        (
+            TypeError,
+            "query must be float32",
+            lambda: LuongAttention(4, 4, score="dot")(torch.ones(2, 4).long(), states),
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_gradcheck_and_second_derivatives() -> None:
+    query, states = inputs("dot")
+    for value in (None, torch.randn(BATCH, KEYS, 2, dtype=torch.float64, requires_grad=True)):
+        leaves = (query, states) if value is None else (query, states, value)
+        options: dict[str, Any] = {"lengths": LENGTHS, "scale": 0.7, "need_weights": True, "backend": "cpu"}
+        torch.autograd.gradcheck(lambda *x, options=options: attnext.dot_attention(*x, **options), leaves)
+    context, _ = attnext.dot_attention(query, states, backend="cpu")
+    (grad,) = torch.autograd.grad(context.sin().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["query", "states"])
+def test_any_subset_of_gradients(name: str) -> None:
+    query, states = (x.detach() for x in inputs("dot"))
+    chosen = {"query": query, "states": states}[name].requires_grad_()
+    grads = [
+        torch.autograd.grad(attnext.dot_attention(query, states, backend=backend)[0].sin().sum(), chosen)[0]
+        for backend in ("cpu", "reference")
+    ]
+    close(*grads)
+
+
+def test_operators_keep_their_contract() -> None:
+    ops, none = torch.ops.attnext, None
+    query, states = (x.detach().float().requires_grad_() for x in inputs("dot"))
+    for value in (None, torch.randn(BATCH, KEYS, 2, requires_grad=True)):
+        options = (LENGTHS, none, none, 0.5, 0.0)
+        for need_weights in (True, False):
+            torch.library.opcheck(ops.dot_attention_cpu.default, (query, states, value, *options, need_weights))
+        x = [t if t is None else t.detach() for t in (query, states, value)]
+        found = ops.dot_attention_cpu(*x, *options, True)
+        grads = (torch.randn_like(found[0]), torch.randn_like(found[1]))
+        torch.library.opcheck(ops.dot_attention_backward_cpu.default, (*grads, *x, *options, *found))
+
+
+def test_compiled_graphs_are_refused_what_does_not_fit() -> None:
+    ops, (query, states) = torch.ops.attnext, (x.detach().float() for x in inputs("dot"))
+    none = (None, None, None, 1.0, 0.0)
+    found = ops.dot_attention_cpu(query, states, None, *none, True)
+    for call in (
+        lambda: ops.dot_attention_cpu(query, states[:, :, 1:], None, *none, True),
+        lambda: ops.dot_attention_cpu(query, states, states[:, 1:], *none, True),
+        lambda: ops.dot_attention_cpu(query, states, states.double(), *none, True),
+        lambda: ops.dot_attention_cpu(query, states, None, None, None, None, 1.0, 0.5, True),
+        lambda: ops.dot_attention_backward_cpu(torch.ones(BATCH, QUERIES, 3), None, query, states, None, *none, *found),
+        lambda: ops.dot_attention_backward_cpu(None, torch.ones(BATCH, 1, KEYS), query, states, None, *none, *found),
+    ):
+        with pytest.raises(RuntimeError, match="attnext: "):
+            call()
+
+
+@pytest.mark.parametrize("mask", ["keys", "slots"])
+def test_a_nan_reaches_only_what_attends_it(mask: str) -> None:
+    """A query that is NaN reaches no hidden key, and a key that one query may not see reaches only the others."""
+    query, states = torch.randn(1, 20, 33), torch.randn(1, 70, 33)
+    query[0, 3], states[0, 66] = torch.nan, torch.inf
+    visible = torch.ones(1, 20, 70, dtype=torch.bool)
+    visible[0, ::2, 66] = False
+    visible[0, :, 5::9] = False
+    if mask == "keys":
+        visible = visible[:, 0]
+    x = [t.requires_grad_() for t in (query, states)]
+    context, weights = attnext.dot_attention(*x, mask=visible, need_weights=True, backend="cpu")
+    assert weights is not None
+    odd = [i for i in range(1, 20, 2) if i != 3]
+    assert context[0, ::2].isfinite().all()
+    assert weights[0, 3].isnan().sum() == visible.expand(1, 20, 70)[0, 3].sum()
+    assert context[0, odd].isfinite().all() == (mask == "keys")
+    grad_query, grad_states = torch.autograd.grad(context.sum() + weights.square().sum(), x)
+    assert grad_query[0, ::2].isfinite().all()
+    assert torch.equal(grad_states[0, 5::9], torch.zeros_like(grad_states[0, 5::9]))
+
+
+def test_scores_below_every_number_are_not_taken_for_hidden_ones() -> None:
+    query, states = torch.full((1, 1, 4), 1e20), torch.full((1, 3, 4), -1e20)
+    context, _ = attnext.dot_attention(query, states, torch.ones(1, 3, 2), backend="cpu")
+    assert torch.equal(context, torch.ones(1, 1, 2))
+    context, _ = attnext.dot_attention(-query, states, backend="cpu")
+    assert context.isnan().all()
+
+
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    query, states = torch.randn(3, 40, 70, requires_grad=True), torch.randn(3, 150, 70, requires_grad=True)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            torch.manual_seed(3)
+            context, weights = attnext.dot_attention(query, states, need_weights=True, dropout_p=0.2, backend="cpu")
+            assert weights is not None
+            grads = torch.autograd.grad(context.sin().sum() + weights.cos().sum(), (query, states))
+            runs.append([context, weights, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_pytorchs_own_attention_serves_large_products_and_nothing_else(
+    value: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sdpa, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        calls.append(args)
+        return sdpa(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    x = [torch.randn(2, 130, 20, dtype=torch.float64, requires_grad=True) for _ in range(3 if value else 2)]
+
+    def run(**options: Any) -> list[Tensor]:
+        context, _ = attnext.dot_attention(*x, scale=0.3, **options)
+        return [context, *torch.autograd.grad(context.sin().sum(), x)]
+
+    found = run()
+    assert len(calls) == 1
+    close(found, run(backend="reference"))
+    with use_backend("cpu"):
+        close(found, run())
+    close(found, run(lengths=torch.tensor([130, 130])))
+    for small in ([x[0][:, :127], *x[1:]], [t.half() for t in x], [x[0], *(t[:, :127] for t in x[1:])]):
+        attnext.dot_attention(*small)
+    attnext.dot_attention(*x, need_weights=True)
+    attnext.dot_attention(*x, dropout_p=0.1)
+    attnext.dot_attention(*x, mask=torch.ones(2, 130, dtype=torch.bool))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attnext.dot_attention(*(t.float() for t in x))
+    assert len(calls) == 1
