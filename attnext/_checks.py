@@ -59,10 +59,15 @@ def autocasts(device_type: str) -> bool:
 
 
 def additive(query: object, key: object, score_weight: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of a score: query (B, [Tq,] D), key (B, Tk, D), score_weight (D,)."""
+    """The arguments of a score: query (B, [Tq,] D), key (B, Tk, D), score_weight ([heads,] D)."""
     query, key = dot(query, key)
-    score_weight = tensor("score_weight", score_weight, 1)
-    size("score_weight", score_weight, 0, query.shape[-1], "query's last dimension")
+    score_weight = tensor("score_weight", score_weight, 1, 2)
+    size("score_weight", score_weight, -1, query.shape[-1], "query's last dimension")
+    if score_weight.dim() == 2 and (score_weight.shape[0] == 0 or query.shape[0] % score_weight.shape[0]):
+        raise ValueError(
+            f"score_weight must have a number of heads of which the batch, {query.shape[0]}, is a multiple, got shape "
+            f"{tuple(score_weight.shape)}"
+        )
     return query, key, score_weight
 
 

@@ -51,6 +51,8 @@ class Case:
     """NaN in keys and values that no query may attend."""
     flat: bool = False
     """A query of (B, D), where ``queries`` is 1; what follows from it is without Tq too."""
+    heads: int = 0
+    """Of additive scores: rows of the score weight, or 0 for one without that dimension."""
     shared: bool = False
     """Of ``dot``: the keys are the values; ``values`` has the number of features."""
 
@@ -61,7 +63,7 @@ class Case:
             flags.append(f"mask={self.mask}")
         numbers = (
             f"{name}={getattr(self, name):g}"
-            for name in ("scale", "dropout_p", "magnitude")
+            for name in ("scale", "dropout_p", "magnitude", "heads")
             if getattr(self, name) != getattr(Case, name)
         )
         return " ".join([self.op, sizes, str(self.dtype).removeprefix("torch."), *flags, *numbers])
@@ -109,6 +111,10 @@ CASES: tuple[Case, ...] = (
     Case("scores", batch=2, queries=5, keys=130, features=65, mask="slots", scale=-1.5, strided=True),
     Case("scores", batch=2, queries=6, keys=20, features=40, mask="keys", poison=True, magnitude=50.0),
     Case("scores", keys=0),
+    Case(batch=6, queries=5, keys=70, features=18, values=6, heads=3, weights=True, lengths=True),
+    Case("step", batch=4, queries=1, keys=40, features=33, values=8, heads=2, mask="keys"),
+    Case("scores", batch=4, queries=3, keys=20, features=9, heads=4, magnitude=30.0),
+    Case(batch=0, heads=2),
     Case("dot"),
     Case("dot", batch=1, queries=1, keys=1, features=1, values=1, weights=True, shared=True),
     Case("dot", batch=3, queries=17, keys=67, features=31, values=65, lengths=True, weights=True, scale=0.2),
@@ -144,7 +150,7 @@ CASES: tuple[Case, ...] = (
     Case("dot", batch=5, queries=1, keys=131, features=96, values=96, lengths=True, scale=0.1, shared=True),
     Case("dot", batch=3, queries=1, keys=150, features=20, values=6, lengths=True, weights=True, flat=True),
     Case("dot", batch=9, queries=1, keys=9, features=20, values=20, mask="keys", flat=True, shared=True, poison=True),
-    Case("dot", batch=4, queries=40, keys=600, features=8, values=5),
+    Case("dot", batch=1, queries=40, keys=200, features=4, values=3),
     Case("dot", batch=0),
     Case("dot", queries=0),
     Case("dot", keys=0, weights=True),
@@ -180,6 +186,8 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
             scale = draw_from.choice((1.0, 1.0, 0.1, 10.0)) / (case.magnitude**2 * case.features**0.5)
             shared = draw_from.random() < 0.5
             case = replace(case, scale=scale, shared=shared, values=case.features if shared else case.values)
+        elif heads := draw_from.choice((0, 0, 0, 3)):
+            case = replace(case, heads=heads, batch=heads * draw_from.choice((1, 2)))
         yield case
 
 
@@ -223,7 +231,7 @@ def draw(case: Case, seed: int, device: str = "cpu") -> Inputs:
         place(query, case.dtype, device),
         place(key, case.dtype, device),
         place(value, case.dtype, device),
-        (normal(case.features) / case.features**0.5).to(case.dtype).to(device),
+        (normal(*(case.heads,) * (case.heads > 0), case.features) / case.features**0.5).to(case.dtype).to(device),
         None if lengths is None else lengths.to(device),
         None if mask is None else mask.to(device),
         torch.randint(2**62, (), generator=rng).to(device),
@@ -371,32 +379,39 @@ def _additive_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """
     u = _roundoff(case)
     query, key, _, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
+    heads = max(case.heads, 1)
+    v = v.view(heads, 1, 1, -1).repeat(case.batch // heads, 1, 1, 1)  # that of each row
     tanh = (query.unsqueeze(2) + key.unsqueeze(1)).tanh()
     slope = 1 - tanh.square()
     # Three times what independent errors of the terms add up to, and the rounding of the running sum.
-    score_error = torch.full_like(tanh[..., 0], u * abs(case.scale) * float(36 * v.norm() + 4 * v.abs().sum()))
+    score_error = (u * abs(case.scale) * (36 * v.norm(dim=-1) + 4 * v.abs().sum(-1))).expand(tanh.shape[:-1])
     if case.op == "scores":
         visible = reference.valid_slots(query, key, inputs.lengths, inputs.mask)
         ds = inputs.grads["scores"].double().abs() * visible
         ds_error, result = 4 * u * ds, {"scores": score_error}
     else:
-        scores = case.scale * (tanh @ v)
+        scores = case.scale * (tanh * v).sum(-1)
         ds, ds_error, result = _softmax_tolerances(case, inputs, scores, score_error)
     ds, ds_error = ds * abs(case.scale), ds_error * abs(case.scale)
     root_queries, root_keys = case.queries**0.5, case.keys**0.5
 
     def through_slope(equation: str, root: float) -> Tensor:
         total = torch.einsum(equation, slope, ds_error + (4 + root) * u * ds)
-        bound: Tensor = v.abs() * (total + 24 * u * torch.einsum(equation, torch.ones_like(slope), ds + ds_error))
+        bound: Tensor = v.abs()[:, 0] * (total + 24 * u * torch.einsum(equation, torch.ones_like(slope), ds + ds_error))
         return bound
 
     # Rows of queries are independent; within one, an error of delta is common to all keys.
-    by_row = torch.einsum("bijd,bij->bid", tanh.abs(), ds_error).square().sum((0, 1)).sqrt()
-    terms = (case.batch * case.queries * case.keys) ** 0.5
+    by_row = torch.einsum("bijd,bij->bid", tanh.abs(), ds_error).square().sum(1)
+    terms = (case.batch // heads * case.queries * case.keys) ** 0.5
+
+    def of_head(x: Tensor) -> Tensor:
+        return x.view(case.batch // heads, heads, *x.shape[1:]).sum(0)
+
+    of_weight = 3 * of_head(by_row).sqrt() + (12 + terms) * u * of_head(ds.sum((1, 2)).unsqueeze(-1))
     return result | {
         "grad query": through_slope("bijd,bij->bid", root_keys),
         "grad key": through_slope("bijd,bij->bjd", root_queries),
-        "grad score_weight": 3 * by_row + (12 + terms) * u * ds.sum(),
+        "grad score_weight": of_weight if case.heads else of_weight[0],
     }
 
 

@@ -39,7 +39,8 @@ def additive_attention(
             four tensors have one dtype and device (under autocast, its dtype). Half types are computed in float32.
         key: (B, Tk, D) projected keys, U h.
         value: (B, Tk, H) encoder states, h.
-        score_weight: (D,) the weight vector of the score, v.
+        score_weight: (D,) the weight vector of the score, v; or (heads, D), where the batch is one of sentences times
+            heads: row b has the vector b % heads.
         lengths: (B,) integers: how many leading keys of each row are real.
         mask: bool (B, Tk) or (B, Tq, Tk), True where a key may be attended. What stands in other slots, NaN included,
             reaches neither a result nor a gradient.
@@ -238,8 +239,8 @@ def attend_by_dot(
     extras = need_weights or dropout_p > 0.0 or lengths is not None or mask is not None
     if not extras and chosen_freely(backend) and _sdpa_is_faster(query, key):
         # With an axis of one head, which its kernels want.
-        heads = (x.unsqueeze(1) for x in (query, key, key if value is None else value))
-        return nn.functional.scaled_dot_product_attention(*heads, scale=scale).squeeze(1), None
+        q, k, v = (x.unsqueeze(1) for x in (query, key, key if value is None else value))
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1), None
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
     if family == "reference":

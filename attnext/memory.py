@@ -34,7 +34,8 @@ class Memory:
         value: (B, Tk, H) the encoder states themselves; the very tensor of the keys where the states are the keys.
         lengths: (B,) int64, or None: how many leading states of each row are real.
         mask: (B, Tk) bool, or None: True where a state may be attended.
-        score_weight: (D,) the weight vector of an additive score, as it was when the memory was prepared, or None.
+        score_weight: (D,) or (heads, D), the weight vector of an additive score, as it was when the memory was
+            prepared, or None.
         prepared: what the backend computed ahead of the steps, or None.
     """
 

@@ -2,9 +2,10 @@
 
 Every kernel family has the same operators under its own suffix, ``attnext::additive_attention_cpu`` and so on; the
 family's own code only registers the kernels. Kernels take query (B, Tq, D) or (B, D), key (B, Tk, D), value (B, Tk, H)
-and score_weight (D,) in one dtype, on one device, with checked arguments (:mod:`attnext.functional`). For a query of
-(B, D), context, weights and scores are without Tq too; log_sum_exp is always (B, Tq). Of dot products, no value means
-that the keys are the values: the gradient of both is the keys', and the value's has no elements.
+and score_weight (D,), or (heads, D) where row b has vector b % heads, in one dtype, on one device, with checked
+arguments (:mod:`attnext.functional`). For a query of (B, D), context, weights and scores are without Tq too;
+log_sum_exp is always (B, Tq). Of dot products, no value means that the keys are the values: the gradient of both is the
+keys', and the value's has no elements.
 """
 
 from __future__ import annotations

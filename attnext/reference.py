@@ -69,7 +69,9 @@ def additive_scores(
     valid = valid_slots(query, key, lengths, mask)
     # Masked before the tanh, so that a NaN in a masked slot reaches neither the result nor a gradient.
     total = (query.unsqueeze(2) + key.unsqueeze(1)).masked_fill(~valid.unsqueeze(-1), 0.0)
-    return (scale * (total.tanh() @ score_weight)).masked_fill(~valid, -torch.inf)
+    v = score_weight.view(-1, score_weight.shape[-1])  # a row for each head
+    v = v.repeat(query.shape[0] // v.shape[0], 1) if len(v) > 1 else v
+    return (scale * (total.tanh() @ v[:, None, :, None]).squeeze(-1)).masked_fill(~valid, -torch.inf)
 
 
 def dot_attention(

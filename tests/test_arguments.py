@@ -83,8 +83,10 @@ SHAPES: list[Wrong] = [
     ("value", zeros(5, 6), ValueError, "3 dimensions", "2: shape (5, 6)"),
     ("value", zeros(3, 5, 6), ValueError, "size 2 in dimension 0, as key", "shape (3, 5, 6)"),
     ("value", zeros(2, 1, 6), ValueError, "size 5 in dimension 1, as key", "shape (2, 1, 6)"),
-    ("score_weight", zeros(1, 8), ValueError, "1 dimension", "2: shape (1, 8)"),
+    ("score_weight", zeros(1, 1, 8), ValueError, "1 or 2 dimensions", "3: shape (1, 1, 8)"),
     ("score_weight", zeros(1), ValueError, "size 8 in dimension 0, as query's last dimension", "shape (1,)"),
+    ("score_weight", zeros(3, 8), ValueError, "heads of which the batch, 2, is a multiple", "shape (3, 8)"),
+    ("score_weight", zeros(0, 8), ValueError, "heads of which the batch, 2, is a multiple", "shape (0, 8)"),
 ]
 
 SLOTS: list[Wrong] = [

@@ -9,27 +9,27 @@
 namespace attnext::cpu {
 namespace {
 
-// The padded constants that stand for the score weight.
+// Row h of the score weight, v itself where it has one dimension, as padded rows of T.
 template <class T>
-struct Weights {
-  Weights(Scratch& scratch, const Tensor& score_weight, double scale, int64_t padded)
-      : times(scratch.take<T>(padded)),
+struct ScoreWeightRows {
+  ScoreWeightRows(Scratch& scratch, const Tensor& score_weight, int64_t head, double scale, int64_t padded)
+      : weight(scratch.take<T>(padded)),
         gain(scratch.take<T>(padded)),
         fold(scratch.take<T>(padded)),
         offset(scratch.take<T>(padded)) {
-    read(score_weight);
-    std::fill(times + score_weight.size(0), times + padded, T(0));
+    read(score_weight, head);
+    std::fill(weight + score_weight.size(-1), weight + padded, T(0));
     double total = 0;
     for (int64_t d = 0; d < padded; ++d) {
-      const double v = scale * double(times[d]);
+      const double v = scale * double(weight[d]);
       total += v;
       const T w = T(-2 * v);
-      times[d] = std::isfinite(w) ? w : std::numeric_limits<T>::quiet_NaN();  // not the score of a hidden slot
+      weight[d] = std::isfinite(w) ? w : std::numeric_limits<T>::quiet_NaN();  // not the score of a hidden slot
       gain[d] = T(4 * v);
-      size += std::abs(times[d]);
-      if (!(std::abs(times[d]) <= limit) && !std::isnan(limit)) limit = std::abs(times[d]);  // a NaN stays
+      size += std::abs(weight[d]);
+      if (!(std::abs(weight[d]) <= limit) && !std::isnan(limit)) limit = std::abs(weight[d]);  // a NaN stays
     }
-    sum = T(total);
+    constant = T(total);
     fold_features(padded);
   }
 
@@ -39,7 +39,7 @@ struct Weights {
     const T least = limit / T(padded) * std::numeric_limits<T>::epsilon() / 8;
     T smallest = limit;
     for (int64_t d = 0; d < padded; ++d) {
-      const T w = times[d];
+      const T w = weight[d];
       const bool counts = std::abs(w) > least;
       if (counts) smallest = std::min(smallest, std::abs(w));
       fold[d] = counts ? unit * (limit / w) : T(0);
@@ -49,27 +49,25 @@ struct Weights {
     plain_limit = limit > 0 ? (bits - std::log2(limit / smallest)) * T(0.34657) : bits * T(0.34657);
   }
 
-  void read(const Tensor& x) {
+  void read(const Tensor& x, int64_t head) {
     const Type type = type_of(x);
-    if (type == Type::kFloat) return read_as<float>(x);
-    if (type == Type::kDouble) return read_as<double>(x);
-    if (type == Type::kHalf) return read_as<torch::headeronly::Half>(x);
-    read_as<torch::headeronly::BFloat16>(x);
+    if (type == Type::kFloat) return read_as<float>(x, head);
+    if (type == Type::kDouble) return read_as<double>(x, head);
+    if (type == Type::kHalf) return read_as<torch::headeronly::Half>(x, head);
+    read_as<torch::headeronly::BFloat16>(x, head);
   }
 
   template <class Stored>
-  void read_as(const Tensor& x) {
-    const int64_t n = x.size(0), stride = x.stride(0);
-    const Stored* data = static_cast<const Stored*>(x.data_ptr());
-    for (int64_t d = 0; d < n; ++d) times[d] = T(data[d * stride]);
+  void read_as(const Tensor& x, int64_t head) {
+    const int64_t n = x.size(-1), stride = x.stride(-1);
+    const Stored* data = static_cast<const Stored*>(x.data_ptr()) + (x.dim() == 2 ? head * x.stride(0) : 0);
+    for (int64_t d = 0; d < n; ++d) weight[d] = T(data[d * stride]);
   }
 
-  T *times, *gain;   // w = -2 scale v, 4 scale v
-  T *fold, *offset;  // as in Problem
-  T sum;             // scale * sum v
-  T limit = 0;       // max |w|
-  T size = 0;        // sum |w|
-  T plain_limit;
+  ScoreWeight<T> addresses() const { return {weight, gain, fold, offset, limit, size, constant, plain_limit}; }
+
+  T *weight, *gain, *fold, *offset;
+  T limit = 0, size = 0, constant, plain_limit;
 };
 
 template <class T>
@@ -87,17 +85,22 @@ struct AdditiveSetup : Setup<T> {
   AdditiveSetup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
                 const Optional& exp_key, const Optional& key_limit, const Optional& lengths, const Optional& mask,
                 double scale)
-      : Setup<T>(query, key, value, lengths, mask, scale, kFeatureBlock),
-        weights(weights_of(score_weight, query, scale)) {
-    problem.weight = weights.times, problem.weight_limit = weights.limit;
-    problem.fold = weights.fold, problem.offset = weights.offset, problem.plain_limit = weights.plain_limit;
+      : Setup<T>(query, key, value, lengths, mask, scale, kFeatureBlock) {
+    take_score_weight(score_weight, query, scale);
     take_exponentials(exp_key, key_limit);
   }
 
-  Weights<T> weights_of(const Tensor& score_weight, const Tensor& query, double scale) {
-    check_shape(score_weight, "score_weight", {problem.features});
+  void take_score_weight(const Tensor& score_weight, const Tensor& query, double scale) {
+    const bool one = score_weight.dim() == 1;
+    const int64_t count = one ? 1 : score_weight.size(0);
+    check_shape(score_weight, "score_weight", one ? Shape{problem.features} : Shape{count, problem.features});
     check_dtype(score_weight, query);
-    return Weights<T>(scratch, score_weight, scale, problem.padded);
+    STD_TORCH_CHECK(count > 0 && problem.batch % count == 0, "attnext: score_weight has ", count,
+                    " rows, of which the batch, ", problem.batch, ", must be a multiple");
+    ScoreWeight<T>* heads = scratch.template take<ScoreWeight<T>>(count);
+    for (int64_t h = 0; h < count; ++h)
+      heads[h] = ScoreWeightRows<T>(scratch, score_weight, h, scale, problem.padded).addresses();
+    problem.heads = heads, problem.head_count = count;
   }
 
   // F as it was prepared, or made now.
@@ -124,7 +127,6 @@ struct AdditiveSetup : Setup<T> {
 
   using Setup<T>::problem;
   using Setup<T>::scratch;
-  Weights<T> weights;
 };
 
 template <class T>
@@ -157,7 +159,7 @@ Tensor scores_as(const Tensor& query, const Tensor& key, const Tensor& score_wei
   AdditiveSetup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
   const Problem<T>& p = setup.problem;
   Tensor result = empty(by_query(query, p.keys), dtype_of(query));
-  const Scores<T> s{p, setup.weights.sum, rows_of(result)};
+  const Scores<T> s{p, rows_of(result)};
   const auto& kernels = kernels_of<T>();
   parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
     Scratch scratch;
@@ -179,8 +181,6 @@ struct AdditiveGradients : Gradients<T> {
     exponentials<T>(p.query, p.batch, p.queries, p.features, p.padded, nullptr, {}, exp_query, row_of(p.padded),
                     query_limit);
     g.query = exp_query, g.query_limit = query_limit;
-    g.gain = setup.weights.gain;
-    g.scores_by_tile = !(setup.weights.size <= kSmallWeights);
   }
 
   void run() {
@@ -190,27 +190,33 @@ struct AdditiveGradients : Gradients<T> {
     finish_weight(tasks);
   }
 
+  // Adds the tasks' sums in their order, those of the rows that share a score weight.
   void finish_weight(int64_t tasks) {
     const Problem<T>& p = g.problem;
-    for (int64_t d = 0; d < p.features; ++d) {
-      double sum = 0;
-      for (int64_t task = 0; task < tasks; ++task) sum += double(g.grad_weight[task * p.padded + d]);
-      sum *= double(p.scale);
-      void* data = grad_weight.data_ptr();
-      switch (grad_weight.scalar_type()) {
-        case ScalarType::Float:
-          static_cast<float*>(data)[d] = float(sum);
-          break;
-        case ScalarType::Double:
-          static_cast<double*>(data)[d] = sum;
-          break;
-        case ScalarType::Half:
-          static_cast<torch::headeronly::Half*>(data)[d] = float(sum);
-          break;
-        default:
-          static_cast<torch::headeronly::BFloat16*>(data)[d] = float(sum);
-          break;
+    for (int64_t h = 0; h < p.head_count; ++h)
+      for (int64_t d = 0; d < p.features; ++d) {
+        double sum = 0;
+        for (int64_t task = 0; task < tasks; ++task)
+          if (task / g.splits % p.head_count == h) sum += double(g.grad_weight[task * p.padded + d]);
+        store(h * p.features + d, sum * double(p.scale));
       }
+  }
+
+  void store(int64_t at, double x) {
+    void* data = grad_weight.data_ptr();
+    switch (grad_weight.scalar_type()) {
+      case ScalarType::Float:
+        static_cast<float*>(data)[at] = float(x);
+        break;
+      case ScalarType::Double:
+        static_cast<double*>(data)[at] = x;
+        break;
+      case ScalarType::Half:
+        static_cast<torch::headeronly::Half*>(data)[at] = float(x);
+        break;
+      default:
+        static_cast<torch::headeronly::BFloat16*>(data)[at] = float(x);
+        break;
     }
   }
 

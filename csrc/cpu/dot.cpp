@@ -40,7 +40,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_as(const Outputs& outputs,
   const auto& kernels = kernels_of<T>();
   parallel(gradients.rows(), gradients.rows() * p.padded,
            [&](int64_t begin, int64_t end) { kernels.dot_queries(p, begin, end, scaled); });
-  gradients.g.query = scaled, gradients.g.gain = gain;
+  const ScoreWeight<T> one{nullptr, gain};
+  gradients.g.problem.heads = &one, gradients.g.problem.head_count = 1;
+  gradients.g.query = scaled;
   gradients.run(kernels.dot_backward);
   return {gradients.grad_query, gradients.grad_key, gradients.grad_value};
 }

@@ -51,7 +51,7 @@ inline void keep_r(const Problem<T>& p, const Tile<T>& t, T* scores, T* kept) {
   constexpr int W = kLanes<T>;
   // In variables of their own: a store to kept could change what a reference refers to, for all the compiler knows.
   const int64_t padded = p.padded, row = row_of(padded), nj = t.nj;
-  const T* weight = p.weight;
+  const T* weight = p.v.weight;
   Vec<T> sum[I * W];
   for (int k = 0; k < I * W; ++k) sum[k] = Vec<T>{};
   for (int64_t d = 0; d < padded; d += 2 * W) {
@@ -203,11 +203,17 @@ inline void score_gradients(const Backward<T>& g, const Slots& t, const Backward
   }
 }
 
+// Whether scores are taken as in the forward pass, whose log-sum-exp is at hand, or on the way to r.
+template <class T>
+inline bool scores_by_tile(const Problem<T>& p) {
+  return !(p.v.size <= kSmallWeights);
+}
+
 template <class T, int I, bool Capped>
 inline void near_block(const Backward<T>& g, const Tile<T>& t, const BackwardTiles<T>& tiles, T* grad_query,
                        T* grad_weight) {
   const Problem<T>& p = g.problem;
-  keep_r<T, I, Capped>(p, t, g.scores_by_tile ? tiles.ds : tiles.scores, tiles.kept);  // ds comes next
+  keep_r<T, I, Capped>(p, t, scores_by_tile(p) ? tiles.ds : tiles.scores, tiles.kept);  // ds comes next
   hide(p, t, tiles.scores, kGradKeyTile);
   score_gradients(g, t, tiles);
   kept_gradients<T, I>(t, p.padded, tiles.kept, tiles.ds, grad_query, tiles.grad_key, grad_weight);
@@ -220,7 +226,7 @@ inline void near_tile(const Backward<T>& g, const Tile<T>& t, const BackwardTile
   constexpr int I = kKeptQueries, J = kLanes<T>;
   const int64_t padded = g.problem.padded, row = row_of(padded);
   if (g.from_scores) return near_gradients<T, Capped>(t, padded, tiles.ds, grad_query, tiles.grad_key, grad_weight);
-  if (g.scores_by_tile) score_tile(g.problem, t, tiles.scores, kGradKeyTile);
+  if (scores_by_tile(g.problem)) score_tile(g.problem, t, tiles.scores, kGradKeyTile);
   for (int64_t j = 0; j < t.nj; j += J)
     for (int64_t i = 0; i < t.ni; i += I) {
       const int64_t ni = t.ni - i < I ? t.ni - i : I, nj = t.nj - j < J ? t.nj - j : J;
@@ -278,7 +284,9 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const RowTile<
 }
 
 template <class T>
-void backward(const Backward<T>& g, int64_t task, T* scratch) {
+void backward(const Backward<T>& all, int64_t task, T* scratch) {
+  Backward<T> g = all;
+  g.problem = of_row(all.problem, task / g.splits);
   const Problem<T>& p = g.problem;
   const int64_t b = task / g.splits, split = task % g.splits, k0 = split * g.split_keys;
   const int64_t k1 = k0 + g.split_keys < p.keys ? k0 + g.split_keys : p.keys;
@@ -318,7 +326,7 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
     for (int64_t d = 0; d < p.padded; ++d) grad_weight[d] += tile_weight[d];
     for (int64_t j = 0; j < nj; ++j) {
       T* grad = tiles.grad_key + j * features_row;
-      for (int64_t d = 0; d < p.features; ++d) grad[d] *= g.gain[d];
+      for (int64_t d = 0; d < p.features; ++d) grad[d] *= p.v.gain[d];
       store_row(g.grad_key, b, j0 + j, p.features, grad);
       if (!g.from_scores) store_row(g.grad_value, b, j0 + j, p.values, tiles.grad_value + j * values_row);
     }
@@ -332,17 +340,18 @@ void backward(const Backward<T>& g, int64_t task, T* scratch) {
   for (int64_t d = 0; d < p.padded; ++d) grad_weight[d] = ds_sum - 2 * grad_weight[d];
 }
 
-// Adds the splits of grad_query rows [begin, end) in their order and multiplies 4 v in.
+// Adds the splits of grad_query rows [begin, end) in their order and multiplies the gain in.
 template <class T>
 void finish_query(const Backward<T>& g, const Rows& grad_query, T* scratch, int64_t begin, int64_t end) {
   const Problem<T>& p = g.problem;
   for (int64_t row = begin; row < end; ++row) {
+    const T* gain = p.heads[row / p.queries % p.head_count].gain;
     zero(scratch, p.padded);
     for (int64_t s = 0; s < g.splits; ++s) {
       const T* part = g.grad_query + (s * p.batch * p.queries + row) * row_of(p.padded);
       for (int64_t d = 0; d < p.padded; ++d) scratch[d] += part[d];
     }
-    for (int64_t d = 0; d < p.padded; ++d) scratch[d] *= g.gain[d];
+    for (int64_t d = 0; d < p.padded; ++d) scratch[d] *= gain[d];
     store_row(grad_query, row / p.queries, row % p.queries, p.features, scratch);
   }
 }

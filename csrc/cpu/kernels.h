@@ -11,6 +11,14 @@ inline int64_t length_of(const Problem<T>& p, int64_t b) {
   return p.lengths ? p.lengths[b] : p.keys;
 }
 
+// The problem as batch row b has it.
+template <class T>
+inline Problem<T> of_row(const Problem<T>& p, int64_t b) {
+  Problem<T> result = p;
+  result.v = p.heads[b % p.head_count];
+  return result;
+}
+
 inline bool visible(const Mask& mask, int64_t b, int64_t i, int64_t j) {
   return !mask.data || mask.data[b * mask.batch + i * mask.query + j * mask.key];
 }
@@ -56,8 +64,8 @@ enum class Range { kPlain, kCapped, kFar };
 
 template <class T>
 inline Range range_of(const Problem<T>& p, T query_limit, T key_limit) {
-  if (!(p.weight_limit <= Limits<T>::max_weight)) return Range::kFar;
-  if (query_limit + key_limit <= p.plain_limit) return Range::kPlain;
+  if (!(p.v.limit <= Limits<T>::max_weight)) return Range::kFar;
+  if (query_limit + key_limit <= p.v.plain_limit) return Range::kPlain;
   if (query_limit <= Limits<T>::max_argument && key_limit <= Limits<T>::max_argument) return Range::kCapped;
   return Range::kFar;
 }
@@ -99,7 +107,7 @@ inline void folded_block(const Problem<T>& p, const T* ce, int64_t ni, const T* 
   constexpr int W = kLanes<T>;
   // In variables of their own: a store to sum could change what p refers to, for all the compiler knows.
   const int64_t padded = p.padded, row = row_of(padded);
-  const T* offset = p.offset;
+  const T* offset = p.v.offset;
   int64_t d = 0;
   for (; d + 4 * W <= padded; d += 4 * W) {
     const T* c = offset + d;
@@ -133,7 +141,7 @@ template <class T>
 inline void capped_block(const Problem<T>& p, const T* e, int64_t ni, const T* f, int64_t nj, Vec<T>* sum) {
   constexpr int W = kLanes<T>;
   for (int64_t d = 0; d < p.padded; d += 2 * W) {
-    const Vec<T> w0 = load(p.weight + d), w1 = load(p.weight + d + W);
+    const Vec<T> w0 = load(p.v.weight + d), w1 = load(p.v.weight + d + W);
     for (int64_t j = 0; j < nj; ++j) {
       const Vec<T> f0 = load(f + j * p.padded + d), f1 = load(f + j * p.padded + d + W);
       for (int64_t i = 0; i < ni; ++i) {
@@ -178,7 +186,7 @@ inline void near_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t o
   const int64_t row = row_of(p.padded);
   const T* e = Capped ? t.e : t.folded;
   // In two steps, as their product may be too small for a number.
-  const T unit = Capped ? T(1) : Limits<T>::unit, size = Capped ? T(1) : p.weight_limit;
+  const T unit = Capped ? T(1) : Limits<T>::unit, size = Capped ? T(1) : p.v.limit;
   for (int64_t j = 0; j < t.nj; j += J) {
     const int64_t nj = t.nj - j < J ? t.nj - j : J;
     for (int64_t i = 0; i < t.ni; i += I) {
@@ -204,7 +212,7 @@ inline void fold(const Problem<T>& p, const Tile<T>& t) {
   for (int64_t i = 0; i < t.ni; ++i)
     for (int64_t d = 0; d < p.padded; d += kLanes<T>) {
       const int64_t at = i * row_of(p.padded) + d;
-      store<T>(t.folded + at, load(t.e + at) * load(p.fold + d));
+      store<T>(t.folded + at, load(t.e + at) * load(p.v.fold + d));
     }
 }
 
@@ -216,7 +224,7 @@ inline void far_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t ou
     for (int64_t i = 0; i < t.ni; ++i) {
       load_row(p.query, t.b, t.i0 + i, p.features, p.padded, q);
       Vec<T> sum = {};
-      for (int64_t d = 0; d < p.padded; d += kLanes<T>) sum += load(p.weight + d) * far_r(q + d, k + d);
+      for (int64_t d = 0; d < p.padded; d += kLanes<T>) sum += load(p.v.weight + d) * far_r(q + d, k + d);
       T total = 0;
       for (int lane = 0; lane < kLanes<T>; ++lane) total += sum[lane];
       out[i * out_row + j] = total;
@@ -252,8 +260,8 @@ inline void score_tile(const Problem<T>& p, const Tile<T>& t, T* out, int64_t ou
 
 template <class T>
 void scores(const Scores<T>& s, int64_t task, T* scratch) {
-  const Problem<T>& p = s.problem;
-  const auto [b, i0, ni] = query_block(p, task);
+  const auto [b, i0, ni] = query_block(s.problem, task);
+  const Problem<T> p = of_row(s.problem, b);
   const int64_t length = length_of(p, b);
   T *e = scratch, *folded = e + kQueryBlock * row_of(p.padded), *tile = folded + kQueryBlock * row_of(p.padded);
   T *limit = tile + kQueryBlock * kKeyTile, *row = limit + kQueryBlock;
@@ -267,7 +275,7 @@ void scores(const Scores<T>& s, int64_t task, T* scratch) {
     const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
     if (nj) score_tile(p, {{b, i0, ni, j0, nj}, e, p.exp_key + at * p.padded, range, folded, row}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
-      for (int64_t j = 0; j < nj; ++j) tile[i * kKeyTile + j] += s.constant;
+      for (int64_t j = 0; j < nj; ++j) tile[i * kKeyTile + j] += p.v.constant;
       for (int64_t j = nj; j < width; ++j) tile[i * kKeyTile + j] = kHidden<T>;
       Rows out = s.scores;
       out.data = static_cast<char*>(out.data) + j0 * bytes(out.type);
@@ -443,9 +451,9 @@ inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardSc
 
 template <class T>
 void forward(const Forward<T>& f, int64_t task, T* scratch) {
-  const Problem<T>& p = f.problem;
-  const QueryBlock block = query_block(p, task);
+  const QueryBlock block = query_block(f.problem, task);
   const auto [b, i0, ni] = block;
+  const Problem<T> p = of_row(f.problem, b);
   const ForwardScratch<T> m(p, scratch);
   for (int64_t i = 0; i < ni; ++i)
     m.limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, m.query + i * row_of(p.padded));

@@ -41,6 +41,19 @@ struct Mask {
   int64_t batch = 0, query = 0, key = 0;
 };
 
+// What the kernels take of a score weight v (D,), rows of padded numbers; T as below.
+template <class T>
+struct ScoreWeight {
+  const T* weight;  // w = -2 scale v, zero in the padding
+  const T* gain;    // 4 scale v, zero in the padding
+  const T* fold;    // c = unit max |w| / w, or 0 for a w too small to count
+  const T* offset;  // c again, or 1 / unit where fold is 0
+  T limit;          // max |w|, NaN if one is
+  T size;           // sum |w|
+  T constant;       // scale * sum v
+  T plain_limit;    // |q| + |k| up to which four folded features share a division
+};
+
 // T is the arithmetic: float, or double for double inputs.
 template <class T>
 struct Problem {
@@ -54,12 +67,10 @@ struct Problem {
   uint64_t seed;
   // Of dot products alone:
   bool shared;  // the keys are the values
-  // Of additive scores alone:
-  const T* weight;     // (padded): w = -2 scale v, zero in the padding
-  T weight_limit;      // max |w|, NaN if one is
-  const T* fold;       // (padded): c = unit max |w| / w, or 0 for a w too small to count
-  const T* offset;     // (padded): c again, or 1 / unit where fold is 0
-  T plain_limit;       // |q| + |k| up to which four folded features share a division
+  // Of additive scores; dot products have a gain alone, the scale:
+  const ScoreWeight<T>* heads;  // those of batch rows 0, 1, ..., and again from the first
+  int64_t head_count;
+  ScoreWeight<T> v;    // that of the row at work
   const T* exp_key;    // (B, Tk, padded): F = exp(2 k)
   const T* key_limit;  // (B, Tk): max |k|, infinity where a row is not finite
 };
@@ -74,7 +85,6 @@ struct Forward {
 template <class T>
 struct Scores {
   Problem<T> problem;
-  T constant;  // scale * sum v
   Rows scores;
 };
 
@@ -85,16 +95,14 @@ struct Backward {
   Problem<T> problem;
   int64_t splits, split_keys;  // tasks a batch row, keys a task
   bool from_scores;            // the incoming gradient is that of the scores
-  bool scores_by_tile;         // as in the forward pass, whose log_sum_exp is at hand; else on the way to r
   Rows grad_weights;           // or of the scores; data may be null
   const T* query;              // (B, Tq, row_of(padded)): scale q; of additive scores E = exp(2 q), and a row more
   const T* query_limit;        // (B, Tq): max |q|, of additive scores
   const T* grad_context;       // (B, Tq, row_of(padded_values)), zero-padded; null with from_scores
   const T* log_sum_exp;        // (B, Tq); null with from_scores
   const T* delta;              // (B, Tq): sum_j p dp; null with from_scores
-  const T* gain;  // (padded): what the queries' gradient is multiplied by, 4 v (zero in the padding) or the scale
   Rows grad_key, grad_value;
-  T* grad_query;   // (splits, B, Tq, row_of(padded)) partial sums, not yet times gain
+  T* grad_query;   // (splits, B, Tq, row_of(padded)) partial sums, not yet times the gain
   T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r), of additive scores
 };
 
