@@ -307,8 +307,9 @@ def test_any_shapes_give_a_result_or_an_error_that_names_an_argument(
     shapes: dict[str, tuple[int, ...]], backend: str
 ) -> None:
     q, k, h, v = shapes.values()
-    ranks_fit = len(q) in (2, 3) and len(k) == len(h) == 3 and len(v) == 1
-    fit = ranks_fit and q[0] == k[0] == h[0] and k[1] == h[1] and q[-1] == k[2] == v[0] > 0
+    ranks_fit = len(q) in (2, 3) and len(k) == len(h) == 3 and len(v) in (1, 2)
+    fit = ranks_fit and q[0] == k[0] == h[0] and k[1] == h[1] and q[-1] == k[2] == v[-1] > 0
+    fit = fit and (len(v) == 1 or (v[0] > 0 and q[0] % v[0] == 0))
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     if not fit:
         with pytest.raises((ValueError, TypeError), match=rf"^({'|'.join(NAMES)}) must .*, got "):
