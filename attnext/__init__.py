@@ -12,6 +12,7 @@ from attnext.attention import (
     LocationSensitiveAttention,
     LuongAttention,
     MonotonicAttention,
+    MultiHeadAttention,
     Past,
 )
 from attnext.backends import Backend, backends, use_backend
@@ -29,6 +30,7 @@ __all__ = [
     "LuongAttention",
     "Memory",
     "MonotonicAttention",
+    "MultiHeadAttention",
     "Past",
     "__version__",
     "additive_attention",

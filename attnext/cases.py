@@ -310,15 +310,11 @@ def _backend(case: Case, backend: str) -> Call:
                 query, x[1], x[3], lengths=inputs.lengths, mask=inputs.mask, scale=case.scale, backend=backend
             )
             return {"scores": scores.unsqueeze(1) if case.flat else scores}
-        options = (case.scale, case.dropout_p, case.weights, backend, inputs.seed)
-        if case.op == "dot":
-            value = None if case.shared else x[2]
-            context, weights = functional.attend_by_dot(query, x[1], value, inputs.lengths, inputs.mask, *options)
-        else:
-            by_key = case.op == "step" and case.mask != "slots"
-            prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
-            memory = Memory(x[1], x[2], inputs.lengths, inputs.mask, x[3], prepared)
-            context, weights = functional.attend(query, memory, *options)
+        by_key = case.op == "step" and case.mask != "slots"
+        prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
+        memory = Memory(x[1], x[1] if case.shared else x[2], inputs.lengths, inputs.mask, x[3], prepared)
+        attend = functional.attend_by_dot if case.op == "dot" else functional.attend
+        context, weights = attend(query, memory, case.scale, case.dropout_p, case.weights, backend, inputs.seed)
         if case.flat:
             context, weights = context.unsqueeze(1), None if weights is None else weights.unsqueeze(1)
         return {"context": context, "weights": weights}

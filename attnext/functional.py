@@ -209,12 +209,10 @@ def dot_attention(
         _checks.size("value", value, 0, key.shape[0], "key")
         _checks.size("value", value, 1, key.shape[1], "key")
     _checks.same_kind(query, **others)
+    lengths, mask = _checks.lengths(lengths, key), _checks.mask(mask, key, _queries(query))
     return attend_by_dot(
         query,
-        key,
-        value,
-        _checks.lengths(lengths, key),
-        _checks.mask(mask, key, _queries(query)),
+        Memory(key, key if value is None else value, lengths, mask, None, None),
         _checks.scale(scale),
         _checks.probability("dropout_p", dropout_p),
         _checks.flag("need_weights", need_weights),
@@ -224,10 +222,7 @@ def dot_attention(
 
 def attend_by_dot(
     query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    lengths: Tensor | None,
-    mask: Tensor | None,
+    memory: Memory,
     scale: float,
     dropout_p: float,
     need_weights: bool,
@@ -235,17 +230,19 @@ def attend_by_dot(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Dot-product attention of checked arguments; dropout draws its own seed for None."""
+    key, lengths, mask = memory.key, memory.lengths, memory.mask
     family = choose(backend, query.device.type, query.dtype)
     extras = need_weights or dropout_p > 0.0 or lengths is not None or mask is not None
     if not extras and chosen_freely(backend) and _sdpa_is_faster(query, key):
         # With an axis of one head, which its kernels want.
-        q, k, v = (x.unsqueeze(1) for x in (query, key, key if value is None else value))
+        q, k, v = (x.unsqueeze(1) for x in (query, key, memory.value))
         return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1), None
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
+    inputs = (query, key) if memory.shared else (query, key, memory.value)
     if family == "reference":
         return reference.dot_attention(
-            *autocast(query, key, *(() if value is None else (value,))),
+            *autocast(*inputs),
             lengths=lengths,
             mask=mask,
             scale=scale,
@@ -253,9 +250,15 @@ def attend_by_dot(
             need_weights=need_weights,
             seed=seed,
         )
-    inputs = (query, key, value)
     context, weights, _ = _call(
-        operators[family].dot_attention, inputs, lengths, mask, seed, scale, dropout_p, need_weights
+        operators[family].dot_attention,
+        (query, key, None if memory.shared else memory.value),
+        lengths,
+        mask,
+        seed,
+        scale,
+        dropout_p,
+        need_weights,
     )
     return context, weights if need_weights else None
 

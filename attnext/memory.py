@@ -37,6 +37,7 @@ class Memory:
         score_weight: (D,) or (heads, D), the weight vector of an additive score, as it was when the memory was
             prepared, or None.
         prepared: what the backend computed ahead of the steps, or None.
+        heads: rows of the tensors for each sentence, one after another.
     """
 
     key: Tensor
@@ -45,6 +46,7 @@ class Memory:
     mask: Tensor | None
     score_weight: Tensor | None
     prepared: Prepared | None
+    heads: int = 1
 
     @property
     def shared(self) -> bool:
@@ -63,7 +65,10 @@ class Memory:
         Raises:
             TypeError, ValueError: ``indices`` is not that.
         """
-        indices = _checks.indices("indices", indices, self.key.shape[0], self.key.device)
+        indices = _checks.indices("indices", indices, self.key.shape[0] // self.heads, self.key.device)
+        if self.heads > 1:
+            of_heads = torch.arange(self.heads, device=indices.device)
+            indices = (indices.unsqueeze(1) * self.heads + of_heads).flatten()
 
         def take(x: Tensor) -> Tensor:
             return x.index_select(0, indices)
@@ -94,7 +99,7 @@ class Memory:
         prepared = None if self.prepared is None else prepare(key, lengths, mask, None)
         value = key if self.shared else self.value.to(device, dtype)
         score_weight = None if self.score_weight is None else self.score_weight.to(device, dtype)
-        return Memory(key, value, lengths, mask, score_weight, prepared)
+        return Memory(key, value, lengths, mask, score_weight, prepared, self.heads)
 
 
 def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:

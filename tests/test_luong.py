@@ -1,4 +1,4 @@
-"""Luong's attention against its formulas, and dot-product attention where the cases of every backend don't reach."""
+"""Luong's attention and attention with heads against their formulas; dot products beyond the cases of all backends."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 
 import attnext
-from attnext import LuongAttention, use_backend
+from attnext import LuongAttention, MultiHeadAttention, use_backend
 
-BATCH, QUERIES, KEYS, SIZE = 3, 4, 7, 6
+BATCH, QUERIES, KEYS, SIZE, HEADS = 3, 4, 7, 6, 2
 LENGTHS = torch.tensor([KEYS, 0, 4])
-KINDS: dict[str, tuple[int, dict[str, Any]]] = {
-    "dot": (SIZE, {}),
-    "scaled_dot": (SIZE, {}),
-    "general": (5, {}),
-    "concat": (5, {"attention_size": 9}),
+Module = LuongAttention | MultiHeadAttention
+KINDS: dict[str, tuple[type[Module], tuple[int, ...], dict[str, Any]]] = {
+    "dot": (LuongAttention, (SIZE, SIZE), {"score": "dot"}),
+    "scaled_dot": (LuongAttention, (SIZE, SIZE), {"score": "scaled_dot"}),
+    "general": (LuongAttention, (5, SIZE), {}),
+    "concat": (LuongAttention, (5, SIZE), {"score": "concat", "attention_size": 9}),
+    "heads": (MultiHeadAttention, (5, SIZE, 8, HEADS), {}),
+    "heads, dot": (MultiHeadAttention, (5, SIZE, 8, HEADS), {"score": "dot"}),
+    "heads, additive": (MultiHeadAttention, (5, SIZE, 8, HEADS), {"score": "additive"}),
 }
-"""The query size and the options of each score."""
+"""Each kind's module, sizes and options."""
+SHARED = ("dot", "scaled_dot", "general")
+"""Those whose keys are the values."""
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -30,23 +36,25 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-def module(score: str, dtype: torch.dtype = torch.float64, **more: Any) -> LuongAttention:
-    query_size, options = KINDS[score]
-    attn = LuongAttention(query_size, SIZE, score=score, **options, **more).to(dtype)
+def module(kind: str, dtype: torch.dtype = torch.float64, **more: Any) -> Module:
+    cls, sizes, options = KINDS[kind]
+    attn = cls(*sizes, **options, **more).to(dtype)
     for parameter in attn.parameters():
         torch.nn.init.normal_(parameter)
     return attn
 
 
-def inputs(score: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def inputs(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Queries and encoder states."""
-    query = torch.randn(BATCH, QUERIES, KINDS[score][0], dtype=dtype)
+    query = torch.randn(BATCH, QUERIES, KINDS[kind][1][0], dtype=dtype)
     return query.requires_grad_(), torch.randn(BATCH, KEYS, SIZE, dtype=dtype).requires_grad_()
 
 
-def formula(attn: LuongAttention, query: Tensor, states: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+def formula(attn: Module, query: Tensor, states: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, with the parameters by their names in a checkpoint."""
     p = dict(attn.named_parameters())
+    if isinstance(attn, MultiHeadAttention):
+        return formula_of_heads(attn, p, query, states, visible)
     if attn.score == "concat":
         pairs = torch.cat([query[:, :, None].expand(-1, -1, KEYS, -1), states[:, None].expand(-1, QUERIES, -1, -1)], -1)
         scores = torch.tanh(pairs @ p["joint_projection.weight"].T) @ p["score_weight"]
@@ -55,8 +63,31 @@ def formula(attn: LuongAttention, query: Tensor, states: Tensor, visible: Tensor
             query = query @ p["query_projection.weight"].T
         scores = torch.einsum("bid,bjd->bij", query, states)
         scores = scores / SIZE**0.5 if attn.score == "scaled_dot" else scores
-    weights = scores.masked_fill(~visible, -1e30).softmax(-1) * visible
+    weights = softmax(scores, visible)
     return weights @ states, weights
+
+
+def formula_of_heads(
+    attn: MultiHeadAttention, p: dict[str, Tensor], query: Tensor, states: Tensor, visible: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One head after another."""
+    contexts, all_weights, size = [], [], 8 // HEADS
+    for head in range(HEADS):
+        q, k, v = (
+            x @ p[f"{name}_projection.weight"][head * size : (head + 1) * size].T
+            for name, x in (("query", query), ("memory", states), ("value", states))
+        )
+        if attn.score == "additive":
+            scores = torch.tanh(q[:, :, None] + k[:, None]) @ p["score_weight"][head]
+        else:
+            scores = q @ k.transpose(1, 2) / (size**0.5 if attn.score == "scaled_dot" else 1.0)
+        all_weights.append(softmax(scores, visible))
+        contexts.append(all_weights[-1] @ v)
+    return torch.cat(contexts, -1) @ p["output_projection.weight"].T, torch.stack(all_weights).mean(0)
+
+
+def softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    return scores.masked_fill(~visible, -1e30).softmax(-1) * visible
 
 
 def visible(lengths: Tensor | None) -> Tensor:
@@ -75,16 +106,16 @@ def close(actual: object, expected: object) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("score", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all", "lengths"])
 @pytest.mark.usefixtures("backend")
-def test_formula_in_one_call_and_in_steps(score: str, lengths: Tensor | None) -> None:
-    attn, (query, states) = module(score), inputs(score)
+def test_formula_in_one_call_and_in_steps(kind: str, lengths: Tensor | None) -> None:
+    attn, (query, states) = module(kind), inputs(kind)
     leaves = (query, states, *attn.parameters())
     expected = formula(attn, query, states, visible(lengths))
     wanted = gradients(*expected, *leaves)
     memory = attn.prepare(states, lengths)
-    assert memory.shared == (score != "concat")
+    assert memory.shared == (kind in SHARED)
     of_steps = [attn.step(query[:, i], memory, need_weights=True)[:2] for i in range(QUERIES)]
     for found in (
         attn(query, states, lengths=lengths, need_weights=True),
@@ -96,23 +127,28 @@ def test_formula_in_one_call_and_in_steps(score: str, lengths: Tensor | None) ->
         close(gradients(*found, *leaves), wanted)
 
 
-@pytest.mark.parametrize("score", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("backend")
-def test_scores_and_a_mask_for_each_query(score: str) -> None:
-    attn, (query, states) = module(score), inputs(score)
+def test_scores_and_a_mask_for_each_query(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs(kind)
     mask = torch.rand(BATCH, QUERIES, KEYS) < 0.5
     close(attn(query, states, mask=mask, need_weights=True), formula(attn, query, states, mask))
     memory = attn.prepare(states, LENGTHS)
     scores = attn.scores(query, memory)
-    assert torch.equal(scores == -torch.inf, ~visible(LENGTHS))
-    close(scores[0].softmax(-1), formula(attn, query, states, visible(None))[1][0])
-    close(attn.scores(query[:, 1], memory), scores[:, 1])
+    weights = scores[0].softmax(-1)
+    if isinstance(attn, MultiHeadAttention):
+        assert scores.shape == (BATCH, HEADS, QUERIES, KEYS)
+        weights = weights.mean(0)
+    hidden = ~visible(LENGTHS) if scores.dim() == 3 else ~visible(LENGTHS)[:, None].expand(scores.shape)
+    assert torch.equal(scores == -torch.inf, hidden)
+    close(weights, formula(attn, query, states, visible(None))[1][0])
+    close(attn.scores(query[:, 1], memory), scores[..., 1, :])
 
 
-@pytest.mark.parametrize("score", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("backend")
-def test_memory_of_other_rows_and_dtypes(score: str) -> None:
-    attn, (query, states) = module(score), inputs(score)
+def test_memory_of_other_rows_and_dtypes(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs(kind)
     memory, rows = attn.prepare(states, LENGTHS), torch.tensor([2, 0, 2, 2])
     selected = memory.select(rows)
     assert selected.shared == memory.shared
@@ -125,9 +161,9 @@ def test_memory_of_other_rows_and_dtypes(score: str) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=50 * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("score", KINDS)
-def test_what_stands_in_the_padding_reaches_nothing(score: str) -> None:
-    attn, (query, states) = module(score), inputs(score)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_in_the_padding_reaches_nothing(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs(kind)
     hidden = torch.arange(KEYS) >= LENGTHS[:, None]
     poisoned = states.detach().masked_fill(hidden[:, :, None], torch.nan).requires_grad_()
     results = []
@@ -138,23 +174,23 @@ def test_what_stands_in_the_padding_reaches_nothing(score: str) -> None:
     close(*results)
 
 
-@pytest.mark.parametrize("score", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast(score: str, dtype: torch.dtype) -> None:
-    attn, (query, states) = module(score, torch.float32), inputs(score, torch.float32)
+def test_under_autocast(kind: str, dtype: torch.dtype) -> None:
+    attn, (query, states) = module(kind, torch.float32), inputs(kind, torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         memory = attn.prepare(states, LENGTHS)
         context, _ = attn(query, memory)
         assert memory.key.dtype == memory.value.dtype == context.dtype == attn.scores(query, memory).dtype == dtype
-        assert memory.shared == (score != "concat")
+        assert memory.shared == (kind in SHARED)
         context.sum().backward()
     assert states.grad is not None
     assert states.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("score", KINDS)
-def test_compiled_whole(score: str) -> None:
-    attn, (query, states) = module(score), inputs(score)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_whole(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs(kind)
     memory = attn.prepare(states, LENGTHS)
     torch._dynamo.reset()  # of one function only so many versions are compiled
     for call, argument in ((attn.step, memory), (attn, states)):
@@ -165,8 +201,8 @@ def test_compiled_whole(score: str) -> None:
 
 
 def test_dropout_in_training_alone() -> None:
-    for score in KINDS:
-        attn, (query, states) = module(score, dropout=0.5), inputs(score)
+    for kind in KINDS:
+        attn, (query, states) = module(kind, dropout=0.5), inputs(kind)
         _, weights = attn(query, states, need_weights=True)
         assert (weights == 0).any()
         _, weights = attn.eval()(query, states, need_weights=True)
@@ -181,7 +217,8 @@ def test_no_gradient_is_kept_without_grad_mode() -> None:
 
 
 def test_bad_arguments() -> None:
-    attn, (query, states) = module("general"), inputs("general")
+    attn, heads, (query, states) = module("general"), module("heads"), inputs("general")
+    of_heads = heads.prepare(states)
     for error, message, call in (
         (ValueError, "score must be one of 'dot', 'scaled_dot'", lambda: LuongAttention(4, 4, score="product")),
         (ValueError, "attention_size must be left out", lambda: LuongAttention(4, 4, attention_size=3)),
@@ -190,6 +227,12 @@ def test_bad_arguments() -> None:
         (ValueError, "attention_size must be", lambda: LuongAttention(4, 5, score="concat", attention_size=0)),
         (ValueError, "dropout must be", lambda: LuongAttention(4, 4, dropout=2.0)),
         (ValueError, "query must have size 5", lambda: attn(states, states)),
+        (ValueError, "attention_size must be a multiple of heads, 3, got 8", lambda: MultiHeadAttention(4, 4, 8, 3)),
+        (ValueError, "heads must be an integer", lambda: MultiHeadAttention(4, 4, 8, 0)),
+        (ValueError, "score must be one of", lambda: MultiHeadAttention(4, 4, 8, 2, score="general")),
+        (ValueError, "memory must be of attention with 1 heads, got one of 2", lambda: attn(query, of_heads)),
+        (ValueError, "memory must have size 4 in dimension 0, as query's batch", lambda: heads(query[:2], of_heads)),
+        (ValueError, "indices must lie between 0 and 2", lambda: of_heads.select(torch.tensor([3]))),
         (TypeError, "memory must be what prepare", lambda: attn.step(query, states)),
         (
             TypeError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnext.attention.bahdanau import BahdanauAttention
 from attnext.attention.coverage import CoverageAttention
+from attnext.attention.heads import MultiHeadAttention
 from attnext.attention.local import LocalAttention
 from attnext.attention.location import LocationSensitiveAttention
 from attnext.attention.luong import LuongAttention
@@ -21,5 +22,6 @@ __all__ = [
     "LocationSensitiveAttention",
     "LuongAttention",
     "MonotonicAttention",
+    "MultiHeadAttention",
     "Past",
 ]

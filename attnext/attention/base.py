@@ -21,6 +21,9 @@ class Attention(nn.Module, ABC):
     (``_scores``), and context and weights at once (``_attend``).
     """
 
+    heads: int = 1
+    """Rows of the memory and of projected queries for each sentence."""
+
     def __init__(self, query_size: int, memory_size: int, attention_size: int, dropout: float) -> None:
         super().__init__()
         self.query_size = _checks.at_least_one("query_size", query_size)
@@ -151,8 +154,11 @@ class Attention(nn.Module, ABC):
 
     def _projected(self, query: Tensor, memory: Memory) -> Tensor:
         """The query in the space of the keys."""
-        _checks.size("memory", memory.key, 0, query.shape[0], "query's batch")
-        _checks.size("memory", memory.key, 2, self.attention_size, "attention_size")
+        if memory.heads != self.heads:
+            raise ValueError(f"memory must be of attention with {self.heads} heads, got one of {memory.heads}")
+        of_heads = " times heads" if self.heads > 1 else ""
+        _checks.size("memory", memory.key, 0, query.shape[0] * self.heads, "query's batch" + of_heads)
+        _checks.size("memory", memory.key, 2, self.attention_size // self.heads, "attention_size")
         query = self._project_query(query)
         _checks.same_kind(query, memory=memory.key)
         return query

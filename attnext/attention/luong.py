@@ -111,11 +111,7 @@ class LuongAttention(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         if memory.score_weight is not None:
             return functional.attend(query, memory, 1.0, dropout_p, need_weights, None)
-        value = None if memory.shared else memory.value
-        lengths, mask = memory.lengths, memory.mask
-        return functional.attend_by_dot(
-            query, memory.key, value, lengths, mask, self.scale, dropout_p, need_weights, None
-        )
+        return functional.attend_by_dot(query, memory, self.scale, dropout_p, need_weights, None)
 
     def extra_repr(self) -> str:
         return f"score={self.score!r}, dropout={self.dropout}"
