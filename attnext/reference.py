@@ -49,7 +49,7 @@ def additive_attention(
         )  # fmt: skip
         return context.squeeze(1), None if weights is None else weights.squeeze(1)
     scores = additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
-    context, weights = _attention_of(scores, value, valid_slots(query, key, lengths, mask), dropout_p, seed)
+    context, weights = _attention_of(scores, value, _hidden_slots(query, key, lengths, mask), dropout_p, seed)
     return context, weights if need_weights else None
 
 
@@ -66,12 +66,14 @@ def additive_scores(
     if query.dim() == 2:
         query = query.unsqueeze(1)
         return additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale).squeeze(1)
-    valid = valid_slots(query, key, lengths, mask)
-    # Masked before the tanh, so that a NaN in a masked slot reaches neither the result nor a gradient.
-    total = (query.unsqueeze(2) + key.unsqueeze(1)).masked_fill(~valid.unsqueeze(-1), 0.0)
+    hidden = _hidden_slots(query, key, lengths, mask)
+    total = query.unsqueeze(2) + key.unsqueeze(1)
+    if hidden is not None:  # before the tanh, so that a NaN in a masked slot reaches neither the result nor a gradient
+        total = total.masked_fill(hidden.unsqueeze(-1), 0.0)
     v = score_weight.view(-1, score_weight.shape[-1])  # a row for each head
     v = v.repeat(query.shape[0] // v.shape[0], 1) if len(v) > 1 else v
-    return (scale * (total.tanh() @ v[:, None, :, None]).squeeze(-1)).masked_fill(~valid, -torch.inf)
+    scores = scale * (total.tanh() @ v[:, None, :, None]).squeeze(-1)
+    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
 
 def dot_attention(
@@ -95,7 +97,7 @@ def dot_attention(
         return context.squeeze(1), None if weights is None else weights.squeeze(1)
     scores = dot_scores(query, key, lengths=lengths, mask=mask, scale=scale)
     value = key if value is None else value
-    context, weights = _attention_of(scores, value, valid_slots(query, key, lengths, mask), dropout_p, seed)
+    context, weights = _attention_of(scores, value, _hidden_slots(query, key, lengths, mask), dropout_p, seed)
     return context, weights if need_weights else None
 
 
@@ -103,33 +105,45 @@ def dot_scores(
     query: Tensor, key: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
     """``scale * query_i . key_j`` for queries (B, Tq, D), minus infinity in masked slots."""
-    valid = valid_slots(query, key, lengths, mask)
-    if valid.shape[1] == 1:
-        scores = query @ key.masked_fill(~valid.transpose(1, 2), 0.0).transpose(1, 2)
+    hidden = _hidden_slots(query, key, lengths, mask)
+    if hidden is None:
+        return scale * (query @ key.transpose(1, 2))
+    if hidden.shape[1] == 1:
+        scores = query @ key.masked_fill(hidden.transpose(1, 2), 0.0).transpose(1, 2)
     else:  # a key may be real to one query and masked, NaN even, to the next
-        scores = (torch.where(valid.unsqueeze(-1), key.unsqueeze(1), 0.0) @ query.unsqueeze(-1)).squeeze(-1)
+        scores = (torch.where(hidden.unsqueeze(-1), 0.0, key.unsqueeze(1)) @ query.unsqueeze(-1)).squeeze(-1)
     # A NaN of a query, too, stays out of masked slots, here and in the gradients of their keys.
-    return (scale * scores).masked_fill(~valid, -torch.inf)
+    return (scale * scores).masked_fill(hidden, -torch.inf)
 
 
 def _attention_of(
-    scores: Tensor, value: Tensor, valid: Tensor, dropout_p: float, seed: Tensor | None
+    scores: Tensor, value: Tensor, hidden: Tensor | None, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Context and weights of scores (B, Tq, Tk)."""
-    # An empty row would be softmax of nothing: give it finite scores, then weights of 0.
-    empty = ~valid.any(-1, keepdim=True)
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~valid, 0.0)
+    if hidden is not None:
+        # An empty row would be softmax of nothing: give it finite scores, then weights of 0.
+        scores = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    weights = scores.softmax(-1)
+    if hidden is not None:
+        weights = weights.masked_fill(hidden, 0.0)
     if dropout_p > 0.0:
         if seed is None:
             seed = torch.randint(2**62, (), device=scores.device)
         keep = dropout_keep(seed, weights.shape, dropout_p)
         weights = weights * keep / (1.0 - dropout_p) if dropout_p < 1.0 else weights * 0.0
-    if valid.shape[1] == 1:
-        context = weights @ value.masked_fill(~valid.transpose(1, 2), 0.0)
+    if hidden is None:
+        context = weights @ value
+    elif hidden.shape[1] == 1:
+        context = weights @ value.masked_fill(hidden.transpose(1, 2), 0.0)
     else:  # a value may be real to one query and masked, NaN even, to the next
-        visible = torch.where(valid.unsqueeze(-1), value.unsqueeze(1), 0.0)
+        visible = torch.where(hidden.unsqueeze(-1), 0.0, value.unsqueeze(1))
         context = (weights.unsqueeze(2) @ visible).squeeze(2)
     return context, weights
+
+
+def _hidden_slots(query: Tensor, key: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Which keys each query may not attend, as :func:`valid_slots` has it; None where it may attend all."""
+    return None if lengths is None and mask is None else ~valid_slots(query, key, lengths, mask)
 
 
 def valid_slots(query: Tensor, key: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:

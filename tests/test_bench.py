@@ -18,6 +18,7 @@ import torch
 
 from attnext.bench import command, machine, memory, plots, report, studies, timing
 from attnext.bench.cases import CASES, Case
+from attnext.bench.family import FAMILY
 from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong, checked, cores, ours
 from attnext.bench.timing import Plan, measure
 from attnext.cli import main
@@ -57,6 +58,7 @@ def _compiled() -> Iterator[None]:
 def serving() -> list[tuple[str, str]]:
     """Each peer with each kind and dtype it serves: cases of one kind differ in sizes alone."""
     chosen = ("forward", "training", "step", "scores", "scores-backward", "forward-float16", "forward-bfloat16")
+    chosen += ("dot-step", "dot-step-weights", "dot-training")
     return [(name, case) for name, peer in PEERS.items() for case in chosen if peer.serves(TINY[case])]
 
 
@@ -279,7 +281,9 @@ class TestCommand:
     def test_studies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
         monkeypatch.setattr(studies, "_BASE", {"batch": 1, "queries": 2, "keys": 3, "features": 4, "values": 2})
         path = tmp_path / "run.json"
-        assert bench("--cases", "threads,linearity", "--threads", "2", "--json", str(path)) == 0
+        monkeypatch.setattr(studies, "_DECODER", {"batch": 2, "steps": 2, "keys": 5, "size": 4})
+        monkeypatch.setattr(studies, "FAMILY", [member for member in FAMILY if member.name in ("dot", "coverage")])
+        assert bench("--cases", "threads,linearity,family", "--threads", "2", "--json", str(path)) == 0
         document = json.loads(path.read_text())
         assert [row["case"] for row in document["studies"]["threads"]] == ["forward", "training"]
         growth = document["studies"]["linearity"]
@@ -289,7 +293,10 @@ class TestCommand:
         ]
         assert growth[3]["sizes"] == [4, 8, 16, 32, 64]
         assert growth[0]["exponent"] == pytest.approx(studies.exponent(growth[0]["sizes"], growth[0]["seconds"]))
+        assert [row["attention"] for row in document["studies"]["family"]] == ["dot", "coverage"]
         shown = capsys.readouterr().out
+        assert "family: B 2, Tk 5, Q and H 4, D 2; 2 steps of a decoder" in shown
+        assert max(map(len, shown.splitlines())) <= 80
         assert "threads: one against 2" in shown
         assert f"{growth[0]['exponent']:.2f}" in shown
         assert bench("--cases", "threads", "--threads", "1") == 0

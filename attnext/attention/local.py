@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks
+from attnext.alignments import normalize
 from attnext.attention.past import Past, PastAttention, first_visible
 from attnext.memory import Memory
 
@@ -81,8 +82,10 @@ class LocalAttention(PastAttention):
         inside = (slots >= 0) & (slots < _lengths(memory)) & ((slots - position).abs() <= self.window)
         slots = slots.clamp(0, keys - 1)
         within = _window(memory, slots, inside)
-        context, weights = self._attend_once(query, within)
-        if self.position == "predicted":
+        if self.position != "predicted":
+            context, weights = self._attend_once(query, within)
+        else:
+            weights = normalize(self._scores(query, within), self.normalizer)
             weights = weights * (-2 * ((slots - position) / self.window).square()).exp().to(weights.dtype)
             context = self._dropped_context(weights, within.value)
         weights = weights.new_zeros(past.weights.shape).scatter_add(1, slots, weights)

@@ -12,6 +12,7 @@ from attnext import cases
 
 __all__ = ["CASES", "Case", "Kind"]
 
+Score = Literal["additive", "dot"]
 Kind = Literal["forward", "forward + backward", "step", "scores", "backward of the scores"]
 
 # Multiply-adds of the paired form, of each score element, and (times H) of each query and key. A score element is
@@ -25,11 +26,17 @@ _WORK: dict[Kind, tuple[float, float]] = {
     "scores": (3.0, 0.0),
     "backward of the scores": (4.5, 0.0),
 }
+# Of dot products with keys that are the values: two products, and in backward the scores and dC . h again and three
+# sums.
+_WORK_OF_DOT: dict[Kind, float] = {"forward": 2.0, "step": 2.0, "forward + backward": 7.0}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call to time. A step attends a prepared memory, for one query; its memory's preparation is not timed."""
+    """One call to time. A step attends a prepared memory, for one query; its memory's preparation is not timed.
+
+    The keys of dot products are the values. ``weights`` are returned, too.
+    """
 
     name: str
     kind: Kind
@@ -39,10 +46,13 @@ class Case:
     features: int
     values: int = 0
     dtype: torch.dtype = torch.float32
+    score: Score = "additive"
+    weights: bool = False
 
     def __str__(self) -> str:
         sizes = f"B {self.batch}, Tq {self.queries}, Tk {self.keys}, D {self.features}"
-        return sizes + (f", H {self.values}" if self.values else "")
+        sizes += f", H {self.values}" if self.values else ""
+        return sizes + (", dot" if self.score == "dot" else "") + (", weights" if self.weights else "")
 
     @property
     def differentiated(self) -> bool:
@@ -61,6 +71,8 @@ class Case:
     @property
     def multiply_adds(self) -> float:
         """The bound: float32 multiply-adds of the paired form. The kernels' folded scores make do with fewer."""
+        if self.score == "dot":
+            return self.elements * _WORK_OF_DOT[self.kind]
         element, value = _WORK[self.kind]
         return self.elements * element + self.batch * self.queries * self.keys * self.values * value
 
@@ -71,14 +83,17 @@ class Case:
 
     def inputs(self, device: str) -> cases.Inputs:
         """The tensors, the same at every call, drawn as those of ``attnext verify``."""
-        op: Literal["scores", "attention"] = "scores" if self.only_scores else "attention"
-        sizes = (self.batch, self.queries, self.keys, self.features, self.values)
-        return cases.draw(cases.Case(op, *sizes, self.dtype), 0, device)
+        op: Literal["scores", "attention", "dot"] = "scores" if self.only_scores else "attention"
+        shared = self.score == "dot"
+        values = self.features if shared else self.values
+        sizes = (self.batch, self.queries, self.keys, self.features, values)
+        return cases.draw(cases.Case("dot" if shared else op, *sizes, self.dtype, shared=shared), 0, device)
 
     def arguments(self, inputs: cases.Inputs) -> list[Tensor]:
-        """Query, key, value (unless only scores are wanted) and score weight, detached."""
+        """Query, key, value (unless only scores are wanted) and score weight, or query and key alone; detached."""
         value = [] if self.only_scores else [inputs.value]
-        x = [inputs.query, inputs.key, *value, inputs.score_weight]
+        x = [inputs.query, inputs.key]
+        x += [] if self.score == "dot" else [*value, inputs.score_weight]
         return [tensor.detach().requires_grad_(self.differentiated) for tensor in x]
 
     def incoming(self, inputs: cases.Inputs) -> Tensor:
@@ -93,6 +108,11 @@ CASES = (
     Case("step", "step", 64, 1, 64, 256, 512),
     Case("step-small", "step", 1, 1, 20, 128, 128),
     Case("step-large", "step", 64, 1, 1024, 256, 512),
+    Case("dot-step", "step", 64, 1, 1024, 512, score="dot"),
+    Case("dot-step-weights", "step", 64, 1, 1024, 512, score="dot", weights=True),
+    Case("dot-beam", "step", 32, 5, 1024, 512, score="dot"),
+    Case("dot-training", "forward + backward", 32, 50, 50, 512, score="dot"),
+    Case("dot-queries", "forward + backward", 8, 256, 256, 64, score="dot"),
     Case("scores", "scores", 16, 128, 256, 256),
     Case("scores-backward", "backward of the scores", 16, 128, 256, 256),
     Case("forward-float16", "forward", 16, 128, 256, 256, 512, torch.float16),

@@ -180,6 +180,7 @@ def _compiles(case: Case, quick: bool) -> bool:
 
 
 def _result(case: Case, peer: str, seconds: list[float]) -> dict[str, Any]:
-    work = {"elements": case.elements, "multiply_adds": case.multiply_adds, "memory_bytes": case.memory_bytes}
+    work: dict[str, Any] = {"score": case.score}
+    work |= {"elements": case.elements, "multiply_adds": case.multiply_adds, "memory_bytes": case.memory_bytes}
     names = {"case": case.name, "kind": case.kind, "sizes": str(case), "dtype": _dtype(case), "peer": peer}
     return names | work | {"seconds": seconds}

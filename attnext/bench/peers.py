@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnext import additive_attention, additive_scores, backends, functional, reference
+from attnext import additive_attention, additive_scores, backends, dot_attention, functional, reference
 from attnext.backends import choose, kernel_devices
 from attnext.bench.cases import Case
 from attnext.cases import Inputs
@@ -42,19 +42,23 @@ class Peer:
     Attributes:
         name: as in the table.
         build: gives the call to be timed, on inputs made ready; it may raise :class:`Unavailable`.
-        formula: of query, key, value and score weight: what the results are held to, in float64.
+        formula: of query, key, value and score weight: what the results are held to, in float64; dot products have
+            one of their own, of query and key.
         half: it serves float16 and bfloat16.
-        scores: it has scores to give before the softmax.
+        inside: it gives scores before the softmax, and weights.
     """
 
     name: str
     build: Callable[[Case, Inputs], Run]
     formula: Function
     half: bool = True
-    scores: bool = True
+    inside: bool = True
 
     def serves(self, case: Case) -> bool:
-        return (self.half or case.dtype == torch.float32) and (self.scores or not case.only_scores)
+        return (self.half or case.dtype == torch.float32) and (self.inside or not (case.only_scores or case.weights))
+
+    def formula_of(self, case: Case) -> Function:
+        return _eager_dot if case.score == "dot" else self.formula
 
 
 def _additive(*x: Tensor) -> Tensor:
@@ -66,6 +70,22 @@ def _additive(*x: Tensor) -> Tensor:
 def _dot_product(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
     scores: Tensor = query @ key.mT / query.shape[-1] ** 0.5
     return scores.softmax(-1) @ value
+
+
+def _eager_dot_and_weights(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    scores: Tensor = query @ key.mT / query.shape[-1] ** 0.5
+    weights = scores.softmax(-1)
+    return weights @ key, weights
+
+
+def _eager_dot(query: Tensor, key: Tensor) -> Tensor:
+    return _eager_dot_and_weights(query, key)[0]
+
+
+def _eager_function(case: Case) -> Function:
+    if case.score == "dot":
+        return _eager_dot_and_weights if case.weights else _eager_dot  # type: ignore[return-value]
+    return _eager_scores if case.only_scores else _eager_attention
 
 
 def _eager_scores(query: Tensor, key: Tensor, score_weight: Tensor) -> Tensor:
@@ -88,6 +108,9 @@ def _call(case: Case, function: Function, x: Sequence[Tensor], incoming: Tensor)
 
 def _attnext(backend: str, case: Case, inputs: Inputs) -> Run:
     x, incoming = case.arguments(inputs), case.incoming(inputs)
+    if case.score == "dot":
+        options: dict[str, Any] = {"scale": case.features**-0.5, "need_weights": case.weights, "backend": backend}
+        return _call(case, lambda *x: dot_attention(*x, **options)[0], x, incoming)
     if case.only_scores:
         return _call(case, partial(additive_scores, backend=backend), x, incoming)
     if case.kind != "step":
@@ -99,15 +122,14 @@ def _attnext(backend: str, case: Case, inputs: Inputs) -> Run:
 
 
 def _eager(case: Case, inputs: Inputs) -> Run:
-    function = _eager_scores if case.only_scores else _eager_attention
-    return _call(case, function, case.arguments(inputs), case.incoming(inputs))
+    return _call(case, _eager_function(case), case.arguments(inputs), case.incoming(inputs))
 
 
 def _compiled(case: Case, inputs: Inputs) -> Run:
     from torch._functorch import config
 
     torch._dynamo.reset()
-    function = _eager_scores if case.only_scores else _eager_attention
+    function = _eager_function(case)
     try:
         # The backward of scores runs again on the same buffers, which compiled code would otherwise write over.
         with config.patch(donated_buffer=not case.only_scores):
@@ -139,7 +161,11 @@ def _jax(case: Case, inputs: Inputs) -> Run:
     def attention(query: Any, key: Any, value: Any, score_weight: Any) -> Any:
         return jax.nn.softmax(scores(query, key, score_weight), axis=-1) @ value
 
-    function = scores if case.only_scores else attention
+    def dot(query: Any, key: Any) -> Any:
+        weights = jax.nn.softmax(query @ key.mT / query.shape[-1] ** 0.5, axis=-1)
+        return (weights @ key, weights) if case.weights else weights @ key
+
+    function: Any = dot if case.score == "dot" else scores if case.only_scores else attention
     x = [jnp.asarray(tensor.detach().numpy()) for tensor in case.arguments(inputs)]
     incoming = jnp.asarray(case.incoming(inputs).numpy())
     if case.kind == "forward + backward":
@@ -155,16 +181,20 @@ def _jax(case: Case, inputs: Inputs) -> Run:
 
 def _sdpa(case: Case, inputs: Inputs) -> Run:
     # One head: its fused kernels want four dimensions.
-    query, key, value = (tensor.detach().unsqueeze(1) for tensor in case.arguments(inputs)[:3])
-    x = [tensor.requires_grad_(case.differentiated) for tensor in (query, key, value)]
-    return _call(case, scaled_dot_product_attention, x, case.incoming(inputs).unsqueeze(1))
+    count = 2 if case.score == "dot" else 3
+    heads = (tensor.detach().unsqueeze(1) for tensor in case.arguments(inputs)[:count])
+    x = [tensor.requires_grad_(case.differentiated) for tensor in heads]
+    # Keys that are the values come twice.
+    return _call(
+        case, lambda *x: scaled_dot_product_attention(x[0], x[1], x[-1]), x, case.incoming(inputs).unsqueeze(1)
+    )
 
 
 OTHERS = {
     "eager": Peer("eager", _eager, _additive),
     "compile": Peer("compile", _compiled, _additive, half=False),
     "jax": Peer("jax", _jax, _additive, half=False),
-    "sdpa": Peer("sdpa", _sdpa, _dot_product, scores=False),
+    "sdpa": Peer("sdpa", _sdpa, _dot_product, inside=False),
 }
 
 
@@ -190,14 +220,15 @@ def exact(case: Case, inputs: Inputs, formula: Function) -> list[Tensor]:
     def leaf(x: Tensor) -> Tensor:
         return x.detach().double().requires_grad_(case.differentiated)
 
-    *by_row, weight = case.arguments(inputs)
-    weight, incoming = leaf(weight), case.incoming(inputs).double()
+    arguments, incoming = case.arguments(inputs), case.incoming(inputs).double()
+    by_row = [x for x in arguments if x.dim() == 3]
+    weights = [leaf(x) for x in arguments if x.dim() == 1]
     results, gradients = [], []
     for row in range(case.batch):
         query, *rest = (leaf(x[row : row + 1]) for x in by_row)
         for start in range(0, case.queries, 16):
             part = slice(start, start + 16)
-            result = formula(query[:, part], *rest, weight)
+            result = formula(query[:, part], *rest, *weights)
             if case.differentiated:
                 result.backward(incoming[row : row + 1, part])
             else:
@@ -205,7 +236,7 @@ def exact(case: Case, inputs: Inputs, formula: Function) -> list[Tensor]:
         gradients.append([x.grad for x in (query, *rest) if x.grad is not None])
     if not case.differentiated:
         return [torch.cat(results, 1).view(case.batch, case.queries, -1)]
-    return [torch.cat(x) for x in zip(*gradients, strict=True)] + ([] if weight.grad is None else [weight.grad])
+    return [torch.cat(x) for x in zip(*gradients, strict=True)] + [x.grad for x in weights if x.grad is not None]
 
 
 def checked(case: Case, peer: Peer, inputs: Inputs, expected: Sequence[Tensor] | None = None) -> Run:
@@ -215,10 +246,11 @@ def checked(case: Case, peer: Peer, inputs: Inputs, expected: Sequence[Tensor] |
         Unavailable: the peer can't serve here.
         Wrong: its results are off, in the largest element by more than the arithmetic explains.
     """
-    expected = exact(case, inputs, peer.formula) if expected is None else expected
+    expected = exact(case, inputs, peer.formula_of(case)) if expected is None else expected
     run = peer.build(case, inputs)
     found = run()
     results = [_tensor(x) for x in (found if isinstance(found, (tuple, list)) else (found,))]
+    results = results[:1] if case.weights else results  # what made the context was right
     longest = max(case.features, case.values, case.keys)
     if case.differentiated:  # the score weight's gradient is a sum over all pairs
         longest = max(longest, case.batch * case.queries * case.keys)

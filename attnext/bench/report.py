@@ -63,8 +63,9 @@ def _cells(result: Document, results: Sequence[Document], peaks: Document) -> tu
     middle = median(seconds)
     low, _, high = quantiles(seconds, n=4, method="inclusive")
     least = bound(result, peaks)
-    share = f"{least / middle:.0%}" if least and result["peer"] != "sdpa" else "-"
-    speed = f"{result['elements'] / middle / 1e9:.3g}" if result["peer"] != "sdpa" else "-"
+    other = result["peer"] == "sdpa" and result.get("score") != "dot"  # another function than the case's
+    share = f"{least / middle:.0%}" if least and not other else "-"
+    speed = f"{result['elements'] / middle / 1e9:.3g}" if not other else "-"
     times = ratio(result, results)
     than = "" if times is None else f"{times:.3g}x faster" if times >= 1 else f"{1 / times:.3g}x slower"
     return result["peer"], _time(middle), f"{_time(low)} - {_time(high)}", speed, share, than
@@ -103,8 +104,8 @@ def _caption(document: Document) -> list[str]:
             f"multiply-adds/s (or {peaks['read_bandwidth'] / 1e9:.0f} GB/s read, for steps that no cache holds)"
         )
     lines.append("quartiles of the samples; el: score elements B Tq Tk D")
-    if any(result["peer"] == "sdpa" for result in document["results"]):
-        lines.append("sdpa is dot-product attention of the same sizes: a yardstick, not the same function")
+    if any(result["peer"] == "sdpa" and result.get("score") != "dot" for result in document["results"]):
+        lines.append("sdpa beside additive attention is a yardstick of the same sizes, not the same function")
     return lines
 
 
@@ -133,7 +134,21 @@ def _show_memory(console: Console, rows: Sequence[Document]) -> None:
     console.print(table)
 
 
-_STUDIES = {"threads": _show_threads, "linearity": _show_linearity, "memory": _show_memory}
+def _show_family(console: Console, rows: Sequence[Document]) -> None:
+    first = rows[0]
+    sizes = f"B {first['batch']}, Tk {first['keys']}, Q and H {first['size']}, D {first['size'] // 2}"
+    _line(console, f"\nfamily: {sizes}; {first['steps']} steps of a decoder, prepared")
+    table = _table("attention", "no grad", "PyTorch takes", "train", "", "PyTorch takes")
+    for row in rows:
+        cells = []
+        for kind in ("decode", "train"):
+            ours, eager = row[kind]["attnext"], row[kind]["reference"]
+            cells += [_time(ours), f"{eager / ours:.3g}x"]
+        table.add_row(row["attention"], *cells[:3], "", cells[3])
+    console.print(table)
+
+
+_STUDIES = {"threads": _show_threads, "linearity": _show_linearity, "memory": _show_memory, "family": _show_family}
 
 
 def load(path: Path) -> Document:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
 import torch
 
-from attnext.bench import memory
+from attnext.backends import use_backend
+from attnext.bench import family, memory
 from attnext.bench.cases import CASES, Case
-from attnext.bench.peers import OTHERS, Peer, Unavailable
-from attnext.bench.timing import Plan, measure, threads
+from attnext.bench.family import FAMILY, Member
+from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong
+from attnext.bench.timing import Plan, interleaved, measure, threads
 
 __all__ = ["STUDIES", "exponent"]
 
@@ -25,6 +28,8 @@ Size = Literal["batch", "queries", "keys", "features"]
 # Few values, as their product with the weights doesn't grow with D.
 _BASE: dict[str, Any] = {"batch": 8, "queries": 128, "keys": 128, "features": 128, "values": 32}
 _FACTORS = (1, 2, 4, 8, 16)
+# Of a decoder: a few steps, as all are alike.
+_DECODER = {"batch": 16, "steps": 4, "keys": 128, "size": 256}
 
 
 def _threads(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[Row]:
@@ -93,5 +98,37 @@ def _memory(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[
     return rows
 
 
-STUDIES: dict[str, Study] = {"threads": _threads, "linearity": _linearity, "memory": _memory}
+def _family(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[Row]:
+    """Every attention against the same module in plain PyTorch, over some steps of a decoder."""
+    names = {"attnext": ours.name.removeprefix("attnext "), "reference": "reference"}
+    return [_of_member(member, names, plan) for member in FAMILY]
+
+
+def _of_member(member: Member, names: dict[str, str], plan: Plan) -> Row:
+    """Median seconds without gradients and with them, by backend."""
+    attn = member.make(_DECODER["size"], _DECODER["size"] // 2).to(plan.device)
+    query, states = family.inputs(**_DECODER, device=plan.device)
+    leaves = [states, *attn.parameters()]
+
+    def decode(backend: str, *, train: bool) -> list[torch.Tensor]:
+        with use_backend(backend), torch.set_grad_enabled(train):
+            contexts = family.decode(attn, query, states)[::2]
+            if not train:
+                return contexts
+            loss = torch.stack(contexts).square().sum()
+            return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+    row: Row = {"attention": member.name, **_DECODER}
+    for kind in ("decode", "train"):
+        attn.train(kind == "train")
+        runs = {peer: partial(decode, name, train=kind == "train") for peer, name in names.items()}
+        for found, right in zip(*(run() for run in runs.values()), strict=True):
+            error = float((found - right).abs().max() / right.abs().max().clamp(min=1e-3))
+            if not error <= 1e-3:
+                raise Wrong(f"attnext {names['attnext']} is wrong on {member.name}: off by {error:.2g}")
+        row[kind] = {peer: median(seconds) for peer, seconds in interleaved(runs, plan, member.name).items()}
+    return row
+
+
+STUDIES: dict[str, Study] = {"threads": _threads, "linearity": _linearity, "memory": _memory, "family": _family}
 """By name; each takes this project's peer, the names of the others, the plan, and whether to be quick."""

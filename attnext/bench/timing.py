@@ -62,7 +62,7 @@ def measure(case: Case, peers: Sequence[Peer], plan: Plan, *, check: bool = True
             plan.show(f"{case.name}: {peer.name}, warming up")
             try:
                 if check:
-                    runs[peer.name] = checked(case, peer, inputs, expected(peer.formula))
+                    runs[peer.name] = checked(case, peer, inputs, expected(peer.formula_of(case)))
                 else:
                     runs[peer.name] = peer.build(case, inputs)
                     runs[peer.name]()
