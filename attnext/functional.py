@@ -270,8 +270,10 @@ def _sdpa_is_faster(query: Tensor, key: Tensor) -> bool:
     """Whether PyTorch's own attention is the faster one for a call without lengths, mask, weights and dropout.
 
     That is where a call is two large matrix products (the table is in ``benchmarks/NOTES.md``). Not in half types: it
-    rounds the weights to them.
+    rounds the weights to them. Not in an exported program, either, whose sizes are open.
     """
+    if torch.compiler.is_exporting():
+        return False
     products = query.dim() == 3 and query.shape[1] >= _MANY_QUERIES and key.shape[1] >= _MANY_QUERIES
     exact = query.dtype in (torch.float32, torch.float64) and not _checks.autocasts(query.device.type)
     return products and exact

@@ -374,3 +374,30 @@ def test_pytorchs_own_attention_serves_large_products_and_nothing_else(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attnext.dot_attention(*(t.float() for t in x))
     assert len(calls) == 1
+
+
+def test_exported_with_open_sizes() -> None:
+    class Attends(torch.nn.Module):
+        def forward(self, query: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
+            plain, _ = attnext.dot_attention(query, states)
+            return plain + attnext.dot_attention(query, states, lengths=lengths)[0]
+
+    batch, queries, keys = (torch.export.Dim(name, min=2, max=1000) for name in ("batch", "queries", "keys"))
+    x = (torch.randn(3, 4, 6), torch.randn(3, 7, 6), torch.tensor([7, 0, 2]))
+    program = torch.export.export(
+        Attends(), x, dynamic_shapes=({0: batch, 1: queries}, {0: batch, 1: keys}, {0: batch})
+    )
+    for sizes in ((2, 9, 3), (5, 200, 150)):
+        b, tq, tk = sizes
+        y = (torch.randn(b, tq, 6), torch.randn(b, tk, 6), torch.randint(0, tk + 1, (b,)))
+        torch.testing.assert_close(program.module()(*y), Attends()(*y))
+
+
+def test_compiled_with_sizes_that_change() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(attnext.dot_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, queries, keys in ((2, 3, 5), (3, 7, 4), (2, 130, 140)):
+        x = [torch.randn(batch, n, 8, dtype=torch.float64, requires_grad=True) for n in (queries, keys)]
+        found, expected = compiled(*x)[0], attnext.dot_attention(*x, backend="reference")[0]
+        close(found, expected)
+        close(*(torch.autograd.grad(y.sin().sum(), x) for y in (found, expected)))
