@@ -57,17 +57,25 @@ def _keep(seed_pointer, row, j, threshold):
 
 
 @triton.jit
+def _of_head(folded, row, heads, HALF):
+    """What :func:`fold_weight` made for the head of a row of the batch."""
+    return folded + row % heads * (6 * HALF + 2)
+
+
+@triton.jit
 def fold_weight(
     weight, folded, D, HALF, scale, scale_rest, UNIT: tl.constexpr, BITS: tl.constexpr, MAX: tl.constexpr,
     SMALLEST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of the score weight v, into ``folded`` (3, 2 HALF) and two numbers behind it: w = -2 scale v; c, or 0 where w is
-    too small to count; c again, or 1 / unit there; max|w|, and |q| + |k| up to which folding is safe.
+    """Of a head's score weight v, into ``folded`` (3, 2 HALF) and two numbers behind it: w = -2 scale v; c, or 0 where
+    w is too small to count; c again, or 1 / unit there; max|w|, and |q| + |k| up to which folding is safe.
 
     The launch passes float32 numbers, so a float64 scale comes as that and what it leaves.
     """
+    head = tl.program_id(0)
+    folded += head * (6 * HALF + 2)
     d = tl.arange(0, BLOCK)
-    v = tl.load(weight + d, d < D, 0.0).to(ACC)
+    v = tl.load(weight + head * D + d, d < D, 0.0).to(ACC)
     w = -2 * (v * scale + v * scale_rest)
     w = tl.where(tl.abs(w) < float("inf"), w, float("nan"))  # an infinite one would make the score of a hidden slot
     size = tl.abs(w)
@@ -87,7 +95,7 @@ def fold_weight(
 
 @triton.jit
 def features_first(
-    rows, lengths, mask, fold, out, by_row, limits, T, D, padded_rows, padded_features,
+    rows, lengths, mask, fold, out, by_row, limits, heads, T, D, padded_rows, padded_features,
     EXP: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr,
     ACC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +103,7 @@ def features_first(
 
     With EXP also limits (B, padded_rows) = max|x|, infinity where a row is not finite, -1 where it is hidden; with ROWS
     also by_row (B, padded_rows, padded_features), the same with the features last; with FOLD each feature of ``out`` is
-    multiplied by its entry of ``fold``.
+    multiplied by its entry of ``fold``, which is of a head.
     """
     tiles = tl.cdiv(padded_rows, BT)
     b = (tl.program_id(0) // tiles).to(tl.int64)
@@ -109,6 +117,8 @@ def features_first(
     broken = tl.zeros((BT,), tl.int32)
     x_row = rows + (b * T + t)[:, None] * D
     out_row = out + b * padded_features * padded_rows + t[:, None]
+    if FOLD:
+        fold = _of_head(fold, b, heads, padded_features // 2)
     for d0 in range(0, padded_features, BD):
         d = d0 + tl.arange(0, BD)
         inside = here[:, None] & (d < D)[None, :]
@@ -181,6 +191,29 @@ def _near(folded, HALF, q_limit, k_limit, i, j):
 
 
 @triton.jit
+def _softened(s, top, total):
+    """A tile's weights before they are divided, what the sums so far are worth, and the new largest score and sum."""
+    high = tl.maximum(top, tl.max(s, 1))
+    shift = tl.where(high == float("-inf"), 0.0, high)
+    p = tl.exp(s - shift[:, None])
+    alpha = tl.exp(top - shift)
+    return p, alpha, high, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _log_sum(top, total):
+    """The log-sum-exp, minus infinity of nothing, and 1 / total, 0 of nothing."""
+    lse = tl.where(total > 0, top + tl.log(total), tl.where(total == 0, float("-inf"), total))
+    return lse, tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
+
+
+@triton.jit
+def _dropped(p, seed, row, j, threshold, keep_scale, keep_rest):
+    """The weights of rows and keys after dropout."""
+    return tl.where(_keep(seed, row, j, threshold), p * keep_scale + p * keep_rest, 0.0)
+
+
+@triton.jit
 def _write_weights(
     raw, weights, seed, lse, b, i, first, length, end, Tq, Tk, threshold, keep_scale, keep_rest,
     DROPOUT: tl.constexpr, BN: tl.constexpr,
@@ -195,7 +228,7 @@ def _write_weights(
         p = tl.exp(tl.minimum(s - lse[:, None], 0.0, tl.PropagateNan.ALL))
         p = tl.where(s == float("-inf"), 0.0, p)
         if DROPOUT:
-            p = tl.where(_keep(seed, row, j, threshold), p * keep_scale + p * keep_rest, 0.0)
+            p = _dropped(p, seed, row, j, threshold, keep_scale, keep_rest)
         tl.store(weights + at, p.to(weights.dtype.element_ty), inside)
 
 
@@ -203,7 +236,7 @@ def _write_weights(
 def forward(
     query, key, value, folded, e, f, q_limit, k_limit, lengths, mask, seed,
     part, part_max, part_sum, stage, context, lse_out, raw, weights,
-    B, Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, keys_each, threshold, keep_scale, keep_rest,
+    B, heads, Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, keys_each, threshold, keep_scale, keep_rest,
     UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHTS: tl.constexpr, ONLY_SCORES: tl.constexpr, SPLIT: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
@@ -225,6 +258,7 @@ def forward(
     stop = end
     if HAS_LENGTHS:
         stop = tl.minimum(end.to(tl.int64), tl.load(lengths + b)).to(tl.int32)
+    folded = _of_head(folded, b, heads, HALF)
     e += b * 2 * HALF * q_rows
     f += b * 2 * HALF * k_rows
     q_limit += b * q_rows
@@ -257,14 +291,9 @@ def forward(
             at = row[:, None] * Tk + j[None, :]
             tl.store(raw + at, s.to(raw.dtype.element_ty), rows_in & (j < Tk)[None, :])
         if not ONLY_SCORES:
-            high = tl.maximum(top, tl.max(s, 1))
-            shift = tl.where(high == float("-inf"), 0.0, high)
-            p = tl.exp(s - shift[:, None])
-            alpha = tl.exp(top - shift)
-            total = total * alpha + tl.sum(p, 1)
-            top = high
+            p, alpha, top, total = _softened(s, top, total)
             if DROPOUT:
-                p = tl.where(_keep(seed, row, j, threshold), p * keep_scale + p * keep_rest, 0.0)
+                p = _dropped(p, seed, row, j, threshold, keep_scale, keep_rest)
             tl.store(stage[:, None] + tl.arange(0, BN)[None, :], p)
             tl.debug_barrier()
             for h0 in range(0, H, BH):
@@ -294,12 +323,11 @@ def forward(
         tl.store(part_max + at, top, i < Tq)
         tl.store(part_sum + at, total, i < Tq)
     elif not ONLY_SCORES:
-        lse = tl.where(total > 0, top + tl.log(total), tl.where(total == 0, float("-inf"), total))
+        lse, gain = _log_sum(top, total)
         tl.store(lse_out + row, lse, i < Tq)
-        gain = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))[:, None]
         for h0 in range(0, H, BH):
             h = h0 + tl.arange(0, BH)[None, :]
-            c = tl.load(part_row + h, rows_in & (h < H), 0.0) * gain
+            c = tl.load(part_row + h, rows_in & (h < H), 0.0) * gain[:, None]
             tl.store(context + row[:, None] * H + h, c.to(context.dtype.element_ty), rows_in & (h < H))
         if WEIGHTS:
             _write_weights(
@@ -325,7 +353,7 @@ def combine(
     for s in range(splits):
         at = s * B * Tq + row
         total += tl.load(part_sum + at) * tl.exp(tl.load(part_max + at) - shift)
-    gain = tl.where(total == 0, 0.0, 1 / tl.where(total == 0, 1.0, total))
+    lse, gain = _log_sum(top, total)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
         c = tl.zeros((BH,), ACC)
@@ -333,7 +361,6 @@ def combine(
             at = s * B * Tq + row
             c += tl.load(part + at * H + h, h < H, 0.0) * tl.exp(tl.load(part_max + at) - shift)
         tl.store(context + row * H + h, (c * gain).to(context.dtype.element_ty), h < H)
-    lse = tl.where(total > 0, top + tl.log(total), tl.where(total == 0, float("-inf"), total))
     tl.store(lse_out + row, lse)
     if WEIGHTS:
         one = i + tl.arange(0, 1)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import triton
@@ -17,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import additive, gradients
+from . import additive, dot, gradients
 from .tiles import Tiles, tiles
 
 __all__ = ["DTYPES", "TARGETS", "Build", "Usage", "build", "builds", "disassembly", "try_usage", "usage"]
@@ -40,23 +41,28 @@ SHARED_MEMORY = {
 
 DTYPES = {"float32": "fp32", "float64": "fp64", "float16": "fp16", "bfloat16": "bf16"}
 
-_INPUTS = {"rows", "weight", "query", "key", "value", "grad_context", "context", "weights", "grad_weights"}
+_INPUTS = {
+    "rows", "weight", "query", "key", "value", "grad_context", "context", "weights", "grad_weights", "x", "x_more",
+}  # fmt: skip
 _OTHER_TYPES = {
     "lengths": "*i64", "seed": "*i64", "mask": "*i1", "threshold": "i64",
 } | dict.fromkeys(
     ("scale", "scale_rest", "keep_scale", "keep_rest"), "fp32",
 ) | dict.fromkeys(
-    ("B", "T", "Tq", "Tk", "D", "H", "HALF", "both", "q_rows", "k_rows", "mask_row", "keys_each", "padded_rows",
-     "padded_features", "splits", "i_first", "slab", "add", "count", "rows_each", "row_splits", "key_splits"), "i32",
+    ("B", "T", "heads", "Tq", "Tk", "D", "H", "HALF", "both", "q_rows", "k_rows", "mask_row", "keys_each",
+     "padded_rows", "padded_features", "splits", "i_first", "slab", "add", "count", "rows_each", "row_splits",
+     "key_splits", "rows_of", "terms", "columns", "w_batch", "w_row", "w_term", "x_rows", "x_first", "out_rows",
+     "out_first", "each"), "i32",
 )  # fmt: skip
 # Arguments that a launch leaves out, as None, where a flag is not set.
 _OPTIONAL = {
     "HAS_LENGTHS": ("lengths",), "HAS_MASK": ("mask",), "DROPOUT": ("seed",), "EXP": ("limits",),
-    "FOLD": ("fold",), "ROWS": ("by_row",),
+    "FOLD": ("fold",), "ROWS": ("by_row",), "MORE": ("w_more", "x_more"),
     "CONTEXT": ("grad_context", "value_columns", "grad_columns"), "WEIGHTS": ("grad_weights",),
 }  # fmt: skip
+_FLAGS = ("HAS_LENGTHS", "HAS_MASK", "DROPOUT", "WEIGHTS", "EXP", "FOLD", "ROWS", "SHARED", "MORE", "HIDE")
 # Sizes of which a launch may know that 16 divides them, and those of which it always does.
-_MULTIPLES_OF_16 = {"D", "H", "q_rows", "k_rows", "padded_rows", "slab", "keys_each"}
+_MULTIPLES_OF_16 = {"D", "H", "q_rows", "k_rows", "padded_rows", "slab", "keys_each", "columns"}
 _ALWAYS_MULTIPLES_OF_16 = {"k_rows", "keys_each"}
 
 
@@ -80,7 +86,7 @@ class Build:
     @property
     def function(self) -> Any:
         """The kernel itself."""
-        return getattr(additive, self.kernel, None) or getattr(gradients, self.kernel)
+        return getattr(_file(self.kernel), self.kernel)
 
     @property
     def warps(self) -> int:
@@ -111,8 +117,21 @@ _LAUNCHES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("combine", "combine", "combine", {}),
     ("features_first", "features first", "features first", {}),
     ("fold_weight", "fold", "fold", {"BLOCK": 256}),
+    ("dot_forward", "dot", "dot 1024", {"WHOLE": True}),
+    ("dot_forward", "dot of one", "dot of one 1024", {"WHOLE": True, "SPLIT": True, "Tq": 1}),
+    ("dot_forward", "dot, more features", "dot 1024", {"WHOLE": False, "SHARED": False}),
+    ("dot_score_gradients", "dot, backward: pairs", "dot pairs", {}),
+    ("weighted_sums", "dot, backward: sums", "dot sums", {}),
 )  # fmt: skip
-"""Kernel, label, kind of tiles and constants of every launch."""
+"""Kernel, label, kind of tiles and constants of every launch.
+
+Those of dot products have the largest tile that is used: in one for fewer features, or one query, a thread has no more
+numbers.
+"""
+
+
+def _file(kernel: str) -> ModuleType:
+    return next(file for file in (additive, gradients, dot) if hasattr(file, kernel))
 
 
 def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
@@ -126,9 +145,12 @@ def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Bui
             "SMALLEST": additive.SMALLEST[name], "PLAIN": additive.PLAIN[name],
         }  # fmt: skip
         for full in (True, False):
-            flags = dict.fromkeys(("HAS_LENGTHS", "HAS_MASK", "DROPOUT", "WEIGHTS", "EXP", "FOLD", "ROWS"), full)
+            flags: dict[str, Any] = dict.fromkeys(_FLAGS, full)
             flags |= {"ONLY_SCORES": False, "SPLIT": False, "FROM_SCORES": False, "CONTEXT": True}
+            flags |= {} if full else {"heads": 1}  # which a launch knows
             for kernel, label, kind, constants in _LAUNCHES:
+                if _file(kernel) is dot and full != constants.get("WHOLE", True):
+                    continue  # once each: with all they can do where a thread has most, with any sizes else
                 candidates = tiles(kind, target, name == "float64")
                 for tile in candidates if full else candidates[:1]:
                     yield _build(kernel, label, kind, target, dtype, numbers | flags | constants, tile, full)

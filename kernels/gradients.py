@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .additive import _keep, _near, _reciprocal, _scores, _visible
+from .additive import _keep, _near, _of_head, _reciprocal, _scores, _visible
 
 UNROLL = tl.constexpr(2)  # of dC h; the scores' loop has no register left for it
 
@@ -42,7 +42,7 @@ def row_sums(
 def score_gradients(
     query, key, folded, e, f, q_limit, k_limit, lengths, mask, seed,
     value_columns, grad_columns, grad_weights, lse, delta, ds_out, p_out, ds_sums,
-    Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, i_first, slab, threshold, keep_scale, keep_rest,
+    heads, Tq, Tk, D, H, HALF, q_rows, k_rows, mask_row, i_first, slab, threshold, keep_scale, keep_rest,
     UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr, FROM_SCORES: tl.constexpr, TARGET: tl.constexpr, ACC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -86,6 +86,7 @@ def score_gradients(
                 g += q_rows
                 v += k_rows
             tl.store(ds_out + out, dp)
+        folded = _of_head(folded, b, heads, HALF)
         near = _near(folded, HALF, q_limit + b * q_rows, k_limit + b * k_rows, i, j)
         s = _scores(
             query + b * Tq * D, key + b * Tk * D, e + b * 2 * HALF * q_rows, f + b * 2 * HALF * k_rows, folded,
@@ -281,8 +282,8 @@ def input_gradients(
 
 
 @triton.jit
-def sum_parts(parts, folded, out, splits, count, D, HALF, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """out (rows, D) = 4 scale v times the sum of parts (splits, rows, 2 HALF), in their order; count is rows D."""
+def sum_parts(parts, folded, out, splits, count, heads, T, D, HALF, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """out (B, T, D) = 4 scale v times the sum of parts (splits, B, T, 2 HALF), in their order; count is B T D."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     d = at % D
@@ -291,5 +292,5 @@ def sum_parts(parts, folded, out, splits, count, D, HALF, ACC: tl.constexpr, BLO
     for _ in range(splits):
         total += tl.load(part, inside, 0.0)
         part += tl.cast(count // D, tl.int64) * (2 * HALF)
-    factor = -2 * tl.load(folded + d, inside, 0.0)
+    factor = -2 * tl.load(_of_head(folded, at // D // T, heads, HALF) + d, inside, 0.0)
     tl.store(out + at, (factor * total).to(out.dtype.element_ty), inside)

@@ -20,8 +20,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from . import additive, gradients
-from .tiles import KEY_BLOCK, Tiles, forward_kind, tiles
+from . import additive, dot, gradients
+from .tiles import KEY_BLOCK, MOST_SPLITS, Tiles, dot_kind, forward_kind, tiles
 
 __all__ = ["OPERATORS"]
 
@@ -114,54 +114,81 @@ def _wall_clock(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[
 
 
 @dataclass
-class _Problem:
-    """The inputs of a call, contiguous, with their exponentials and folded weight.
+class _Inputs:
+    """What every call has, contiguous, with a query of (B, Tq, D)."""
+
+    query: Tensor
+    key: Tensor
+    lengths: Tensor | None
+    mask: Tensor | None
+    scale: float
+
+    def __post_init__(self) -> None:
+        self.flat = self.query.dim() == 2
+        self.query = (self.query.unsqueeze(1) if self.flat else self.query).contiguous()
+        self.key = self.key.contiguous()
+        self.batch, self.queries, self.features = self.query.shape
+        self.keys = self.key.shape[1]
+        self.lengths = None if self.lengths is None else self.lengths.to(torch.int64).contiguous()
+        self.mask = None if self.mask is None else self.mask.contiguous()
+        self.dtype = _arithmetic(self.query.dtype)
+
+    def tiles(self, kind: str) -> tuple[Tiles, ...]:
+        return _tiles(kind, self.query)
+
+    @property
+    def mask_row(self) -> int:
+        return self.keys if self.mask is not None and self.mask.dim() == 3 else 0
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        return {
+            "HAS_LENGTHS": self.lengths is not None,
+            "HAS_MASK": self.mask is not None,
+            "ACC": _triton_type(self.dtype),
+        }
+
+    def by_query(self, x: Tensor) -> Tensor:
+        """A result (B, Tq, n) as the query has it."""
+        return x.squeeze(1) if self.flat else x
+
+
+@dataclass
+class _Problem(_Inputs):
+    """Additive: with the exponentials of the inputs and the folded weight.
 
     The queries' rows are padded for the tiles of ``kind``; ``by_row`` asks for their exponentials with the features
     last as well, which the gradients need.
     """
 
-    query: Tensor
-    key: Tensor
     weight: Tensor
-    lengths: Tensor | None
-    mask: Tensor | None
-    scale: float
     kind: str
     by_row: bool = False
     exp_key: Tensor | None = None
     key_limit: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.flat = self.query.dim() == 2
-        self.query = (self.query.unsqueeze(1) if self.flat else self.query).contiguous()
-        self.key, self.weight = self.key.contiguous(), self.weight.contiguous()
-        self.batch, self.queries, self.features = self.query.shape
-        self.keys = self.key.shape[1]
-        self.lengths = None if self.lengths is None else self.lengths.to(torch.int64).contiguous()
-        self.mask = None if self.mask is None else self.mask.contiguous()
+        super().__post_init__()
+        self.weight = self.weight.contiguous()
         self.half = _half(self.features)
-        self.dtype = _arithmetic(self.query.dtype)
         self.name = str(self.dtype).removeprefix("torch.")
-        self.folded = self.query.new_empty(6 * self.half + 2, dtype=self.dtype)
+        self.heads = self.weight.shape[0] if self.weight.dim() == 2 else 1
+        self.folded = self.query.new_empty(self.heads, 6 * self.half + 2, dtype=self.dtype)
         _launch(
-            additive.fold_weight, self.tiles("fold"), lambda _: (1,),
+            additive.fold_weight, self.tiles("fold"), lambda _: (self.heads,),
             self.weight, self.folded, self.features, self.half, *_two_floats(self.scale), additive.UNIT[self.name],
             additive.FOLD_BITS[self.name], additive.MAX_WEIGHT[self.name], additive.SMALLEST[self.name],
             ACC=_triton_type(self.dtype), BLOCK=triton.next_power_of_2(2 * self.half),
         )  # fmt: skip
         block = max(tile["BM"] for tile in self.tiles(self.kind))
         # c E for the scores, and for the gradients E too.
-        fold = self.folded[2 * self.half :]
+        fold = self.folded[:, 2 * self.half :]
         self.exp_query, self.query_limit, self.exp_query_by_row = _exponentials(
             self.query, None, None, block, fold, self.by_row
         )
         if self.exp_key is None or self.key_limit is None:
             by_key = self.mask if self.mask is not None and self.mask.dim() == 2 else None
             self.exp_key, self.key_limit, _ = _exponentials(self.key, self.lengths, by_key, KEY_BLOCK)
-
-    def tiles(self, kind: str) -> tuple[Tiles, ...]:
-        return _tiles(kind, self.query)
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -174,22 +201,8 @@ class _Problem:
         return self.exp_query.shape[2], self.exp_key.shape[2]
 
     @property
-    def mask_row(self) -> int:
-        return self.keys if self.mask is not None and self.mask.dim() == 3 else 0
-
-    @property
     def flags(self) -> dict[str, Any]:
-        return {
-            "UNIT": additive.UNIT[self.name],
-            "HAS_LENGTHS": self.lengths is not None,
-            "HAS_MASK": self.mask is not None,
-            "TARGET": _backend(),
-            "ACC": _triton_type(self.dtype),
-        }
-
-    def by_query(self, x: Tensor) -> Tensor:
-        """A result (B, Tq, n) as the query has it."""
-        return x.squeeze(1) if self.flat else x
+        return super().flags | {"UNIT": additive.UNIT[self.name], "TARGET": _backend()}
 
 
 def _half(features: int) -> int:
@@ -205,7 +218,7 @@ def _exponentials(
     x: Tensor, lengths: Tensor | None, mask: Tensor | None, block: int, fold: Tensor | None = None,
     by_row: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """exp(2x), times ``fold`` if there is one, with features first, in pairs; the rows' limits; exp(2x) by row."""
+    """exp(2x), times a head's ``fold`` if there is one, features first, in pairs; the rows' limits; exp(2x) by row."""
     limit = x.new_empty(x.shape[0], _round_up(max(x.shape[1], 1), block), dtype=_arithmetic(x.dtype))
     features = 2 * _half(x.shape[2])
     rows = limit.new_empty(*limit.shape, features) if by_row else None
@@ -222,15 +235,15 @@ def _features_first(
     padded_rows: int, padded_features: int, by_row: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     batch, rows, features = x.shape
+    heads = 1 if fold is None else fold.shape[0]
     dtype = _arithmetic(x.dtype)
     out = x.new_empty(batch, padded_features, padded_rows, dtype=dtype)
     if out.numel():
         _launch(
             additive.features_first, _tiles("features first", x),
             lambda meta: (triton.cdiv(padded_rows, meta["BT"]) * batch,),
-            x, lengths, mask, fold, out, by_row, limit, rows, features, padded_rows, padded_features,
-            EXP=limit is not None,
-            FOLD=fold is not None, ROWS=by_row is not None, HAS_LENGTHS=lengths is not None,
+            x, lengths, mask, fold, out, by_row, limit, heads, rows, features, padded_rows, padded_features,
+            EXP=limit is not None, FOLD=fold is not None, ROWS=by_row is not None, HAS_LENGTHS=lengths is not None,
             HAS_MASK=mask is not None, ACC=_triton_type(dtype),
         )  # fmt: skip
     return out
@@ -273,6 +286,43 @@ def _splits(p: _Problem) -> tuple[int, int]:
     return triton.cdiv(blocks, blocks_each), blocks_each * KEY_BLOCK
 
 
+class _Results:
+    """What an attention makes of a problem, and the parts of it that splits of the keys make."""
+
+    def __init__(self, p: _Inputs, size: int, need_weights: bool, splits: int, staged: bool) -> None:
+        """``staged``: the sums of an only split are kept in memory, too: where the context will be if its dtype is
+        theirs.
+        """
+        self.problem, self.splits, self.size, self.need_weights = p, splits, size, need_weights
+        shape, dtype = (p.batch, p.queries), _rounded_by_kernels(p.query.dtype)
+        native = dtype == p.dtype
+
+        def new(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+            return p.query.new_empty(shape, dtype=dtype)
+
+        self.context, self.log_sum_exp = new(*shape, size, dtype=dtype), new(*shape)
+        self.weights = new(*((*shape, p.keys) if need_weights else (0,)), dtype=dtype)
+        part = self.context if splits == 1 and (native or not staged) else new(splits, *shape, size)
+        partial = new(2, splits if splits > 1 else 0, *shape)
+        self.parts = part, partial[0], partial[1]
+        raw = self.weights if native else new(*self.weights.shape)
+        self.outputs = self.context, self.log_sum_exp, raw, self.weights
+
+    def combine(self, seed: Tensor | None, numbers: tuple[int, float, float], options: dict[str, bool]) -> None:
+        p = self.problem
+        if self.splits > 1:
+            _launch(
+                additive.combine, p.tiles("combine"), lambda _: (p.queries * p.batch,),
+                *self.parts, *self.outputs, p.lengths, seed, p.batch, p.queries, p.keys, self.size, self.splits,
+                *numbers, **options, HAS_LENGTHS=p.lengths is not None, ACC=_triton_type(p.dtype),
+            )  # fmt: skip
+
+    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
+        p, kind = self.problem, self.problem.query.dtype
+        context, weights = self.context.to(kind), self.weights.to(kind)
+        return p.by_query(context), p.by_query(weights) if self.need_weights else weights, self.log_sum_exp
+
+
 def _queries(query: Tensor) -> int:
     return query.shape[1] if query.dim() == 3 else 1
 
@@ -284,36 +334,22 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
         kind = forward_kind(_queries(query))
-        p = _Problem(query, key, score_weight, lengths, mask, scale, kind, False, exp_key, key_limit)
+        p = _Problem(query, key, lengths, mask, scale, score_weight, kind, False, exp_key, key_limit)
         value, size = value.contiguous(), value.shape[2]
         splits, keys_each = _splits(p)
-        shape = (p.batch, p.queries)
-        dtype = _rounded_by_kernels(query.dtype)
-        context, lse = query.new_empty(*shape, size, dtype=dtype), query.new_empty(shape, dtype=p.dtype)
-        weights = query.new_empty((*shape, p.keys) if need_weights else (0,), dtype=dtype)
-        native = dtype == p.dtype
-        part = context if native and splits == 1 else query.new_empty(splits, *shape, size, dtype=p.dtype)
-        partial = query.new_empty(2, splits if splits > 1 else 0, *shape, dtype=p.dtype)
-        raw = weights if native else query.new_empty(weights.shape, dtype=p.dtype)
+        r = _Results(p, size, need_weights, splits, True)
         stage = query.new_empty(splits * p.batch * p.rows[0] * KEY_BLOCK, dtype=p.dtype)
         numbers, dropout = _dropout(dropout_p, seed)
         options = {**dropout, "WEIGHTS": need_weights}
         if p.batch and p.queries:
             _launch(
                 additive.forward, p.tiles(kind), lambda meta: (triton.cdiv(p.queries, meta["BM"]) * p.batch, splits),
-                p.query, p.key, value, *p.inputs, p.mask, seed, part, partial[0], partial[1], stage, context, lse, raw,
-                weights, p.batch, p.queries, p.keys, p.features, size, p.half, *p.rows, p.mask_row, keys_each,
-                *numbers, **p.flags, **options, ONLY_SCORES=False, SPLIT=splits > 1,
+                p.query, p.key, value, *p.inputs, p.mask, seed, *r.parts, stage, *r.outputs, p.batch, p.heads,
+                p.queries, p.keys, p.features, size, p.half, *p.rows, p.mask_row, keys_each, *numbers, **p.flags,
+                **options, ONLY_SCORES=False, SPLIT=splits > 1,
             )  # fmt: skip
-            if splits > 1:
-                _launch(
-                    additive.combine, p.tiles("combine"), lambda _: (p.queries * p.batch,),
-                    part, partial[0], partial[1], context, lse, raw, weights, p.lengths, seed, p.batch, p.queries,
-                    p.keys, size, splits, *numbers, **options, HAS_LENGTHS=p.lengths is not None,
-                    ACC=_triton_type(p.dtype),
-                )  # fmt: skip
-        context, weights = context.to(query.dtype), weights.to(query.dtype)
-        return p.by_query(context), p.by_query(weights) if need_weights else weights, lse
+            r.combine(seed, numbers, options)
+        return r.finished()
 
 
 def scores(
@@ -321,7 +357,7 @@ def scores(
 ) -> Tensor:
     with _on(query.device):
         kind = forward_kind(_queries(query))
-        p = _Problem(query, key, score_weight, lengths, mask, scale, kind)
+        p = _Problem(query, key, lengths, mask, scale, score_weight, kind)
         out = query.new_empty(p.batch, p.queries, p.keys, dtype=_rounded_by_kernels(query.dtype))
         if out.numel():
             nothing = query.new_empty(0)
@@ -329,8 +365,8 @@ def scores(
             _launch(
                 additive.forward, p.tiles(kind), lambda meta: (triton.cdiv(p.queries, meta["BM"]) * p.batch, splits),
                 p.query, p.key, nothing, *p.inputs, p.mask, None, nothing, nothing, nothing, nothing, nothing, nothing,
-                out, nothing, p.batch, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row, keys_each, 0,
-                1.0, 0.0, **p.flags, DROPOUT=False, WEIGHTS=False, ONLY_SCORES=True, SPLIT=False,
+                out, nothing, p.batch, p.heads, p.queries, p.keys, p.features, 0, p.half, *p.rows, p.mask_row,
+                keys_each, 0, 1.0, 0.0, **p.flags, DROPOUT=False, WEIGHTS=False, ONLY_SCORES=True, SPLIT=False,
             )  # fmt: skip
         return p.by_query(out.to(query.dtype))
 
@@ -347,6 +383,24 @@ class _Incoming:
     seed: Tensor | None
     dropout_p: float
     from_scores: bool
+
+
+def _incoming(
+    p: _Inputs, grad_context: Tensor | None, grad_weights: Tensor | None, value: Tensor, context: Tensor,
+    weights: Tensor, log_sum_exp: Tensor, seed: Tensor | None, dropout_p: float,
+) -> _Incoming:  # fmt: skip
+    size = value.shape[2]
+    # (B, Tq, n), also where the query has no Tq.
+    grad_context = None if grad_context is None else grad_context.reshape(p.batch, p.queries, size).contiguous()
+    grad_weights = None if grad_weights is None else grad_weights.contiguous()
+    delta = torch.empty_like(log_sum_exp)
+    if delta.numel():
+        _launch(
+            gradients.row_sums, p.tiles("row sums"), lambda _: (delta.numel(),),
+            grad_context, context, grad_weights, weights, delta, p.keys, size, CONTEXT=grad_context is not None,
+            WEIGHTS=grad_weights is not None, ACC=_triton_type(p.dtype),
+        )  # fmt: skip
+    return _Incoming(grad_context, grad_weights, value.contiguous(), log_sum_exp, delta, seed, dropout_p, False)
 
 
 def _parts(p: _Problem, slabs: int) -> tuple[int, int]:
@@ -410,7 +464,7 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
             gradients.score_gradients, p.tiles("pairs"),
             lambda meta: (k_rows // meta["BN"] * triton.cdiv(rows, meta["BM"]) * batch,),
             p.query, p.key, *p.inputs, p.mask, incoming.seed, *columns, incoming.grad_weights, incoming.lse,
-            incoming.delta, ds, weights, ds_sums, p.queries, p.keys, p.features, size, p.half, q_rows, k_rows,
+            incoming.delta, ds, weights, ds_sums, p.heads, p.queries, p.keys, p.features, size, p.half, q_rows, k_rows,
             p.mask_row, first, slab, *numbers, **p.flags, **dropout, CONTEXT=of_context,
             WEIGHTS=incoming.grad_weights is not None, FROM_SCORES=incoming.from_scores,
         )  # fmt: skip
@@ -429,15 +483,22 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
     for number in range(slabs):
         of_slab(number)
     grad_query, grad_key = (_sum_parts(p, parts, x.shape) for parts, x in ((query_parts, p.query), (key_parts, p.key)))
-    total = ds_sums.sum() - 2 * weight_parts.sum((0, 1))[: p.features]
-    return p.by_query(grad_query), grad_key, grad_value.to(kind), (total * p.scale).to(kind)
+    return p.by_query(grad_query), grad_key, grad_value.to(kind), _weight_gradient(p, ds_sums, weight_parts)
+
+
+def _weight_gradient(p: _Problem, ds_sums: Tensor, parts: Tensor) -> Tensor:
+    """scale ds tanh, summed for each head: tanh is 1 - 2r, ``parts`` have ds r, both of row after row of the batch."""
+    of_ds = ds_sums.view(-1, p.heads, ds_sums[0].numel()).sum((0, 2))
+    of_r = parts.view(-1, p.heads, 2 * p.half).sum(0)[:, : p.features]
+    return (p.scale * (of_ds.unsqueeze(1) - 2 * of_r)).to(p.query.dtype).view(p.weight.shape)
 
 
 def _sum_parts(p: _Problem, parts: Tensor, shape: torch.Size) -> Tensor:
     out = p.query.new_empty(shape, dtype=_rounded_by_kernels(p.query.dtype))
     _launch(
         gradients.sum_parts, p.tiles("sums of parts"), lambda meta: (triton.cdiv(out.numel(), meta["BLOCK"]),),
-        parts, p.folded, out, parts.shape[0], out.numel(), p.features, p.half, ACC=_triton_type(p.dtype),
+        parts, p.folded, out, parts.shape[0], out.numel(), p.heads, shape[1], p.features, p.half,
+        ACC=_triton_type(p.dtype),
     )  # fmt: skip
     return out.to(p.query.dtype)
 
@@ -449,21 +510,9 @@ def attention_backward(
     log_sum_exp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        p = _Problem(query, key, score_weight, lengths, mask, scale, "pairs", True, exp_key, key_limit)
-        # (B, Tq, n), also where the query has no Tq.
-        grad_context = (
-            None if grad_context is None else grad_context.reshape(p.batch, p.queries, value.shape[2]).contiguous()
-        )
-        grad_weights = None if grad_weights is None else grad_weights.contiguous()
-        delta = torch.empty_like(log_sum_exp)
-        if delta.numel():
-            _launch(
-                gradients.row_sums, p.tiles("row sums"), lambda _: (delta.numel(),),
-                grad_context, context, grad_weights, weights, delta, p.keys, value.shape[2],
-                CONTEXT=grad_context is not None, WEIGHTS=grad_weights is not None, ACC=_triton_type(p.dtype),
-            )  # fmt: skip
-        value = value.contiguous()
-        return _gradients(p, _Incoming(grad_context, grad_weights, value, log_sum_exp, delta, seed, dropout_p, False))
+        p = _Problem(query, key, lengths, mask, scale, score_weight, "pairs", True, exp_key, key_limit)
+        incoming = _incoming(p, grad_context, grad_weights, value, context, weights, log_sum_exp, seed, dropout_p)
+        return _gradients(p, incoming)
 
 
 def scores_backward(
@@ -471,11 +520,133 @@ def scores_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _on(query.device):
-        p = _Problem(query, key, score_weight, lengths, mask, scale, "pairs", True)
+        p = _Problem(query, key, lengths, mask, scale, score_weight, "pairs", True)
         nothing = p.key.new_empty(p.batch, p.keys, 0)
         empty = nothing.new_empty(0, dtype=p.dtype)
         grads = _gradients(p, _Incoming(None, grad.contiguous(), nothing, empty, empty, None, 0.0, True))
         return grads[0], grads[1], grads[3]
+
+
+def _dot_splits(p: _Inputs, tile: Tiles, columns: int) -> tuple[int, int]:
+    """As :func:`_splits`; a warp takes many keys, so that the parts are small beside them."""
+    warps = tile.warps * max(1, p.batch * triton.cdiv(p.queries, tile["BM"]) * columns)
+    wanted = max(1, min(8 * _multiprocessors(p.query.device) // warps, MOST_SPLITS, p.keys // (2 * tile["BN"])))
+    keys_each = _round_up(max(1, triton.cdiv(p.keys, wanted)), max(16, tile["BN"]))
+    return max(1, triton.cdiv(p.keys, keys_each)), keys_each
+
+
+def dot_attention(
+    query: Tensor, key: Tensor, value: Tensor | None, lengths: Tensor | None, mask: Tensor | None, seed: Tensor | None,
+    scale: float, dropout_p: float, need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with _on(query.device):
+        p = _Inputs(query, key, lengths, mask, scale)
+        shared, value = value is None, p.key if value is None else value.contiguous()
+        size = value.shape[2]
+        kinds = p.tiles(dot_kind(p.queries, max(p.features, size)))
+        block = kinds[0]["BD"]
+        columns = max(1, triton.cdiv(size, block))
+        splits, keys_each = _dot_splits(p, kinds[0], columns)
+        r = _Results(p, size, need_weights, splits, False)
+        numbers, dropout = _dropout(dropout_p, seed)
+        options = {**dropout, "WEIGHTS": need_weights}
+        whole = p.features <= block
+        if p.batch and p.queries:
+            _launch(
+                dot.dot_forward, kinds,
+                lambda meta: (triton.cdiv(p.queries, meta["BM"]) * p.batch, splits, columns),
+                p.query, p.key, value, p.lengths, p.mask, seed, *r.parts, *r.outputs, p.batch, p.queries, p.keys,
+                p.features, size, p.mask_row, keys_each, *_two_floats(scale), *numbers, **p.flags, **options,
+                WHOLE=whole, SHARED=shared and whole, SPLIT=splits > 1,
+            )  # fmt: skip
+            r.combine(seed, numbers, options)
+        return r.finished()
+
+
+def dot_attention_backward(
+    grad_context: Tensor | None, grad_weights: Tensor | None, query: Tensor, key: Tensor, value: Tensor | None,
+    lengths: Tensor | None, mask: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float, context: Tensor,
+    weights: Tensor, log_sum_exp: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with _on(query.device):
+        p = _Inputs(query, key, lengths, mask, scale)
+        rows = p.key if value is None else value
+        incoming = _incoming(p, grad_context, grad_weights, rows, context, weights, log_sum_exp, seed, dropout_p)
+        grad_query, grad_key, grad_value = _dot_gradients(p, incoming, value is None)
+        return p.by_query(grad_query), grad_key, grad_value
+
+
+def _dot_gradients(p: _Inputs, incoming: _Incoming, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, slab by slab of the queries, as :func:`_gradients` has them."""
+    size, kind = incoming.value.shape[2], p.query.dtype
+    of_values = p.key.new_zeros((0,) if shared else incoming.value.shape)
+    if min(p.batch, p.queries, p.keys) == 0:
+        return torch.zeros_like(p.query), torch.zeros_like(p.key), of_values
+    slab = min(p.queries, max(1, 2 * (p.features + size)))
+    splits, rounded = _term_splits(p, slab), _rounded_by_kernels(kind)
+    query_parts = p.query.new_empty(splits, *p.query.shape, dtype=rounded if splits == 1 else p.dtype)
+    sums = rounded if slab == p.queries else p.dtype
+    grad_key, grad_value = torch.empty_like(p.key, dtype=sums), of_values.to(sums)
+    ds = p.query.new_empty(p.batch, slab, p.keys, dtype=p.dtype)
+    weights = torch.empty_like(ds)
+    context = incoming.grad_context if size else None
+    for first in range(0, p.queries, slab):
+        rows, add = min(slab, p.queries - first), first > 0
+        _dot_score_gradients(p, incoming, context, ds, weights, first, rows)
+        by_key, of_keys, of_context = (slab * p.keys, 1, p.keys), (ds, p.query), (weights, context)
+        more = of_context if shared and context is not None else None
+        _weighted_sums(p, grad_key, of_keys, more, p.keys, rows, by_key, (first, 0), add=add)
+        if not shared and context is not None:
+            _weighted_sums(p, grad_value, of_context, None, p.keys, rows, by_key, (first, 0), add=add)
+        by_row = (slab * p.keys, p.keys, 1)
+        _weighted_sums(p, query_parts, (ds, p.key), None, rows, p.keys, by_row, (0, first), p.lengths, splits)
+    grad_query = query_parts.sum(0) if splits > 1 else query_parts[0]
+    return grad_query.to(kind), grad_key.to(kind), grad_value.to(kind)
+
+
+def _dot_score_gradients(
+    p: _Inputs, incoming: _Incoming, context: Tensor | None, ds: Tensor, kept: Tensor, first: int, rows: int
+) -> None:
+    numbers, dropout = _dropout(incoming.dropout_p, incoming.seed)
+    _launch(
+        dot.dot_score_gradients, p.tiles("dot pairs of one" if p.queries == 1 else "dot pairs"),
+        lambda meta: (triton.cdiv(p.keys, meta["BN"]) * triton.cdiv(rows, meta["BM"]) * p.batch,),
+        p.query, p.key, incoming.value, p.lengths, p.mask, incoming.seed, context, incoming.grad_weights, incoming.lse,
+        incoming.delta, ds, kept, p.queries, p.keys, p.features, incoming.value.shape[2], p.mask_row, first,
+        ds.shape[1], *_two_floats(p.scale), *numbers, **p.flags, **dropout, CONTEXT=context is not None,
+        WEIGHTS=incoming.grad_weights is not None,
+    )  # fmt: skip
+
+
+def _term_splits(p: _Inputs, rows: int) -> int:
+    """Programs that share the keys in the sums for so many queries; what they keep is bounded as in :func:`_parts`."""
+    tile = p.tiles("dot sums of one" if rows == 1 else "dot sums")[0]
+    programs = max(1, p.batch * triton.cdiv(rows, tile["BR"]) * triton.cdiv(p.features, tile["BC"]))
+    wanted: int = 8 * _multiprocessors(p.query.device) // programs
+    most = min(MOST_SPLITS, p.keys // (4 * tile["BT"]), 2 * (p.queries + p.keys) // p.queries)
+    return max(1, min(wanted, most))
+
+
+def _weighted_sums(
+    p: _Inputs, out: Tensor, pair: tuple[Tensor, Tensor | None], more: tuple[Tensor, Tensor | None] | None, rows: int,
+    terms: int, strides: tuple[int, int, int], starts: tuple[int, int], lengths: Tensor | None = None, splits: int = 1,
+    *, add: bool = False,
+) -> None:  # fmt: skip
+    """Into ``rows`` rows of ``out``, as :func:`dot.weighted_sums` does: a pair's weights, of ``strides``, times its x.
+
+    ``starts``: the first rows of x and of ``out``.
+    """
+    if out.numel() == 0:
+        return
+    (w, x), (w_more, x_more), columns = pair, more or (None, None), out.shape[-1]
+    assert x is not None
+    _launch(
+        dot.weighted_sums, p.tiles("dot sums of one" if rows == 1 else "dot sums"),
+        lambda meta: (p.batch * triton.cdiv(rows, meta["BR"]) * triton.cdiv(columns, meta["BC"]), splits),
+        w, x, w_more, x_more, lengths, out, p.batch, rows, terms, columns, *strides, x.shape[1], starts[0],
+        out.shape[-2], starts[1], triton.cdiv(terms, splits), int(add), HAS_LENGTHS=lengths is not None,
+        MORE=more is not None, HIDE=p.lengths is not None or p.mask is not None, ACC=_triton_type(p.dtype),
+    )  # fmt: skip
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -484,5 +655,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "additive_attention_backward": attention_backward,
     "additive_scores": scores,
     "additive_scores_backward": scores_backward,
+    "dot_attention": dot_attention,
+    "dot_attention_backward": dot_attention_backward,
 }
 """The family's kernels by the name of their operator, as ``attnext.ops`` defines it."""

@@ -15,10 +15,15 @@ from typing import Any
 
 from attnext.ops import KEY_BLOCK
 
-__all__ = ["KEY_BLOCK", "TARGETS", "Tiles", "forward_kind", "tiles"]
+__all__ = ["KEY_BLOCK", "MOST_SPLITS", "TARGETS", "Tiles", "dot_kind", "forward_kind", "tiles"]
 
 FEW_QUERIES = 4
 """A decoder's step has so many at most: none is computed in vain."""
+
+MOST_SPLITS = 32
+"""Of the keys, between programs of dot products: one after the other is added in the launch behind."""
+FEATURE_BLOCKS = (128, 256, 512, 1024)
+"""Features that a tile of dot products may have: all of a key's, where there are no more."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,24 @@ def _tiles(warps: int, **blocks: int) -> Tiles:
 
 
 Kinds = dict[str, tuple[Tiles, ...]]
+
+
+def _of_dots(share: int, keys: int) -> Kinds:
+    """Forward tiles of dot products, by features: of a key's, a warp has ``share`` if there is one query, else half.
+
+    A thread has about as many numbers of the keys for any features, and as many of a query and its sums.
+    """
+    found: Kinds = {}
+    for block in FEATURE_BLOCKS:
+        one, few = max(1, block // share), max(1, 2 * block // share)
+        found[f"dot of one {block}"] = (_tiles(one, BM=1, BN=4 * share * one // block, BD=block),)
+        found[f"dot {block}"] = (_tiles(few, BM=4, BN=keys * share * few // (2 * block), BD=block),)
+    return found
+
+
 # BM queries, BN keys, BH value columns; BJ keys and BD pairs of features, a pair a thread; BT rows. The
-# pairs' BN is KEY_BLOCK, as many sums of ds as there are blocks of keys.
+# pairs' BN is KEY_BLOCK, as many sums of ds as there are blocks of keys. Of dot products: BD features; BR rows, BT
+# terms and BC columns of a sum.
 _ANY: Kinds = {
     "fold": (_tiles(4),),  # one program, with all features at once
     "features first": (_tiles(4, BT=32, BD=32),),
@@ -56,28 +77,46 @@ _ANY: Kinds = {
     "sums of parts": (_tiles(4, BLOCK=256),),
 }
 _FLOAT32: Kinds = _ANY | {
+    **_of_dots(512, 4),
     "step of one": (_tiles(1, BM=1, BN=128, BH=128), _tiles(2, BM=1, BN=128, BH=128)),
     "step": (_tiles(1, BM=4, BN=128, BH=128), _tiles(2, BM=4, BN=128, BH=128)),
     "forward": (_tiles(1, BM=4, BN=128, BH=128), _tiles(2, BM=8, BN=128, BH=128)),
     "pairs": (_tiles(1, BM=8, BN=128), _tiles(1, BM=4, BN=128)),
     "inputs": (_tiles(1, BJ=8, BD=32, BN=8, BH=128), _tiles(1, BJ=4, BD=32, BN=8, BH=128)),
+    "dot pairs of one": (_tiles(1, BM=1, BN=8, BD=128),),
+    "dot pairs": (_tiles(1, BM=4, BN=8, BD=128),),
+    "dot sums of one": (_tiles(1, BR=1, BT=16, BC=128),),
+    "dot sums": (_tiles(1, BR=8, BT=2, BC=128),),
 }
 _FLOAT64: Kinds = _ANY | {  # a number takes two registers, so a program has fewer
+    **_of_dots(256, 2),
     "features first": (_tiles(4, BT=32, BD=16),),
     "step of one": (_tiles(1, BM=1, BN=128, BH=128),),
     "step": (_tiles(1, BM=2, BN=128, BH=128),),
     "forward": (_tiles(1, BM=2, BN=128, BH=128),),
     "pairs": (_tiles(1, BM=4, BN=128),),
     "inputs": (_tiles(1, BJ=4, BD=32, BN=4, BH=128),),
+    "dot pairs of one": (_tiles(1, BM=1, BN=8, BD=64),),
+    "dot pairs": (_tiles(1, BM=4, BN=4, BD=64),),
+    "dot sums of one": (_tiles(1, BR=1, BT=8, BC=64),),
+    "dot sums": (_tiles(1, BR=8, BT=2, BC=64),),
 }
 _OF_64_LANES: Kinds = {"inputs": (_tiles(1, BJ=8, BD=64, BN=16, BH=128), _tiles(1, BJ=4, BD=64, BN=16, BH=128))}
 _FLOAT64_OF_64_LANES: Kinds = {"inputs": (_tiles(1, BJ=4, BD=64, BN=8, BH=128),)}
 _INTERPRETED: Kinds = _ANY | {  # an operation costs the same for many numbers
     "step of one": (_tiles(1, BM=1, BN=128, BH=128),),
     "step": (_tiles(1, BM=4, BN=128, BH=128),),
-    "forward": (_tiles(1, BM=32, BN=128, BH=128),),
+    "features first": (_tiles(4, BT=128, BD=64),),
+    "sums of parts": (_tiles(4, BLOCK=4096),),
+    "forward": (_tiles(1, BM=64, BN=128, BH=128),),
     "pairs": (_tiles(1, BM=32, BN=128),),
-    "inputs": (_tiles(1, BJ=64, BD=128, BN=64, BH=128),),
+    "inputs": (_tiles(1, BJ=128, BD=64, BN=128, BH=128),),
+    **{f"dot of one {block}": (_tiles(2, BM=1, BN=32, BD=block),) for block in FEATURE_BLOCKS},
+    **{f"dot {block}": (_tiles(8, BM=32, BN=32, BD=block),) for block in FEATURE_BLOCKS},
+    "dot pairs of one": (_tiles(1, BM=1, BN=128, BD=64),),
+    "dot pairs": (_tiles(1, BM=32, BN=64, BD=64),),
+    "dot sums of one": (_tiles(1, BR=1, BT=64, BC=64),),
+    "dot sums": (_tiles(1, BR=64, BT=32, BC=32),),
 }
 TARGETS: dict[str, tuple[Kinds, Kinds]] = {
     "sm_80": (_FLOAT32, _FLOAT64),
@@ -96,6 +135,12 @@ def tiles(kind: str, target: str, double: bool) -> tuple[Tiles, ...]:
     if target not in TARGETS:
         target = "gfx942" if target.startswith("gfx9") else "gfx1100" if target.startswith("gfx") else "sm_90"
     return TARGETS[target][double][kind]
+
+
+def dot_kind(queries: int, features: int) -> str:
+    """The kind of a forward launch of dot products for so many queries, and features of a key or a value."""
+    block = next((block for block in FEATURE_BLOCKS if block >= features), FEATURE_BLOCKS[-1])
+    return f"{'dot of one' if queries <= 1 else 'dot'} {block}"
 
 
 def forward_kind(queries: int) -> str:

@@ -1,6 +1,6 @@
 """Holds the CUDA kernels, compiled for the CPU, to the cases that every backend is held to.
 
-    python tests/cuda_cases.py LIBRARY table|random|tiny|digest
+    python tests/cuda_cases.py LIBRARY table|random|tiny|bounds|digest
 
 A program of its own: the library registers the CUDA operators for CPU tensors, and a sanitizer's runtime has to be
 there before Python. Prints what is beyond its tolerance, and "held" if nothing is; or a digest of all results' bits.
@@ -27,6 +27,10 @@ TINY = (
     Case("step", batch=1, queries=3, keys=10, features=5, values=8),
     Case("step", batch=9, queries=1, keys=70, features=2, values=1),  # two tiles a warp
     Case("scores", batch=1, queries=5, keys=9, features=5, mask="slots"),
+    Case(batch=4, queries=5, keys=9, features=4, values=3, heads=2),
+    Case("dot", batch=2, queries=1, keys=30, features=8, values=8, lengths=True, weights=True, shared=True),
+    Case("dot", batch=1, queries=3, keys=9, features=36, values=5, mask="slots", dropout_p=0.3),  # two warps
+    Case("dot", batch=1, queries=18, keys=130, features=3, values=3, lengths=True, shared=True),
 )
 """Few threads: a race detector takes its time."""
 
@@ -34,6 +38,9 @@ TINY = (
 def cases(which: str) -> Iterator[Case]:
     if which == "tiny":
         yield from TINY
+    if which == "bounds":  # a sanitizer takes its time: the table in float32, and each kernel in the half types
+        yield from CASES
+        yield from (replace(case, dtype=dtype) for case in TINY for dtype in DTYPES[1:])
     for case in CASES if which == "table" else random_cases(60, 7) if which == "random" else ():
         for dtype in DTYPES:
             yield replace(case, dtype=dtype)

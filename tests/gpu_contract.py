@@ -27,9 +27,30 @@ def inputs(*, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(size, dtype=dtype).requires_grad_() for size in sizes]
 
 
+def additive(x: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    context, weights = attnext.additive_attention(*x, need_weights=True, **options)
+    assert weights is not None
+    return context, weights
+
+
+def dot(x: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    context, weights = attnext.dot_attention(*x, need_weights=True, **options)
+    assert weights is not None
+    return context, weights
+
+
+ATTENTIONS = ((additive, 4), (dot, 3), (dot, 2))
+"""Each with how many of the inputs it takes: dot products without a value, too."""
+
+
 def close(found: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def grads_like(results: tuple[Tensor, ...]) -> list[Tensor]:
+    """Of context and weights."""
+    return [torch.randn_like(x) for x in results[:2]]
 
 
 def operators(backend: str) -> Any:
@@ -45,26 +66,56 @@ def opcheck(backend: str) -> None:
         torch.library.opcheck(op("additive_attention"), (*x, *options))
     torch.library.opcheck(op("additive_scores"), (x[0], x[1], x[3], LENGTHS, none, 1.0))
     torch.library.opcheck(op("additive_prepare"), (x[1].detach(), LENGTHS, none))
+    for value in (x[2], none):
+        for rest in ((LENGTHS, none, none, 1.0, 0.0, True), (none, none, none, 0.5, 0.0, False)):
+            torch.library.opcheck(op("dot_attention"), (*x[:2], value, *rest))
+        y = [None if t is none else t.detach() for t in (*x[:2], value)]
+        results = op("dot_attention")(*y, LENGTHS, none, none, 1.0, 0.0, True)
+        torch.library.opcheck(
+            op("dot_attention_backward"),
+            (*grads_like(results), *y, LENGTHS, none, none, 1.0, 0.0, *results),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def determinism_and_any_subset(backend: str) -> None:
-    x = inputs()
+    for attention, count in ATTENTIONS:
+        deterministic_in_any_subset(attention, inputs()[:count], backend)
 
+
+def deterministic_in_any_subset(attention: Any, x: list[Tensor], backend: str) -> None:
     def run(name: str) -> list[Tensor]:
-        context, weights = attnext.additive_attention(*x, lengths=LENGTHS, need_weights=True, backend=name)
-        assert weights is not None
+        context, weights = attention(x, lengths=LENGTHS, backend=name)
         # An expanded gradient comes in.
         return [context, weights, *torch.autograd.grad(context.sum() + weights.square().sum(), x)]
 
-    def of_weights(name: str) -> list[Tensor]:  # no gradient of the context comes in
-        _, weights = attnext.additive_attention(*x, lengths=LENGTHS, need_weights=True, backend=name)
-        assert weights is not None
-        return list(torch.autograd.grad(weights.square().sum(), x, materialize_grads=True))
+    def of_one(name: str, result: int) -> list[Tensor]:  # no gradient of the other comes in
+        loss = attention(x, lengths=LENGTHS, backend=name)[result].square().sum()
+        return list(torch.autograd.grad(loss, x, materialize_grads=True))
 
     first, second = run(backend), run(backend)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     close(first, run("reference"))
-    close(of_weights(backend), of_weights("reference"))
+    for result in (0, 1):
+        close(of_one(backend, result), of_one("reference", result))
+
+
+def heads(backend: str) -> None:
+    """The score weight may be one for each head, of which a batch is several rows."""
+    query, key, value, _ = inputs()
+    of_heads = torch.randn(2, 12, requires_grad=True)
+    rows = [x.repeat(2, 1, 1).detach().requires_grad_() for x in (query, key, value)]
+    for x in ([query, key, value, of_heads], [*rows, of_heads]):
+        grads = []
+        for name in (backend, "reference"):
+            context, weights = additive(x, backend=name)
+            scores = attnext.additive_scores(x[0], x[1], x[3], backend=name)
+            loss = context.square().sum() + weights.square().sum() + scores.tanh().sum()
+            grads.append([context, weights, scores, *torch.autograd.grad(loss, x)])
+        close(*grads)
+    op, none = operators(backend), None
+    torch.library.opcheck(op("additive_attention"), (*x, none, none, none, none, none, 1.0, 0.0, True))
+    torch.library.opcheck(op("additive_scores"), (x[0], x[1], x[3], none, none, 1.0))
 
 
 def prepared_memory(backend: str) -> None:
@@ -127,16 +178,16 @@ def weights_add_up_to_one(backend: str) -> None:
 
 def rows_that_attend_nothing(backend: str) -> None:
     """What comes in for one may be NaN, as the gradient of the norm at a context of 0."""
-    x = inputs()
     mask = torch.ones(2, 9, 21, dtype=torch.bool)
     mask[0, 1] = False
-    for options in ({"lengths": torch.tensor([0, 5])}, {"mask": mask}):
-        context, weights = attnext.additive_attention(*x, **options, need_weights=True, backend=backend)
-        assert weights is not None
-        loss = context.square().sum(-1).sqrt().sum() + weights.square().sum(-1).sqrt().sum()
-        grads = torch.autograd.grad(loss, x)
-        assert all(grad.isfinite().all() for grad in grads)
-        assert (grads[2][1] != 0).any()
+    for attention, count in ATTENTIONS:
+        x = inputs()[:count]
+        for options in ({"lengths": torch.tensor([0, 5])}, {"mask": mask}):
+            context, weights = attention(x, **options, backend=backend)
+            loss = context.square().sum(-1).sqrt().sum() + weights.square().sum(-1).sqrt().sum()
+            grads = torch.autograd.grad(loss, x)
+            assert all(grad.isfinite().all() for grad in grads)
+            assert all((grad[1] != 0).any() for grad in grads[:3])
 
 
 def one_large_row(backend: str) -> None:
@@ -166,10 +217,11 @@ def weights_out_of_range(backend: str) -> None:
 
 def gradcheck(backend: str) -> None:
     if backend == "triton":  # the CUDA kernels have no float64
-        x = inputs(dtype=torch.float64)
-        torch.autograd.gradcheck(
-            lambda *t: attnext.additive_attention(*t, lengths=LENGTHS, backend=backend)[0], x, fast_mode=True
-        )
+        for attention, count in ATTENTIONS:
+            x = inputs(dtype=torch.float64)[:count]
+            torch.autograd.gradcheck(
+                lambda *t, of=attention: of(t, lengths=LENGTHS, backend=backend), x, fast_mode=True
+            )
     else:
         with pytest.raises(ValueError, match="serves float32, float16, bfloat16, got tensors of float64"):
             attnext.additive_attention(*inputs(dtype=torch.float64), backend=backend)
@@ -198,22 +250,23 @@ def nothing_waits(backend: str) -> None:
         prepared = op("additive_prepare")(x[1], LENGTHS, None)
         rest = (LENGTHS, mask, seed, 1.0, 0.2)
         found = op("additive_attention")(*x, *prepared, *rest, True)
-        grads = torch.randn_like(found[0]), torch.randn_like(found[1])
-        op("additive_attention_backward")(*grads, *x, *prepared, *rest, *found)
+        op("additive_attention_backward")(*grads_like(found), *x, *prepared, *rest, *found)
         scores = op("additive_scores")(x[0], x[1], x[3], *rest[:2], 1.0)
         op("additive_scores_backward")(scores, x[0], x[1], x[3], *rest[:2], 1.0)
+        for y in (x[:3], [*x[:2], None]):
+            found = op("dot_attention")(*y, *rest, True)
+            op("dot_attention_backward")(*grads_like(found), *y, *rest, *found)
 
 
 def one_graph(backend: str) -> None:
     x, mask = inputs(), torch.rand(2, 9, 21) < 0.7
 
     def loss(*x: Tensor) -> Tensor:
-        context, weights = attnext.additive_attention(
-            *x, lengths=LENGTHS, mask=mask, need_weights=True, backend=backend
-        )
-        assert weights is not None
-        scores = attnext.additive_scores(x[0], x[1], x[3], lengths=LENGTHS, backend=backend)
-        return context.square().sum() + weights.square().sum() + scores.exp().sum()
+        total = attnext.additive_scores(x[0], x[1], x[3], lengths=LENGTHS, backend=backend).exp().sum()
+        for attention, count in ATTENTIONS:
+            context, weights = attention(x[:count], lengths=LENGTHS, mask=mask, backend=backend)
+            total = total + context.square().sum() + weights.square().sum()
+        return total
 
     whole = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     close(list(torch.autograd.grad(whole(*x), x)), list(torch.autograd.grad(loss(*x), x)))
@@ -230,7 +283,7 @@ CHECKS = (
     gradcheck,
     one_graph,
 )
-OF_FAMILY = {"triton": nothing_waits, "cuda": direct_calls}
+OF_FAMILY = {"triton": (nothing_waits, heads), "cuda": (direct_calls,)}
 
 
 def main(backend: str, *library: str) -> None:
@@ -241,7 +294,7 @@ def main(backend: str, *library: str) -> None:
 
         serve_cuda_on_cpu(*library)
     assert backends()[backend].available, backends()[backend]
-    for check in (*CHECKS, OF_FAMILY[backend]):
+    for check in (*CHECKS, *OF_FAMILY[backend]):
         check(backend)
         print(check.__name__)
     print("held")

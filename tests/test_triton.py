@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 import attnext
 from attnext.backends import backends
+from attnext.cases import CASES, DTYPES
 
 
 def python(*arguments: str, interpreted: bool, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +41,7 @@ def test_every_case_in_every_dtype() -> None:
     """As a user would ask for it, where there is no GPU: in processes that interpret."""
     done = verify("--backend", "triton", "--cases", "20", interpreted=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "OK: 140 calls within tolerance on triton" in done.stdout
+    assert f"OK: {len(DTYPES) * len(CASES) + 20} calls within tolerance on triton" in done.stdout
 
 
 TILES = """
@@ -51,12 +52,15 @@ from attnext.kernels.tiles import TARGETS
 
 torch.use_deterministic_algorithms(True)  # new tensors are filled with NaN
 
+options = {"lengths": True, "mask": "slots", "weights": True, "dropout_p": 0.2}
 cases = (
-    Case(batch=1, queries=17, keys=140, features=66, values=9, lengths=True, mask="slots", weights=True, dropout_p=0.2),
+    Case(batch=1, queries=17, keys=140, features=66, values=9, **options),
     Case(queries=9, keys=20, features=12, values=5, magnitude=100.0, mask="keys", poison=True),
     Case("step", queries=1, keys=300, features=9, values=7, lengths=True),
     Case("step", batch=1, queries=3, keys=260, features=5, values=130, weights=True),
     Case("scores", batch=1, queries=9, keys=140, features=5, lengths=True),
+    Case("dot", batch=1, queries=5, keys=9, features=130, values=130, shared=True, **options),
+    Case("dot", batch=1, queries=1, keys=50, features=1030, values=6, scale=0.03),
 )
 tried = set()
 for target, kinds in [(t, k) for t, k in TARGETS.items() if t != "interpreter"]:

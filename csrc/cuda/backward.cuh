@@ -6,6 +6,7 @@
 #include "platform.cuh"
 #include "prepare.cuh"
 #include "problem.cuh"
+#include "products.cuh"
 #include "scores.cuh"
 
 namespace attnext::cuda {
@@ -18,7 +19,7 @@ struct Backward {
   bool from_scores;
   float* delta;                   // (B, Tq)
   float *ds, *probabilities;      // (B, slab, key_rows), the latter after dropout
-  float* ds_sums;                 // one for each warp of score_gradients
+  float* ds_sums;                 // (B, slab / kQueryBlock, key tiles, warps of a block)
   const float* exp_query_by_row;  // (B, query_rows, pairs, 2): E
   float* query_parts;             // (key_splits, B, Tq, pairs, 2)
   float* key_parts;               // (row_splits, B, Tk, pairs, 2)
@@ -51,60 +52,49 @@ __global__ void row_sums(const __grid_constant__ Problem<T> p, const __grid_cons
   if (lane == 0) g.delta[row] = total;
 }
 
-constexpr int kValueChunk = 16;  // columns of the values that a block holds at a time
-
-// A block's part of the values and of dC, columns first. Rows are two numbers longer, so that the threads of a warp,
-// which come with the columns of two rows, store to different banks.
-struct ValueStage {
-  float values[kValueChunk][kKeyBlock + 2];
-  float grads[kValueChunk][kQueryBlock + 2];
-};
-
-// dC_i . h_j of the same pairs as block_scores'. All threads of the block call it.
-template <class T, int kQ, int kK>
-__device__ __forceinline__ void block_products(float (&dp)[kQ][kK], ValueStage& stage, const Problem<T>& p,
-                                               const Backward<T>& g, int64_t b, int i0, int j0) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-#pragma unroll
-  for (int q = 0; q < kQ; ++q)
-#pragma unroll
-    for (int k = 0; k < kK; ++k) dp[q][k] = 0;
-  for (int h0 = 0; h0 < p.values; h0 += kValueChunk) {
-#pragma unroll 8
-    for (int n = threadIdx.x; n < kKeyBlock * kValueChunk; n += kThreads) {
-      const int j = n / kValueChunk, c = n % kValueChunk;
-      const bool inside = j0 + j < p.keys && h0 + c < p.values;
-      stage.values[c][j] = inside ? to_float(g.value.at(b, j0 + j)[h0 + c]) : 0.0f;
-    }
-    for (int n = threadIdx.x; n < kQueryBlock * kValueChunk; n += blockDim.x) {
-      const int i = n / kValueChunk, c = n % kValueChunk;
-      const bool inside = i0 + i < p.queries && h0 + c < p.values;
-      stage.grads[c][i] = inside ? to_float(g.grad_context.at(b, i0 + i)[(h0 + c) * g.grad_context.column]) : 0.0f;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int c = 0; c < kValueChunk; ++c) {
-      float v[kK], d[kQ];
-#pragma unroll
-      for (int k = 0; k < kK; k += 2) {
-        const float2 two = load2(&stage.values[c][key_of(lane, k)]);
-        v[k] = two.x, v[k + 1] = two.y;
-      }
-#pragma unroll
-      for (int q = 0; q < kQ; ++q) d[q] = stage.grads[c][warp * kQ + q];
-#pragma unroll
-      for (int q = 0; q < kQ; ++q)
-#pragma unroll
-        for (int k = 0; k < kK; ++k) dp[q][k] = fmaf(d[q], v[k], dp[q][k]);
-    }
-    __syncthreads();
-  }
-}
-
 union PairStage {
   Stage scores;
-  ValueStage values;
+  ProductStage products;
 };
+
+// Writes ds and weights of the pairs of a tile from their scores and dC_i . h_j, and returns the sum of ds. `local` is
+// the warp's first query in the slab.
+template <class T, int kQ, int kK>
+__device__ __forceinline__ float write_gradients(const float (&s)[kQ][kK], float (&dp)[kQ][kK], const Problem<T>& p,
+                                                 const Backward<T>& g, int64_t b, int local, int j0) {
+  float sum = 0;
+  const int stop = p.slots.length(b, p.keys);  // read again: kept from above, it is a register too many on 12.0
+#pragma unroll
+  for (int q = 0; q < kQ; ++q) {
+    const int i = g.first + local + q;
+    const bool in_slab = local + q < g.rows;
+    const int64_t row = b * p.queries + i;
+    const float lse = !in_slab || g.from_scores ? 0.0f : g.log_sum_exp[row];
+    const float delta = !in_slab || g.from_scores ? 0.0f : g.delta[row];
+#pragma unroll
+    for (int k = 0; k < kK; ++k) {
+      const int j = j0 + key_of(threadIdx.x % kWarp, k);
+      const bool seen = in_slab && j < stop && p.slots.shows(b, i, j);
+      float ds = 0, weight = 0;
+      if (seen && g.from_scores) {
+        ds = to_float(g.grad_weights.at(b, i)[j * g.grad_weights.column]);
+      } else if (seen && lse != -INFINITY) {
+        const float below = s[q][k] - lse, factor = kept(p.dropout, row, j);
+        const float probability = expf(below > 0 ? 0.0f : below);  // a NaN stays one
+        if (g.grad_weights.data) dp[q][k] += to_float(g.grad_weights.at(b, i)[j * g.grad_weights.column]);
+        if (probability != 0) ds = probability * fmaf(factor, dp[q][k], -delta);
+        weight = probability * factor;
+      }
+      sum += ds;
+      if (local + q < g.slab) {
+        const int64_t at = (b * g.slab + local + q) * p.key_rows + j;
+        g.ds[at] = ds;
+        if (!g.from_scores) g.probabilities[at] = weight;
+      }
+    }
+  }
+  return sum;
+}
 
 // ds and, for the values, the weights after dropout, of 16 queries and 128 keys. Tiles beyond a row's length are not
 // written, but for their sums.
@@ -116,52 +106,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int key_tiles = p.key_rows / kKeyBlock, query_tiles = (g.rows + kQueryBlock - 1) / kQueryBlock;
   const int j0 = int(blockIdx.x % key_tiles) * kKeyBlock, of_queries = blockIdx.x / key_tiles;
-  const int local = of_queries % query_tiles * kQueryBlock, block_i0 = g.first + local, i0 = block_i0 + warp * kQ;
+  const int local = of_queries % query_tiles * kQueryBlock, block_i0 = g.first + local;
   const int64_t b = of_queries / query_tiles;
   float sum = 0;
   if (j0 < p.slots.length(b, p.keys)) {
     float s[kQ][kK], dp[kQ][kK];
-    if (!g.from_scores) block_scores(s, stage->scores, p, b, block_i0, j0);
+    if (!g.from_scores) block_scores(s, stage->scores, p, p.weights.of_row(b), b, block_i0, j0);
     if (g.grad_context.data)
-      block_products(dp, stage->values, p, g, b, block_i0, j0);
+      block_products(dp, stage->products, g.grad_context, g.value, p.queries, p.keys, p.values, b, block_i0, j0);
     else
 #pragma unroll
       for (int q = 0; q < kQ; ++q)
 #pragma unroll
         for (int k = 0; k < kK; ++k) dp[q][k] = 0;
-    const int stop = p.slots.length(b, p.keys);  // read again: kept from above, it is a register too many on 12.0
-#pragma unroll
-    for (int q = 0; q < kQ; ++q) {
-      const int i = i0 + q;
-      const bool in_slab = local + warp * kQ + q < g.rows;
-      const int64_t row = b * p.queries + i;
-      const float lse = !in_slab || g.from_scores ? 0.0f : g.log_sum_exp[row];
-      const float delta = !in_slab || g.from_scores ? 0.0f : g.delta[row];
-#pragma unroll
-      for (int k = 0; k < kK; ++k) {
-        const int j = j0 + key_of(lane, k);
-        const bool seen = in_slab && j < stop && p.slots.shows(b, i, j);
-        float ds = 0, weight = 0;
-        if (seen && g.from_scores) {
-          ds = to_float(g.grad_weights.at(b, i)[j * g.grad_weights.column]);
-        } else if (seen && lse != -INFINITY) {
-          const float below = s[q][k] - lse, factor = kept(p.dropout, row, j);
-          const float probability = expf(below > 0 ? 0.0f : below);  // a NaN stays one
-          if (g.grad_weights.data) dp[q][k] += to_float(g.grad_weights.at(b, i)[j * g.grad_weights.column]);
-          if (probability != 0) ds = probability * fmaf(factor, dp[q][k], -delta);
-          weight = probability * factor;
-        }
-        sum += ds;
-        if (local + warp * kQ + q < g.slab) {
-          const int64_t at = (b * g.slab + local + warp * kQ + q) * p.key_rows + j;
-          g.ds[at] = ds;
-          if (!g.from_scores) g.probabilities[at] = weight;
-        }
-      }
-    }
+    sum = write_gradients(s, dp, p, g, b, local + warp * kQ, j0);
   }
   sum = warp_sum(sum);
-  if (lane == 0) g.ds_sums[int64_t(blockIdx.x) * kWarpsPerBlock + warp] = sum;
+  const int64_t tile = (b * (g.slab / kQueryBlock) + local / kQueryBlock) * key_tiles + j0 / kKeyBlock;
+  if (lane == 0) g.ds_sums[tile * kWarpsPerBlock + warp] = sum;
 }
 
 constexpr int kGradientKeys = 8;  // of a thread, for two features
@@ -286,20 +248,19 @@ __device__ __forceinline__ void pair_gradients(const Problem<T>& p, const Backwa
 
 constexpr int kValueColumns = 4 * kWarp;  // of a warp, for kGradientKeys keys
 
-// The gradient of kGradientKeys values from j0 on in the columns of a warp from h0 on.
+// Adds `count` rows from the first on in the columns of a warp from h0 on: the n-th times the n-th of `weights` rows,
+// whose next kGradientKeys numbers are those of the sums.
 template <class T>
-__device__ __forceinline__ void value_gradients(const Problem<T>& p, const Backward<T>& g, int64_t b, int j0, int h0) {
+__device__ __forceinline__ void add_rows(float (&sum)[kGradientKeys][4], const float* weights, int weights_row,
+                                         const Rows<T>& rows, int64_t b, int first, int count, int h0, int columns) {
   const int lane = threadIdx.x % kWarp;
-  float sum[kGradientKeys][4] = {};
-  const int rows = j0 < p.slots.length(b, p.keys) ? g.rows : 0;
-  const float* weights = g.probabilities + b * g.slab * p.key_rows + j0;
-  for (int n = 0; n < rows; ++n, weights += p.key_rows) {
-    const T* row = g.grad_context.at(b, g.first + n);
-    float grads[4], slots[kGradientKeys];
+  for (int n = 0; n < count; ++n, weights += weights_row) {
+    const T* row = rows.at(b, first + n);
+    float numbers[4], slots[kGradientKeys];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int h = h0 + c * kWarp + lane;
-      grads[c] = h < p.values ? to_float(row[h * g.grad_context.column]) : 0.0f;
+      numbers[c] = h < columns ? to_float(row[h * rows.column]) : 0.0f;
     }
 #pragma unroll
     for (int k = 0; k < kGradientKeys; k += 4) {
@@ -310,8 +271,18 @@ __device__ __forceinline__ void value_gradients(const Problem<T>& p, const Backw
     for (int k = 0; k < kGradientKeys; ++k)
 #pragma unroll
       for (int c = 0; c < 4; ++c)  // 0 hides a NaN that came in for a row which attends nothing
-        if (slots[k] != 0) sum[k][c] = fmaf(slots[k], grads[c], sum[k][c]);
+        if (slots[k] != 0) sum[k][c] = fmaf(slots[k], numbers[c], sum[k][c]);
   }
+}
+
+// The gradient of kGradientKeys values from j0 on in the columns of a warp from h0 on.
+template <class T>
+__device__ __forceinline__ void value_gradients(const Problem<T>& p, const Backward<T>& g, int64_t b, int j0, int h0) {
+  const int lane = threadIdx.x % kWarp;
+  float sum[kGradientKeys][4] = {};
+  const int rows = j0 < p.slots.length(b, p.keys) ? g.rows : 0;
+  add_rows(sum, g.probabilities + b * g.slab * p.key_rows + j0, p.key_rows, g.grad_context, b, g.first, rows, h0,
+           p.values);
 #pragma unroll
   for (int k = 0; k < kGradientKeys; ++k)
 #pragma unroll
@@ -346,42 +317,48 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// out (rows, D) = 4 scale v times the sum of parts (splits, rows, pairs, 2), in their order.
+// out (rows, D) = 4 scale v times the sum of parts (splits, rows, pairs, 2), in their order; `each` rows are of one row
+// of the batch.
 template <class T>
-__global__ void sum_parts(const float* parts, const float* times, T* out, int splits, int64_t rows, int features,
-                          int pairs) {
+__global__ void sum_parts(const float* parts, Weights weights, T* out, int splits, int64_t rows, int each,
+                          int features) {
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= rows * features) return;
-  const int d = int(at % features);
+  const int d = int(at % features), pairs = weights.pairs;
   const float* part = parts + at / features * 2 * pairs + (d < pairs ? 2 * d : 2 * (d - pairs) + 1);
   float total = 0;
   for (int n = 0; n < splits; ++n, part += rows * 2 * pairs) total += *part;
-  out[at] = from_float<T>(-2 * times[d] * total);
+  if (weights.heads > 1) weights = weights.of_row(at / features / each);
+  out[at] = from_float<T>(-2 * weights.times()[d] * total);
 }
 
 constexpr int kWeightThreads = 256;  // for 32 features: a warp has every eighth row of the parts
 
-// The score weight's gradient, scale (sum ds - 2 sum ds r): `sums` of ds, and the parts (rows, pairs, 2) of ds r.
+// The gradient of a score weight (heads, D), scale (sum ds - 2 sum ds r), from sums (sum_rows, each) of ds and parts
+// (rows, pairs, 2) of ds r; row n of either is of head n % heads. A block has
+// 32 features of a head.
 template <class T>
-__global__ void weight_gradient(const float* sums, int64_t count, const float* parts, int64_t rows, double scale,
-                                T* out, int features, int pairs) {
+__global__ void weight_gradient(const float* sums, int64_t sum_rows, int64_t each, const float* parts, int64_t rows,
+                                double scale, T* out, int features, int pairs) {
   ATTNEXT_SHARED(float, shared);
   constexpr int kWarps = kWeightThreads / kWarp;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, d = blockIdx.x * kWarp + lane;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, d = blockIdx.y * kWarp + lane;
+  const int head = blockIdx.x, heads = gridDim.x;
   float total = 0;
-  for (int64_t n = threadIdx.x; n < count; n += kWeightThreads) total += sums[n];
+  for (int64_t n = head + int64_t(warp) * heads; n < sum_rows; n += int64_t(kWarps) * heads)
+    for (int64_t m = lane; m < each; m += kWarp) total += sums[n * each + m];
   total = block_reduce<false>(total, shared);
   float of_r = 0;
   if (d < features) {
     const float* part = parts + (d < pairs ? 2 * d : 2 * (d - pairs) + 1);
 #pragma unroll 4
-    for (int64_t n = warp; n < rows; n += kWarps) of_r += part[n * 2 * pairs];
+    for (int64_t n = head + int64_t(warp) * heads; n < rows; n += int64_t(kWarps) * heads) of_r += part[n * 2 * pairs];
   }
   shared[threadIdx.x] = of_r;
   __syncthreads();
   if (warp > 0 || d >= features) return;
   for (int n = 1; n < kWarps; ++n) of_r += shared[n * kWarp + lane];
-  out[d] = from_float<T>(float(scale * (double(total) - 2 * double(of_r))));
+  out[int64_t(head) * features + d] = from_float<T>(float(scale * (double(total) - 2 * double(of_r))));
 }
 
 }  // namespace attnext::cuda

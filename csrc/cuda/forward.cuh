@@ -58,11 +58,10 @@ struct Softmax {
   }
 };
 
-// Hides what may not be attended, and writes scores where they are wanted.
+// Hides what may not be attended, and writes scores where they are wanted, with what all have in common.
 template <class T, int kQ, int kK>
 __device__ __forceinline__ void hide_and_write(float (&s)[kQ][kK], const Problem<T>& p, const Forward<T>& out,
-                                               int64_t b, int i0, int j0, int stop) {
-  const float constant = out.scores ? p.weights.limits[2] : 0.0f;
+                                               float constant, int64_t b, int i0, int j0, int stop) {
 #pragma unroll
   for (int q = 0; q < kQ; ++q)
 #pragma unroll
@@ -238,11 +237,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   float* probabilities = reinterpret_cast<float*>(stage + 1) + warp * kQ * kKeyBlock;
   const int first_key = split * out.keys_each, end = min(first_key + out.keys_each, p.keys);
   const int stop = min(end, p.slots.length(b, p.keys));
+  const Weights weights = p.weights.of_row(b);
   Softmax<kQ> softmax;
   for (int j0 = first_key; j0 < stop; j0 += kKeyBlock) {
     float s[kQ][kK];
-    block_scores(s, *stage, p, b, block_i0, j0);
-    hide_and_write(s, p, out, b, i0, j0, stop);
+    block_scores(s, *stage, p, weights, b, block_i0, j0);
+    hide_and_write(s, p, out, out.scores ? weights.limits()[2] : 0.0f, b, i0, j0, stop);
     if (!out.scores)
       attend_tile(s, softmax, probabilities, p, out, b, split, i0, j0, stop, j0 == first_key, j0 + kKeyBlock >= stop);
   }
@@ -266,11 +266,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   float* probabilities = shared + warp * kQ * kStepTile;
   const int first_key = split * out.keys_each, end = min(first_key + out.keys_each, p.keys);
   const int stop = min(end, p.slots.length(b, p.keys));
+  const Weights weights = p.weights.of_row(b);
   Softmax<kQ> softmax;
   for (int j0 = first_key; j0 < stop; j0 += kStepTile) {
     float s[kQ][kStepKeys];
-    warp_scores(s, p, b, 0, j0);
-    hide_and_write(s, p, out, b, 0, j0, stop);
+    warp_scores(s, p, weights, b, 0, j0);
+    hide_and_write(s, p, out, out.scores ? weights.limits()[2] : 0.0f, b, 0, j0, stop);
     if (!out.scores)
       attend_tile(s, softmax, probabilities, p, out, b, split, 0, j0, stop, j0 == first_key, j0 + kStepTile >= stop);
   }

@@ -68,6 +68,46 @@ __device__ __forceinline__ void load4(const T* x, float (&out)[4]) {
   for (int k = 0; k < 4; ++k) out[k] = to_float(v.numbers[k]);
 }
 
+// 16 bytes of numbers from or to an address that is a multiple of 16, or one number.
+__device__ __forceinline__ void load_part(const float* x, float (&out)[4]) { load4(x, out); }
+
+template <class T>
+__device__ __forceinline__ void load_part(const T* x, float (&out)[8]) {
+  static_assert(sizeof(T) == 2);
+  union {
+    uint4 bits;
+    T numbers[8];
+  } v{*reinterpret_cast<const uint4*>(x)};
+#pragma unroll
+  for (int k = 0; k < 8; ++k) out[k] = to_float(v.numbers[k]);
+}
+
+template <class T>
+__device__ __forceinline__ void load_part(const T* x, float (&out)[1]) {
+  out[0] = to_float(*x);
+}
+
+__device__ __forceinline__ void store_part(float* x, const float (&v)[4]) {
+  *reinterpret_cast<float4*>(x) = make_float4(v[0], v[1], v[2], v[3]);
+}
+
+template <class T>
+__device__ __forceinline__ void store_part(T* x, const float (&v)[8]) {
+  static_assert(sizeof(T) == 2);
+  union {
+    T numbers[8];
+    uint4 bits;
+  } all{};
+#pragma unroll
+  for (int k = 0; k < 8; ++k) all.numbers[k] = from_float<T>(v[k]);
+  *reinterpret_cast<uint4*>(x) = all.bits;
+}
+
+template <class T>
+__device__ __forceinline__ void store_part(T* x, const float (&v)[1]) {
+  *x = from_float<T>(v[0]);
+}
+
 // Two at a time: one instruction on 10.0 and 10.3 (on 12.0 it would be two).
 __device__ __forceinline__ float2 fma2(float2 x, float2 y, float2 z) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200 && __CUDACC_VER_MAJOR__ >= 13
@@ -91,6 +131,29 @@ __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
+}
+
+// Adds up with the lanes on the other side: each keeps one half of x and gives the other, until one number is left.
+template <int kHalf, int kCount>
+__device__ __forceinline__ void halve(float (&x)[kCount]) {
+  if constexpr (kHalf > 0) {
+    const bool upper = threadIdx.x & kHalf;
+#pragma unroll
+    for (int n = 0; n < kHalf; ++n) {
+      const float give = upper ? x[n] : x[n + kHalf];
+      x[n] = (upper ? x[n + kHalf] : x[n]) + __shfl_xor_sync(kAllLanes, give, kHalf);
+    }
+    halve<kHalf / 2>(x);
+  }
+}
+
+// Sums over a warp of kCount numbers, a power of two up to 32: a lane returns that of number lane % kCount.
+template <int kCount>
+__device__ __forceinline__ float warp_sums(float (&x)[kCount]) {
+  halve<kCount / 2>(x);
+#pragma unroll
+  for (int step = kCount; step < kWarp; step *= 2) x[0] += __shfl_xor_sync(kAllLanes, x[0], step);
+  return x[0];
 }
 
 }  // namespace attnext::cuda

@@ -20,14 +20,17 @@ __device__ float block_reduce(float x, float* shared) {
   return x;
 }
 
-// The score weight of (D,), folded: see Weights, whose arrays stand one behind the other in `out` (6 pairs + 3).
+// Score weights (heads, D), a block for each, folded: see Weights.
 template <class T>
-__global__ void fold_weight(const T* weight, int64_t stride, int features, int pairs, double scale, float* out) {
+__global__ void fold_weight(const T* weight, int64_t row, int64_t column, int features, int pairs, double scale,
+                            float* out) {
   ATTNEXT_SHARED(float, shared);
-  float *times = out, *fold = out + 2 * pairs, *offset = out + 4 * pairs, *limits = out + 6 * pairs;
+  weight += blockIdx.x * row;
+  float* limits = out + blockIdx.x * Weights::numbers(pairs);
+  float *times = limits + 4, *fold = times + 2 * pairs, *offset = fold + 2 * pairs;
   float limit = 0, sum = 0, too_large = 0;
   for (int d = threadIdx.x; d < 2 * pairs; d += blockDim.x) {
-    const double v = d < features ? scale * double(to_float(weight[d * stride])) : 0.0;
+    const double v = d < features ? scale * double(to_float(weight[d * column])) : 0.0;
     const float w = float(-2 * v);
     times[d] = fabsf(w) < INFINITY ? w : NAN;  // an infinite one would make the score of a hidden slot
     sum += float(v);
@@ -63,10 +66,10 @@ constexpr int kRowStride = kTransposed + 1;
 constexpr int kExponentialThreads = 256;
 constexpr int kExponentialShared = kTransposed * kRowStride * int(sizeof(float2));
 
-// exp(2x) of rows (B, T, D), times `fold` where there is one, to `out` (B, pairs, padded, 2), with 0 in hidden rows and
+// exp(2x) of rows (B, T, D), times c where there are weights, to `out` (B, pairs, padded, 2), with 0 in hidden rows and
 // in the padding; exp(2x) alone to `by_row` (B, padded, pairs, 2) where asked for; and the rows' limits.
 template <class T>
-__global__ void exponentials(Rows<T> x, Slots slots, int rows, int features, int pairs, int padded, const float* fold,
+__global__ void exponentials(Rows<T> x, Slots slots, int rows, int features, int pairs, int padded, Weights weights,
                              float* out, float* by_row, float* limits) {
   ATTNEXT_SHARED(float2, tile);
   const int tiles = (padded + kTransposed - 1) / kTransposed;
@@ -75,6 +78,7 @@ __global__ void exponentials(Rows<T> x, Slots slots, int rows, int features, int
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   constexpr int kRowsEach = kTransposed / (kExponentialThreads / kWarp);
   const int length = min(rows, slots.length(b, rows));
+  const float* fold = weights.data ? weights.of_row(b).fold() : nullptr;
   float size[kRowsEach] = {};
   for (int p0 = 0; p0 < pairs; p0 += kTransposed) {
     const int p = p0 + lane;

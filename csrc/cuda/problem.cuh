@@ -58,12 +58,24 @@ struct Dropout {
   float gain;
 };
 
-// The score weight: w = -2 scale v by feature (2 pairs, 0 in the padding), and its folded form (prepare.cuh).
+// Score weights as fold_weight leaves them, a head behind the other: the first is at `data`.
 struct Weights {
-  const float* times;
-  const float* fold;    // (pairs, 2): c = unit max|w| / w, or 0 where w is too small to count
-  const float* offset;  // (pairs, 2): c, or 1 / unit there
-  const float* limits;  // max|w|; |q| + |k| up to which folding is safe; scale * sum v
+  const float* data;
+  int pairs, heads;
+
+  // Of one.
+  __host__ __device__ static constexpr int64_t numbers(int64_t pairs) { return 4 + 6 * pairs; }
+  // That of row b of the batch.
+  __device__ Weights of_row(int64_t b) const { return {data + int(b) % heads * numbers(pairs), pairs, heads}; }
+
+  // max|w|; |q| + |k| up to which folding is safe; scale * sum v.
+  __device__ const float* limits() const { return data; }
+  // w = -2 scale v by feature (2 pairs, 0 in the padding).
+  __device__ const float* times() const { return data + 4; }
+  // (pairs, 2): c = unit max|w| / w, or 0 where w is too small to count.
+  __device__ const float* fold() const { return data + 4 + 2 * pairs; }
+  // (pairs, 2): c, or 1 / unit there.
+  __device__ const float* offset() const { return data + 4 + 4 * pairs; }
 };
 
 // Features d and d + pairs stand together, as two floats.
@@ -79,6 +91,7 @@ struct Problem {
   Dropout dropout;
   int batch, queries, keys, features, values;
   int pairs, query_rows, key_rows;
+  float scale;  // of dot products, which have nothing of v, the exponentials and the limits
 };
 
 }  // namespace attnext::cuda

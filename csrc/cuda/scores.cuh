@@ -23,7 +23,7 @@ __device__ __forceinline__ void add_pair(float (&s)[kQ][kK], const float2 (&e)[k
 
 template <int kQ, int kK>
 __device__ __forceinline__ void unfold(float (&s)[kQ][kK], const Weights& weights) {
-  const float limit = weights.limits[0];
+  const float limit = weights.limits()[0];
 #pragma unroll
   for (int q = 0; q < kQ; ++q)
 #pragma unroll
@@ -35,7 +35,8 @@ __device__ __forceinline__ void unfold(float (&s)[kQ][kK], const Weights& weight
 // The same for inputs of any size: exp of the sum itself saturates on both sides. i0 is the first query, j0 the tile's
 // first key.
 template <class T, int kQ, int kK>
-__device__ __forceinline__ void far_scores(float (&s)[kQ][kK], const Problem<T>& p, int64_t b, int i0, int j0) {
+__device__ __forceinline__ void far_scores(float (&s)[kQ][kK], const Problem<T>& p, const Weights& weights, int64_t b,
+                                           int i0, int j0) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int q = 0; q < kQ; ++q)
@@ -51,7 +52,7 @@ __device__ __forceinline__ void far_scores(float (&s)[kQ][kK], const Problem<T>&
       const int j = j0 + key_of(lane, k);
       y[k] = j < p.keys ? to_float(p.key.at(b, j)[d * p.key.column]) : 0.0f;
     }
-    const float times = p.weights.times[d];
+    const float times = weights.times()[d];
 #pragma unroll
     for (int q = 0; q < kQ; ++q)
 #pragma unroll
@@ -62,14 +63,14 @@ __device__ __forceinline__ void far_scores(float (&s)[kQ][kK], const Problem<T>&
 // Whether folding is safe for kQ queries and the block of keys that j0 is in: one answer for the warp, and the same in
 // forward, a step and backward, as their scores have to round alike.
 template <class T, int kQ>
-__device__ bool is_near(const Problem<T>& p, int64_t b, int i0, int j0) {
+__device__ bool is_near(const Problem<T>& p, const Weights& weights, int64_t b, int i0, int j0) {
   float q_limit = 0, k_limit = 0;
 #pragma unroll
   for (int q = 0; q < kQ; ++q) q_limit = fmaxf(q_limit, p.query_limit[b * p.query_rows + i0 + q]);
   const float* limits = p.key_limit + b * p.key_rows + j0 / kKeyBlock * kKeyBlock;
 #pragma unroll
   for (int n = 0; n < kKeyBlock / kWarp; ++n) k_limit = fmaxf(k_limit, limits[n * kWarp + threadIdx.x % kWarp]);
-  return q_limit + warp_max(k_limit) <= p.weights.limits[1];
+  return q_limit + warp_max(k_limit) <= weights.limits()[1];
 }
 
 // A block's part of E, F and the offset, a few pairs at a time, two of them in turn.
@@ -81,10 +82,11 @@ struct Stage {
 
 // Starts the copy of kPairChunk pairs from p0 on.
 template <class T>
-__device__ void copy_pairs(Stage& stage, int half, const Problem<T>& p, int64_t b, int i0, int j0, int p0) {
+__device__ void copy_pairs(Stage& stage, int half, const Problem<T>& p, const Weights& weights, int64_t b, int i0,
+                           int j0, int p0) {
   const float2* keys = reinterpret_cast<const float2*>(p.exp_key) + (b * p.pairs + p0) * p.key_rows + j0;
   const float2* queries = reinterpret_cast<const float2*>(p.exp_query) + (b * p.pairs + p0) * p.query_rows + i0;
-  const float2* offset = reinterpret_cast<const float2*>(p.weights.offset) + p0;
+  const float2* offset = reinterpret_cast<const float2*>(weights.offset()) + p0;
   // 16 bytes each, two numbers of a row.
   constexpr int kKeyCopies = kPairChunk * kKeyBlock / 2, kQueryCopies = kPairChunk * kQueryBlock / 2;
   static_assert(kKeyCopies % kThreads == 0 && kQueryCopies + kPairChunk / 2 <= kThreads);
@@ -107,17 +109,17 @@ __device__ void copy_pairs(Stage& stage, int half, const Problem<T>& p, int64_t 
 // Scores of kQ queries from i0 + warp kQ on and the block's kKeyBlock keys from j0 on, w r summed: scale * (v . tanh -
 // sum v). All threads of the block call it.
 template <class T, int kQ, int kK>
-__device__ __forceinline__ void block_scores(float (&s)[kQ][kK], Stage& stage, const Problem<T>& p, int64_t b, int i0,
-                                             int j0) {
+__device__ __forceinline__ void block_scores(float (&s)[kQ][kK], Stage& stage, const Problem<T>& p,
+                                             const Weights& weights, int64_t b, int i0, int j0) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int q = 0; q < kQ; ++q)
 #pragma unroll
     for (int k = 0; k < kK; ++k) s[q][k] = 0;
-  copy_pairs(stage, 0, p, b, i0, j0, 0);
+  copy_pairs(stage, 0, p, weights, b, i0, j0, 0);
   for (int p0 = 0, half = 0; p0 < p.pairs; p0 += kPairChunk, half ^= 1) {
     if (p0 + kPairChunk < p.pairs) {
-      copy_pairs(stage, half ^ 1, p, b, i0, j0, p0 + kPairChunk);
+      copy_pairs(stage, half ^ 1, p, weights, b, i0, j0, p0 + kPairChunk);
       __pipeline_wait_prior(1);
     } else {
       __pipeline_wait_prior(0);
@@ -140,24 +142,25 @@ __device__ __forceinline__ void block_scores(float (&s)[kQ][kK], Stage& stage, c
     }
     __syncthreads();
   }
-  if (is_near<T, kQ>(p, b, i0 + warp * kQ, j0))
-    unfold(s, p.weights);
+  if (is_near<T, kQ>(p, weights, b, i0 + warp * kQ, j0))
+    unfold(s, weights);
   else
-    far_scores(s, p, b, i0 + warp * kQ, j0);
+    far_scores(s, p, weights, b, i0 + warp * kQ, j0);
 }
 
 // The same for one warp alone, which reads each byte of F once, from memory to registers.
 template <class T, int kQ, int kK>
-__device__ __forceinline__ void warp_scores(float (&s)[kQ][kK], const Problem<T>& p, int64_t b, int i0, int j0) {
+__device__ __forceinline__ void warp_scores(float (&s)[kQ][kK], const Problem<T>& p, const Weights& weights, int64_t b,
+                                            int i0, int j0) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int q = 0; q < kQ; ++q)
 #pragma unroll
     for (int k = 0; k < kK; ++k) s[q][k] = 0;
-  if (!is_near<T, kQ>(p, b, i0, j0)) return far_scores(s, p, b, i0, j0);
+  if (!is_near<T, kQ>(p, weights, b, i0, j0)) return far_scores(s, p, weights, b, i0, j0);
   const float2* keys = reinterpret_cast<const float2*>(p.exp_key) + b * p.pairs * p.key_rows + j0;
   const float2* queries = reinterpret_cast<const float2*>(p.exp_query) + b * p.pairs * p.query_rows + i0;
-  const float2* offset = reinterpret_cast<const float2*>(p.weights.offset);
+  const float2* offset = reinterpret_cast<const float2*>(weights.offset());
 #pragma unroll 4
   for (int n = 0; n < p.pairs; ++n) {
     float2 e[kQ], f[kK];
@@ -170,7 +173,7 @@ __device__ __forceinline__ void warp_scores(float (&s)[kQ][kK], const Problem<T>
     for (int q = 0; q < kQ; ++q) e[q] = __ldg(queries + int64_t(n) * p.query_rows + q);
     add_pair(s, e, f, __ldg(offset + n));
   }
-  unfold(s, p.weights);
+  unfold(s, weights);
 }
 
 __device__ __forceinline__ uint32_t mix(uint32_t x) {
