@@ -17,11 +17,12 @@ from typing import NamedTuple
 from setuptools.errors import CompileError, OptionError
 
 OLDEST_CUDA = (12, 8)  # the first that knows --compress-mode and 10.0
-# From Turing on: what current toolkits compile for. The last one's PTX serves the GPUs that come after it.
-DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# From Turing on, the first of each generation, whose code serves the rest of it (8.6 and 8.9 run that of 8.0). The last
+# one's PTX serves the GPUs that come after it.
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")
 # No USE_CUDA: torch/csrc/stable/accelerator.h needs none, and what it adds to the headers is in CUDA builds of torch
 # only; a library with such a symbol would not load beside another torch.
-# Code for seven kinds of GPU, compressed, is a tenth of what it is without.
+# Code for several kinds of GPU, compressed, is a tenth of what it is without.
 COMPILE_FLAGS = ["-std=c++17", "-O3", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 OLDEST = ".".join(map(str, OLDEST_CUDA))
 HOW = f"get {OLDEST} or later from https://developer.nvidia.com/cuda-downloads, or name its folder in CUDA_HOME"

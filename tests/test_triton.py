@@ -15,6 +15,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+import family
+
 import attnext
 from attnext.backends import backends
 from attnext.cases import CASES, DTYPES
@@ -123,6 +125,12 @@ def test_tiles_are_tuned_unless_torch_is_asked_to_be_deterministic() -> None:
 def test_the_contract() -> None:
     done = python(str(Path(__file__).with_name("gpu_contract.py")), "triton", interpreted=True)
     assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_every_attention_of_the_family() -> None:
+    done = python(str(Path(__file__).with_name("family.py")), "triton", interpreted=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout) == family.column_in_readme("triton")
 
 
 def test_kernels_compile_for_every_target_and_spill_nothing() -> None:
