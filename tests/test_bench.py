@@ -282,7 +282,9 @@ class TestCommand:
         monkeypatch.setattr(studies, "_BASE", {"batch": 1, "queries": 2, "keys": 3, "features": 4, "values": 2})
         path = tmp_path / "run.json"
         monkeypatch.setattr(studies, "_DECODER", {"batch": 2, "steps": 2, "keys": 5, "size": 4})
-        monkeypatch.setattr(studies, "FAMILY", [member for member in FAMILY if member.name in ("dot", "coverage")])
+        monkeypatch.setattr(
+            studies, "FAMILY", [member for member in FAMILY if member.name in ("dot", "several heads, additive")]
+        )
         assert bench("--cases", "threads,linearity,family", "--threads", "2", "--json", str(path)) == 0
         document = json.loads(path.read_text())
         assert [row["case"] for row in document["studies"]["threads"]] == ["forward", "training"]
@@ -293,7 +295,7 @@ class TestCommand:
         ]
         assert growth[3]["sizes"] == [4, 8, 16, 32, 64]
         assert growth[0]["exponent"] == pytest.approx(studies.exponent(growth[0]["sizes"], growth[0]["seconds"]))
-        assert [row["attention"] for row in document["studies"]["family"]] == ["dot", "coverage"]
+        assert [row["attention"] for row in document["studies"]["family"]] == ["dot", "several heads, additive"]
         shown = capsys.readouterr().out
         assert "family: B 2, Tk 5, Q and H 4, D 2; 2 steps of a decoder" in shown
         assert max(map(len, shown.splitlines())) <= 80
