@@ -190,8 +190,8 @@ def dot_attention(
             generator, and the same on every backend.
         need_weights: also return the weights.
         backend: None chooses by device, and PyTorch's own attention where that is faster: float32 and float64 with 128
-            or more queries and keys, without lengths, mask, dropout and weights. "reference", "cpu", "triton" or "cuda"
-            is exactly that one, or an error.
+            or more queries and keys and H = D, without lengths, mask, dropout and weights. "reference", "cpu", "triton"
+            or "cuda" is exactly that one, or an error.
 
     Returns:
         The context, (B, Tq, H) or (B, H), and the weights, (B, Tq, Tk) or (B, Tk), or None, as
@@ -200,7 +200,9 @@ def dot_attention(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it.
         RuntimeError: the backend asked for is not available. Also when a second derivative is taken of a backend other
-            than "reference".
+            than "reference", or of PyTorch's own attention.
+
+    A score that overflows to minus infinity counts as masked.
     """
     query, key = _checks.dot(query, key)
     others = {"key": key}
@@ -233,7 +235,7 @@ def attend_by_dot(
     key, lengths, mask = memory.key, memory.lengths, memory.mask
     family = choose(backend, query.device.type, query.dtype)
     extras = need_weights or dropout_p > 0.0 or lengths is not None or mask is not None
-    if not extras and chosen_freely(backend) and _sdpa_is_faster(query, key):
+    if not extras and chosen_freely(backend) and _sdpa_is_faster(query, memory):
         # With an axis of one head, which its kernels want.
         q, k, v = (x.unsqueeze(1) for x in (query, key, memory.value))
         return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1), None
@@ -266,17 +268,20 @@ def attend_by_dot(
 _MANY_QUERIES = 128
 
 
-def _sdpa_is_faster(query: Tensor, key: Tensor) -> bool:
+def _sdpa_is_faster(query: Tensor, memory: Memory) -> bool:
     """Whether PyTorch's own attention is the faster one for a call without lengths, mask, weights and dropout.
 
-    That is where a call is two large matrix products (the table is in ``benchmarks/NOTES.md``). Not in half types: it
-    rounds the weights to them. Not in an exported program, either, whose sizes are open.
+    That is where a call is two large matrix products (the table is in ``benchmarks/NOTES.md``) and it has a kernel:
+    values as large as keys. Not in half types: it rounds the weights to them. Not in an exported program, whose sizes
+    are open, and not under ``torch.func``, of which this project's operators take what they can.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and _in_transforms()):
         return False
+    key, device_type = memory.key, query.device.type
     products = query.dim() == 3 and query.shape[1] >= _MANY_QUERIES and key.shape[1] >= _MANY_QUERIES
-    exact = query.dtype in (torch.float32, torch.float64) and not _checks.autocasts(query.device.type)
-    return products and exact
+    of_float64 = query.dtype == torch.float64 and device_type == "cpu"
+    exact = (query.dtype == torch.float32 or of_float64) and not _checks.autocasts(device_type)
+    return products and exact and memory.value.shape[2] == key.shape[2]
 
 
 def dot_scores(
@@ -287,11 +292,20 @@ def dot_scores(
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """The scores of dot-product attention, of checked arguments: a matrix product, which has its kernel."""
+    """The scores of dot-product attention, of checked arguments: a matrix product, which has its kernel.
+
+    Half types are computed in float32.
+    """
     query, key = autocast(query, key)
-    if query.dim() == 2:
-        return dot_scores(query.unsqueeze(1), key, lengths=lengths, mask=mask, scale=scale).squeeze(1)
-    return reference.dot_scores(query, key, lengths=lengths, mask=mask, scale=scale)
+    flat, dtype = query.dim() == 2, query.dtype
+    query, key = ((x.unsqueeze(1) if x.dim() == 2 else x).to(_arithmetic(dtype)) for x in (query, key))
+    with torch.autocast(query.device.type, enabled=False):
+        scores = reference.dot_scores(query, key, lengths=lengths, mask=mask, scale=scale).to(dtype)
+    return scores.squeeze(1) if flat else scores
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _queries(query: Tensor) -> int:
@@ -302,12 +316,16 @@ def _call(op: Any, inputs: tuple[Tensor | None, ...], *options: Any) -> Any:
     """Calls an operator; where no derivative can be asked for, past autograd, which costs more than a small step."""
     if torch.compiler.is_compiling():
         return op(*inputs, *options)
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _in_transforms():
         _refuse_transforms(inputs)
     elif not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs, *options)
     return op(*inputs, *options)
+
+
+def _in_transforms() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _refuse_transforms(inputs: tuple[Tensor | None, ...]) -> None:

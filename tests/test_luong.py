@@ -230,8 +230,8 @@ def test_bad_arguments() -> None:
         (ValueError, "attention_size must be a multiple of heads, 3, got 8", lambda: MultiHeadAttention(4, 4, 8, 3)),
         (ValueError, "heads must be an integer", lambda: MultiHeadAttention(4, 4, 8, 0)),
         (ValueError, "score must be one of", lambda: MultiHeadAttention(4, 4, 8, 2, score="general")),
-        (ValueError, "memory must be of attention with 1 heads, got one of 2", lambda: attn(query, of_heads)),
-        (ValueError, "memory must have size 4 in dimension 0, as query's batch", lambda: heads(query[:2], of_heads)),
+        (ValueError, "memory must be prepared for heads=1, got one for heads=2", lambda: attn(query, of_heads)),
+        (ValueError, "memory must have size 2 in dimension 0, as query's batch", lambda: heads(query[:2], of_heads)),
         (ValueError, "indices must lie between 0 and 2", lambda: of_heads.select(torch.tensor([3]))),
         (TypeError, "memory must be what prepare", lambda: attn.step(query, states)),
         (
@@ -313,17 +313,40 @@ def test_a_nan_reaches_only_what_attends_it(mask: str) -> None:
     assert context[0, ::2].isfinite().all()
     assert weights[0, 3].isnan().sum() == visible.expand(1, 20, 70)[0, 3].sum()
     assert context[0, odd].isfinite().all() == (mask == "keys")
-    grad_query, grad_states = torch.autograd.grad(context.sum() + weights.square().sum(), x)
+    # Of squares, so that what comes in for a context that is NaN is NaN too.
+    grad_query, grad_states = torch.autograd.grad(context.square().sum() + weights.square().sum(), x)
     assert grad_query[0, ::2].isfinite().all()
     assert torch.equal(grad_states[0, 5::9], torch.zeros_like(grad_states[0, 5::9]))
 
 
-def test_scores_below_every_number_are_not_taken_for_hidden_ones() -> None:
+def test_overflow_counts_as_masked_or_is_nan() -> None:
     query, states = torch.full((1, 1, 4), 1e20), torch.full((1, 3, 4), -1e20)
-    context, _ = attnext.dot_attention(query, states, torch.ones(1, 3, 2), backend="cpu")
-    assert torch.equal(context, torch.ones(1, 1, 2))
+    states[0, 1] = 0.0
+    context, _ = attnext.dot_attention(query, states, torch.arange(3.0).view(1, 3, 1), backend="cpu")
+    assert torch.equal(context, torch.ones(1, 1, 1))
     context, _ = attnext.dot_attention(-query, states, backend="cpu")
     assert context.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+    attn = LuongAttention(64, 64, score="scaled_dot").to(dtype)
+    states = torch.full((1, 3, 64), 40.0, dtype=dtype)
+    scores = attn.scores(states, attn.prepare(states))
+    assert scores.dtype == dtype
+    assert torch.equal(scores, torch.full((1, 3, 3), 12800.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_memory_of_another_score_is_refused(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs(kind)
+    additive = attnext.BahdanauAttention(SIZE, SIZE, SIZE).double().prepare(states)
+    dot = LuongAttention(SIZE, SIZE, score="dot").prepare(states)
+    of_additive, other = (True, dot) if kind in ("concat", "heads, additive") else (False, additive)
+    said = "for an additive score, got one for dot" if of_additive else "for dot products, got one for an additive"
+    for call in (attn, attn.scores, attn.step):
+        with pytest.raises(ValueError, match=f"^memory must be prepared {said}"):
+            call(query, other)
 
 
 def test_the_same_bits_on_any_number_of_threads() -> None:
@@ -366,6 +389,8 @@ def test_pytorchs_own_attention_serves_large_products_and_nothing_else(
     with use_backend("cpu"):
         close(found, run())
     close(found, run(lengths=torch.tensor([130, 130])))
+    if value:  # of a size that PyTorch's kernels don't take
+        attnext.dot_attention(x[0], x[1], x[2][..., :7])
     for small in ([x[0][:, :127], *x[1:]], [t.half() for t in x], [x[0], *(t[:, :127] for t in x[1:])]):
         attnext.dot_attention(*small)
     attnext.dot_attention(*x, need_weights=True)

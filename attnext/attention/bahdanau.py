@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
-from attnext import _checks, functional
+from attnext import _checks
 from attnext.alignments import NORMALIZERS
 from attnext.alignments import normalize as normalized
-from attnext.attention.base import Attention, context_of
-from attnext.memory import Memory, prepare
+from attnext.attention.base import Attention, attend, context_of, logits
+from attnext.memory import Memory
 
 __all__ = ["BahdanauAttention"]
 
@@ -91,25 +89,14 @@ class BahdanauAttention(Attention):
         length: Tensor = torch.linalg.vector_norm(self.score_weight)
         return self.gain * self.score_weight / length
 
-    def _prepared(self, memory: Memory) -> Memory:
-        return replace(memory, prepared=prepare(memory.key, memory.lengths, memory.mask, None))
-
     def _scores(self, query: Tensor, memory: Memory) -> Tensor:
-        assert memory.score_weight is not None
-        return functional.additive_scores(
-            query,
-            memory.key,
-            memory.score_weight,
-            lengths=memory.lengths,
-            mask=memory.mask,
-            scale=1.0 / self.temperature,
-        )
+        return logits(query, memory, 1.0 / self.temperature)
 
     def _attend(
         self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
     ) -> tuple[Tensor, Tensor | None]:
         if self.normalizer == "softmax":
-            return functional.attend(query, memory, 1.0 / self.temperature, dropout_p, need_weights, None)
+            return attend(query, memory, 1.0 / self.temperature, dropout_p, need_weights)
         weights = nn.functional.dropout(normalized(self._scores(query, memory), self.normalizer), dropout_p)
         return context_of(weights, memory.value), weights if need_weights else None
 

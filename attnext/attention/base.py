@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnext import _checks, reference
-from attnext.memory import Memory
+from attnext import _checks, functional, reference
+from attnext.memory import Memory, prepare
 
-__all__ = ["Attention", "context_of", "prepared_memory"]
+__all__ = ["Attention", "attend", "context_of", "logits", "prepared_memory"]
 
 
 class Attention(nn.Module, ABC):
@@ -53,9 +54,10 @@ class Attention(nn.Module, ABC):
         """The vector of an additive score."""
         return None
 
-    def _prepared(self, memory: Memory) -> Memory:
-        """The memory with what can be computed of it ahead of the steps."""
-        return memory
+    @property
+    def _additive(self) -> bool:
+        """Whether the score is additive, or a dot product."""
+        return True
 
     @property
     def _parameter(self) -> Tensor | None:
@@ -84,7 +86,9 @@ class Attention(nn.Module, ABC):
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
         memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
-        return self._prepared(memory)
+        if memory.score_weight is None:
+            return memory
+        return replace(memory, prepared=prepare(memory.key, memory.lengths, memory.mask, None))
 
     def forward(
         self,
@@ -154,11 +158,16 @@ class Attention(nn.Module, ABC):
 
     def _projected(self, query: Tensor, memory: Memory) -> Tensor:
         """The query in the space of the keys."""
+        kinds = {False: "dot products", True: "an additive score"}
+        additive = memory.score_weight is not None
+        if additive != self._additive:
+            raise ValueError(f"memory must be prepared for {kinds[self._additive]}, got one for {kinds[additive]}")
         if memory.heads != self.heads:
-            raise ValueError(f"memory must be of attention with {self.heads} heads, got one of {memory.heads}")
-        of_heads = " times heads" if self.heads > 1 else ""
-        _checks.size("memory", memory.key, 0, query.shape[0] * self.heads, "query's batch" + of_heads)
-        _checks.size("memory", memory.key, 2, self.attention_size // self.heads, "attention_size")
+            raise ValueError(f"memory must be prepared for heads={self.heads}, got one for heads={memory.heads}")
+        key = memory.key if self.heads == 1 else memory.key[:: self.heads]
+        _checks.size("memory", key, 0, query.shape[0], "query's batch")
+        name = "attention_size" if self._projects_states else "memory_size"
+        _checks.size("memory", key, 2, self.attention_size // self.heads, name + " / heads" * (self.heads > 1))
         query = self._project_query(query)
         _checks.same_kind(query, memory=memory.key)
         return query
@@ -215,6 +224,22 @@ def prepared_memory(memory: object) -> Memory:
     if not isinstance(memory, Memory):
         raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
     return memory
+
+
+def logits(query: Tensor, memory: Memory, scale: float) -> Tensor:
+    """The scores of projected queries, by the memory's kind of score."""
+    lengths, mask = memory.lengths, memory.mask
+    if memory.score_weight is None:
+        return functional.dot_scores(query, memory.key, lengths=lengths, mask=mask, scale=scale)
+    return functional.additive_scores(query, memory.key, memory.score_weight, lengths=lengths, mask=mask, scale=scale)
+
+
+def attend(
+    query: Tensor, memory: Memory, scale: float, dropout_p: float, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Context and weights of projected queries, likewise."""
+    kernel = functional.attend_by_dot if memory.score_weight is None else functional.attend
+    return kernel(query, memory, scale, dropout_p, need_weights, None)
 
 
 def context_of(weights: Tensor, value: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from attnext import _checks, functional
-from attnext.attention.base import Attention
-from attnext.memory import Memory, prepare
+from attnext import _checks
+from attnext.attention.base import Attention, attend, logits
+from attnext.memory import Memory
 
 __all__ = ["MultiHeadAttention"]
 
@@ -88,10 +88,9 @@ class MultiHeadAttention(Attention):
     def _score_weight(self) -> Tensor | None:
         return self.score_weight
 
-    def _prepared(self, memory: Memory) -> Memory:
-        if self.score_weight is None:
-            return memory
-        return replace(memory, prepared=prepare(memory.key, memory.lengths, memory.mask, None))
+    @property
+    def _additive(self) -> bool:
+        return self.score == "additive"
 
     def _project(
         self, name: str, encoder_states: Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
@@ -116,18 +115,12 @@ class MultiHeadAttention(Attention):
         return x.reshape(x.shape[0] // self.heads, self.heads, *x.shape[1:])
 
     def _scores(self, query: Tensor, memory: Memory) -> Tensor:
-        lengths, mask = memory.lengths, memory.mask
-        if memory.score_weight is None:
-            return functional.dot_scores(query, memory.key, lengths=lengths, mask=mask, scale=self.scale)
-        return functional.additive_scores(query, memory.key, memory.score_weight, lengths=lengths, mask=mask)
+        return logits(query, memory, self.scale)
 
     def _attend(
         self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
     ) -> tuple[Tensor, Tensor | None]:
-        if memory.score_weight is None:
-            context, weights = functional.attend_by_dot(query, memory, self.scale, dropout_p, need_weights, None)
-        else:
-            context, weights = functional.attend(query, memory, self.scale, dropout_p, need_weights, None)
+        context, weights = attend(query, memory, self.scale, dropout_p, need_weights)
         context = self._by_head(context)
         context = (context if context.dim() == 3 else context.transpose(1, 2)).flatten(-2)
         projected: Tensor = self.output_projection(context)

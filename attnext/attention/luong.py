@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from attnext import _checks, functional
-from attnext.attention.base import Attention
-from attnext.memory import Memory, prepare
+from attnext.attention.base import Attention, attend, logits
+from attnext.memory import Memory
 
 __all__ = ["LuongAttention"]
 
@@ -91,27 +89,21 @@ class LuongAttention(Attention):
     def _score_weight(self) -> Tensor | None:
         return self.score_weight
 
-    def _prepared(self, memory: Memory) -> Memory:
-        if self.score != "concat":
-            return memory
-        return replace(memory, prepared=prepare(memory.key, memory.lengths, memory.mask, None))
+    @property
+    def _additive(self) -> bool:
+        return self.score == "concat"
 
     @property
     def _projects_states(self) -> bool:
-        return self.score == "concat"
+        return self._additive
 
     def _scores(self, query: Tensor, memory: Memory) -> Tensor:
-        lengths, mask = memory.lengths, memory.mask
-        if memory.score_weight is not None:
-            return functional.additive_scores(query, memory.key, memory.score_weight, lengths=lengths, mask=mask)
-        return functional.dot_scores(query, memory.key, lengths=lengths, mask=mask, scale=self.scale)
+        return logits(query, memory, self.scale)
 
     def _attend(
         self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
     ) -> tuple[Tensor, Tensor | None]:
-        if memory.score_weight is not None:
-            return functional.attend(query, memory, 1.0, dropout_p, need_weights, None)
-        return functional.attend_by_dot(query, memory, self.scale, dropout_p, need_weights, None)
+        return attend(query, memory, self.scale, dropout_p, need_weights)
 
     def extra_repr(self) -> str:
         return f"score={self.score!r}, dropout={self.dropout}"

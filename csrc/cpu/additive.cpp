@@ -184,20 +184,20 @@ struct AdditiveGradients : Gradients<T> {
   }
 
   void run() {
-    const int64_t tasks = g.problem.batch * g.splits;
-    g.grad_weight = this->setup.scratch.template take<T>(tasks * g.problem.padded);
+    g.grad_weight = this->setup.scratch.template take<T>(g.problem.batch * g.splits * g.problem.padded);
     Gradients<T>::run(kernels_of<T>().backward);
-    finish_weight(tasks);
+    finish_weight();
   }
 
   // Adds the tasks' sums in their order, those of the rows that share a score weight.
-  void finish_weight(int64_t tasks) {
+  void finish_weight() {
     const Problem<T>& p = g.problem;
     for (int64_t h = 0; h < p.head_count; ++h)
       for (int64_t d = 0; d < p.features; ++d) {
         double sum = 0;
-        for (int64_t task = 0; task < tasks; ++task)
-          if (task / g.splits % p.head_count == h) sum += double(g.grad_weight[task * p.padded + d]);
+        for (int64_t b = h; b < p.batch; b += p.head_count)
+          for (int64_t split = 0; split < g.splits; ++split)
+            sum += double(g.grad_weight[(b * g.splits + split) * p.padded + d]);
         store(h * p.features + d, sum * double(p.scale));
       }
   }

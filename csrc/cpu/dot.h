@@ -19,17 +19,11 @@ inline RowTile<T> key_tile(const Problem<T>& p, int64_t b, int64_t j0, int64_t n
   return row_tile(p, p.key, p.features, p.padded, b, j0, nj, scratch);
 }
 
-// Scores of scaled queries, minus infinity where the mask hides the slot; a product that is minus infinity itself
-// becomes the lowest number, which is not hidden.
+// Scores of scaled queries, minus infinity where the mask hides the slot.
 template <class T>
 inline void dot_scores(const Problem<T>& p, const Slots& t, const T* query, const RowTile<T>& key, T* out,
                        int64_t out_row) {
   product_transposed<T>(query, row_of(p.padded), t.ni, key.data, key.row, t.nj, p.padded, out, out_row);
-  for (int64_t i = 0; i < t.ni; ++i)
-    for (int64_t j = 0; j < t.nj; ++j) {
-      T& score = out[i * out_row + j];
-      score = score < -Limits<T>::largest ? -Limits<T>::largest : score;
-    }
   hide(p, t, out, out_row);
 }
 
@@ -58,13 +52,13 @@ inline void dot_backward_tile(const Backward<T>& g, const Slots& t, const RowTil
                         kGradKeyTile);
   dot_scores(p, t, query, key, tiles.scores, kGradKeyTile);
   score_gradients(g, t, tiles);
-  bool finite = true;  // a query, too, may be NaN, and then only to what it attends
-  if (p.mask.data)
-    for (int64_t i = 0; i < t.ni; ++i) finite &= magnitude(query + i * row, p.padded) <= Limits<T>::largest;
+  // A query, too, or what comes in for it, may be NaN, and then only to what it attends.
+  const bool finite = finite_rows(p, query, row, t.ni, p.padded);
+  const bool incoming_finite = finite_rows(p, grad_context, values_row, t.ni, p.padded_values);
   add_rows<T>({grad_query, row, tiles.ds, kGradKeyTile, 1, key.data, key.row, t.nj}, t.ni, p.padded, key.finite);
   add_rows<T>({tiles.grad_key, row, tiles.ds, 1, kGradKeyTile, query, row, t.ni}, t.nj, p.padded, finite);
   add_rows<T>({tiles.grad_value, values_row, tiles.weights, 1, kGradKeyTile, grad_context, values_row, t.ni}, t.nj,
-              p.padded_values, true);
+              p.padded_values, incoming_finite);
 }
 
 template <class T>

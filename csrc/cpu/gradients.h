@@ -278,9 +278,10 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const RowTile<
     for (int64_t j = 0; j < width; j += kLanes<T>) sum += load(tiles.ds + i * kGradKeyTile + j);
   for (int lane = 0; lane < kLanes<T>; ++lane) ds_sum += sum[lane];
   if (!g.from_scores)
-    product<T>({tiles.grad_value, values_row, tiles.weights, 1, kGradKeyTile, g.grad_context + query * values_row,
-                values_row, t.ni},
-               0, t.nj, p.padded_values);
+    add_rows<T>({tiles.grad_value, values_row, tiles.weights, 1, kGradKeyTile, g.grad_context + query * values_row,
+                 values_row, t.ni},
+                t.nj, p.padded_values,
+                finite_rows(p, g.grad_context + query * values_row, values_row, t.ni, p.padded_values));
 }
 
 template <class T>

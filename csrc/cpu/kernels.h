@@ -1,6 +1,6 @@
-// Additive attention for one instruction set: included once for each, inside its namespace. Letters as in the
-// mathematics of ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F, r = 1/x, tanh(q + k) = 1 - 2r; p are
-// the softmax weights.
+// Scores of additive attention, and the softmax and context of any, for one instruction set: included once for each,
+// inside its namespace. Letters as in the mathematics of ARCHITECTURE.md: E = exp(2q), F = exp(2k), x = 1 + E F,
+// r = 1/x, tanh(q + k) = 1 - 2r; p are the softmax weights.
 
 constexpr float kNoFloat = -__builtin_inff();
 template <class T>
@@ -358,6 +358,15 @@ inline void softmax_step(T* scores, int64_t padded_keys, T& maximum, T& sum, T* 
   for (int lane = 0; lane < W; ++lane) sum += total[lane];
   if (rescale != 1)
     for (int64_t h = 0; h < size; ++h) context[h] *= rescale;
+}
+
+// Whether padded rows are finite throughout; asked only where a mask may hide a slot.
+template <class T>
+inline bool finite_rows(const Problem<T>& p, const T* rows, int64_t row, int64_t count, int64_t n) {
+  bool finite = true;
+  if (p.mask.data)
+    for (int64_t i = 0; i < count; ++i) finite &= magnitude(rows + i * row, n) <= Limits<T>::largest;
+  return finite;
 }
 
 // A product of weights or their gradients with rows. A NaN may stand in a slot that one query may attend and another
