@@ -9,6 +9,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,12 +34,6 @@ def python(*arguments: str, interpreted: bool, **variables: str) -> subprocess.C
 
 def verify(*arguments: str, interpreted: bool) -> subprocess.CompletedProcess[str]:
     return python("-m", "attnext", "verify", *arguments, interpreted=interpreted)
-
-
-def held(script: str, *, interpreted: bool = True, **environment: str) -> None:
-    """Runs a script that prints "held" at its end."""
-    done = python("-c", script, interpreted=interpreted, **environment)
-    assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_every_case_in_every_dtype() -> None:
@@ -82,10 +79,6 @@ print("held")
 """
 
 
-def test_every_tile_that_a_gpu_may_be_given() -> None:
-    held(TILES)
-
-
 TUNING = """
 import torch, attnext
 from attnext.kernels import additive, gradients, launch
@@ -118,17 +111,36 @@ print("held")
 """
 
 
-def test_tiles_are_tuned_unless_torch_is_asked_to_be_deterministic() -> None:
-    held(TUNING, ATTNEXT_AUTOTUNE="1")
+Programs = dict[str, Future[subprocess.CompletedProcess[str]]]
 
 
-def test_the_contract() -> None:
-    done = python(str(Path(__file__).with_name("gpu_contract.py")), "triton", interpreted=True)
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    """What runs in the interpreter on one core, as many at a time as there are cores: each takes a minute or two."""
+    here = Path(__file__).parent
+    scripts = {
+        "contract": (str(here / "gpu_contract.py"), "triton"),
+        "tiles": ("-c", TILES),
+        "family": (str(here / "family.py"), "triton"),
+        "tuning": ("-c", TUNING),
+    }
+    variables = {"tuning": {"ATTNEXT_AUTOTUNE": "1"}}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            name: pool.submit(partial(python, *script, interpreted=True, **variables.get(name, {})))
+            for name, script in scripts.items()
+        }
+
+
+@pytest.mark.parametrize("name", ["contract", "tiles", "tuning"])
+def test_what_a_program_holds(programs: Programs, name: str) -> None:
+    """The contract; every tile that a GPU may be given; tiles are tuned unless torch is to be deterministic."""
+    done = programs[name].result()
     assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_every_attention_of_the_family() -> None:
-    done = python(str(Path(__file__).with_name("family.py")), "triton", interpreted=True)
+def test_every_attention_of_the_family(programs: Programs) -> None:
+    done = programs["family"].result()
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout) == family.column_in_readme("triton")
 
