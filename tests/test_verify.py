@@ -209,7 +209,7 @@ class TestSeeds:
         assert some == list(random_cases(40, 5))
         assert some[:10] == list(random_cases(10, 5))
         assert some != list(random_cases(40, 6))
-        assert {case.op for case in some} == {"attention", "step", "scores"}
+        assert {case.op for case in some} == {"attention", "step", "scores", "dot"}
         assert {case.dtype for case in some} == set(DTYPES)
 
     def test_the_command_takes_its_seed(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -300,7 +300,7 @@ class TestTolerances:
         monkeypatch.setattr(cases, "tolerances", spy)
         for dtype in DTYPES:
             compare(replace(case, dtype=dtype), "cpu", 0)
-        assert len(bounds) >= 16
+        assert len(bounds) >= 12  # a result and the gradients of two inputs or more, in four dtypes
         assert all(bound.isfinite().all() and (bound > 0).all() for bound in bounds)
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
