@@ -136,8 +136,7 @@ def _file(kernel: str) -> ModuleType:
 
 def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:
     """Every kernel for a target: asked for all it can do, with each of its tiles and sizes that 16 divides, and for as
-    little as it can, with any sizes. The latter in float32 alone, and half types, which differ from it in loads and
-    stores, with one tile.
+    little as it can, with any sizes.
     """
     for dtype in dtypes:
         name = "float64" if dtype == "float64" else "float32"
@@ -145,8 +144,7 @@ def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Bui
             "UNIT": additive.UNIT[name], "BITS": additive.FOLD_BITS[name], "MAX": additive.MAX_WEIGHT[name],
             "SMALLEST": additive.SMALLEST[name], "PLAIN": additive.PLAIN[name],
         }  # fmt: skip
-        half = dtype in ("float16", "bfloat16")
-        for full in (True, False) if dtype == "float32" else (True,):
+        for full in (True, False):
             flags: dict[str, Any] = dict.fromkeys(_FLAGS, full)
             flags |= {"ONLY_SCORES": False, "SPLIT": False, "FROM_SCORES": False, "CONTEXT": True}
             flags |= {} if full else {"heads": 1}  # which a launch knows
@@ -154,7 +152,7 @@ def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Bui
                 if _file(kernel) is dot and full != constants.get("WHOLE", True):
                     continue  # once each: with all they can do where a thread has most, with any sizes else
                 candidates = tiles(kind, target, name == "float64")
-                for tile in candidates if full and not half else candidates[:1]:
+                for tile in candidates if full else candidates[:1]:
                     yield _build(kernel, label, kind, target, dtype, numbers | flags | constants, tile, full)
 
 

@@ -1,6 +1,6 @@
 """Holds the CUDA kernels, compiled for the CPU, to the cases that every backend is held to.
 
-    python tests/cuda_cases.py LIBRARY table|random|tiny|bounds|digest
+    python tests/cuda_cases.py LIBRARY table|random|tiny|digest
 
 A program of its own: the library registers the CUDA operators for CPU tensors, and a sanitizer's runtime has to be
 there before Python. Prints what is beyond its tolerance, and "held" if nothing is; or a digest of all results' bits.
@@ -38,9 +38,6 @@ TINY = (
 def cases(which: str) -> Iterator[Case]:
     if which == "tiny":
         yield from TINY
-    if which == "bounds":  # a sanitizer takes its time: the table in float32, and each kernel in the half types
-        yield from CASES
-        yield from (replace(case, dtype=dtype) for case in TINY for dtype in DTYPES[1:])
     for case in CASES if which == "table" else random_cases(60, 7) if which == "random" else ():
         for dtype in DTYPES:
             yield replace(case, dtype=dtype)

@@ -1,5 +1,4 @@
-// The CUDA kernels in float32 and nothing of torch, for the compiler's
-// warnings.
+// The CUDA kernels in float32 and nothing of torch, for the compiler's warnings.
 #include "backward.cuh"
 #include "dot.cuh"
 #include "dot_backward.cuh"
