@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -299,7 +300,8 @@ def dot_scores(
     query, key = autocast(query, key)
     flat, dtype = query.dim() == 2, query.dtype
     query, key = ((x.unsqueeze(1) if x.dim() == 2 else x).to(_arithmetic(dtype)) for x in (query, key))
-    with torch.autocast(query.device.type, enabled=False):
+    off = torch.autocast(query.device.type, enabled=False) if _checks.autocasts(query.device.type) else nullcontext()
+    with off:
         scores = reference.dot_scores(query, key, lengths=lengths, mask=mask, scale=scale).to(dtype)
     return scores.squeeze(1) if flat else scores
 

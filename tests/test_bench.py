@@ -297,7 +297,7 @@ class TestCommand:
         assert growth[0]["exponent"] == pytest.approx(studies.exponent(growth[0]["sizes"], growth[0]["seconds"]))
         assert [row["attention"] for row in document["studies"]["family"]] == ["dot", "several heads, additive"]
         shown = capsys.readouterr().out
-        assert "family: B 2, Tk 5, Q and H 4, D 2; 2 steps of a decoder" in shown
+        assert "family: B 2, Tk 5, Q and H 4, D 2; preparation and 2 steps of a decoder" in shown
         assert max(map(len, shown.splitlines())) <= 80
         assert "threads: one against 2" in shown
         assert f"{growth[0]['exponent']:.2f}" in shown

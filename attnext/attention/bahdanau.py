@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from attnext import _checks
 from attnext.alignments import NORMALIZERS
 from attnext.alignments import normalize as normalized
-from attnext.attention.base import Attention, attend, context_of, logits
+from attnext.attention.base import Attention, context_of
 from attnext.memory import Memory
 
 __all__ = ["BahdanauAttention"]
@@ -41,6 +41,8 @@ class BahdanauAttention(Attention):
         >>> memory = attn.prepare(encoder_states, lengths)   # once a sentence
         >>> context, weights = attn(state, memory, need_weights=True)   # at every step
     """
+
+    score_weight: nn.Parameter
 
     def __init__(
         self,
@@ -83,20 +85,21 @@ class BahdanauAttention(Attention):
         projected: Tensor = self.memory_projection(states)
         return projected
 
-    def _score_weight(self) -> Tensor:
+    def _kept_weight(self) -> Tensor:
         if self.gain is None:
             return self.score_weight
         length: Tensor = torch.linalg.vector_norm(self.score_weight)
         return self.gain * self.score_weight / length
 
-    def _scores(self, query: Tensor, memory: Memory) -> Tensor:
-        return logits(query, memory, 1.0 / self.temperature)
+    @property
+    def _scale(self) -> float:
+        return 1.0 / self.temperature
 
     def _attend(
         self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
     ) -> tuple[Tensor, Tensor | None]:
         if self.normalizer == "softmax":
-            return attend(query, memory, 1.0 / self.temperature, dropout_p, need_weights)
+            return super()._attend(query, memory, need_weights, dropout_p)
         weights = nn.functional.dropout(normalized(self._scores(query, memory), self.normalizer), dropout_p)
         return context_of(weights, memory.value), weights if need_weights else None
 

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from attnext import _checks, functional, reference
 from attnext.memory import Memory, prepare
 
-__all__ = ["Attention", "attend", "context_of", "logits", "prepared_memory"]
+__all__ = ["Attention", "context_of", "prepared_memory"]
 
 
 class Attention(nn.Module, ABC):
     """Attention over encoder states that are projected once.
 
-    A score says what a query and the states are to it (``_project_query``, ``_project_states``), its logits
-    (``_scores``), and context and weights at once (``_attend``).
+    A score says what a query and the states are to it (``_project_query``, ``_project_states``). With a
+    ``score_weight`` it is additive, else a dot product.
     """
+
+    score_weight: nn.Parameter | None
+    """v, (D,) or (heads, D)."""
 
     heads: int = 1
     """Rows of the memory and of projected queries for each sentence."""
@@ -40,24 +43,14 @@ class Attention(nn.Module, ABC):
     def _project_states(self, states: Tensor) -> Tensor:
         """Encoder states (B, Tk, H) as keys (B, Tk, D); the states themselves where they are the keys."""
 
-    @abstractmethod
-    def _scores(self, query: Tensor, memory: Memory) -> Tensor:
-        """The logits of projected queries."""
-
-    @abstractmethod
-    def _attend(
-        self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
-    ) -> tuple[Tensor, Tensor | None]:
-        """Context and weights of projected queries."""
-
-    def _score_weight(self) -> Tensor | None:
-        """The vector of an additive score."""
-        return None
-
     @property
-    def _additive(self) -> bool:
-        """Whether the score is additive, or a dot product."""
-        return True
+    def _scale(self) -> float:
+        """What multiplies the scores."""
+        return 1.0
+
+    def _kept_weight(self) -> Tensor | None:
+        """The vector of an additive score, as a memory keeps it."""
+        return self.score_weight
 
     @property
     def _parameter(self) -> Tensor | None:
@@ -158,10 +151,9 @@ class Attention(nn.Module, ABC):
 
     def _projected(self, query: Tensor, memory: Memory) -> Tensor:
         """The query in the space of the keys."""
-        kinds = {False: "dot products", True: "an additive score"}
-        additive = memory.score_weight is not None
-        if additive != self._additive:
-            raise ValueError(f"memory must be prepared for {kinds[self._additive]}, got one for {kinds[additive]}")
+        wanted, got = ("dot products" if x.score_weight is None else "an additive score" for x in (self, memory))
+        if wanted != got:
+            raise ValueError(f"memory must be prepared for {wanted}, got one for {got}")
         if memory.heads != self.heads:
             raise ValueError(f"memory must be prepared for heads={self.heads}, got one for heads={memory.heads}")
         key = memory.key if self.heads == 1 else memory.key[:: self.heads]
@@ -188,6 +180,20 @@ class Attention(nn.Module, ABC):
         query = self._checked(query)
         return self._scores(self._projected(query, prepared_memory(memory)), memory)
 
+    def _scores(self, query: Tensor, memory: Memory) -> Tensor:
+        """The logits of projected queries."""
+        key, v, lengths, mask = memory.key, memory.score_weight, memory.lengths, memory.mask
+        if v is None:
+            return functional.dot_scores(query, key, lengths=lengths, mask=mask, scale=self._scale)
+        return functional.additive_scores(query, key, v, lengths=lengths, mask=mask, scale=self._scale)
+
+    def _attend(
+        self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Context and weights of projected queries."""
+        kernel = functional.attend_by_dot if memory.score_weight is None else functional.attend
+        return kernel(query, memory, self._scale, dropout_p, need_weights, None)
+
     def _masks_by_query(self, query: Tensor) -> int | None:
         """How many queries a mask may tell apart; None where it is one of the keys alone."""
         return 1 if query.dim() == 2 else query.shape[1]
@@ -213,7 +219,7 @@ class Attention(nn.Module, ABC):
         key = self._project_states(states)
         # Under autocast the projection has its dtype: cast the states with it, once instead of at every step.
         value = states.to(key.dtype) if self._projects_states else key
-        score_weight = self._score_weight()
+        score_weight = self._kept_weight()
         if score_weight is not None:  # a copy: the memory keeps v as it is now
             score_weight = score_weight.to(key.dtype, copy=True)
         return Memory(key, value, lengths, mask, score_weight, None)
@@ -224,22 +230,6 @@ def prepared_memory(memory: object) -> Memory:
     if not isinstance(memory, Memory):
         raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
     return memory
-
-
-def logits(query: Tensor, memory: Memory, scale: float) -> Tensor:
-    """The scores of projected queries, by the memory's kind of score."""
-    lengths, mask = memory.lengths, memory.mask
-    if memory.score_weight is None:
-        return functional.dot_scores(query, memory.key, lengths=lengths, mask=mask, scale=scale)
-    return functional.additive_scores(query, memory.key, memory.score_weight, lengths=lengths, mask=mask, scale=scale)
-
-
-def attend(
-    query: Tensor, memory: Memory, scale: float, dropout_p: float, need_weights: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Context and weights of projected queries, likewise."""
-    kernel = functional.attend_by_dot if memory.score_weight is None else functional.attend
-    return kernel(query, memory, scale, dropout_p, need_weights, None)
 
 
 def context_of(weights: Tensor, value: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks
-from attnext.attention.base import Attention, attend, logits
+from attnext.attention.base import Attention
 from attnext.memory import Memory
 
 __all__ = ["MultiHeadAttention"]
@@ -57,7 +57,6 @@ class MultiHeadAttention(Attention):
             raise ValueError(f"attention_size must be a multiple of heads, {heads}, got {attention_size}")
         self.score = _checks.choice("score", score, _SCORES)
         self.head_size = attention_size // heads
-        self.scale = self.head_size**-0.5 if score == "scaled_dot" else 1.0
         self.query_projection = nn.Linear(query_size, attention_size, bias=False)
         self.memory_projection = nn.Linear(memory_size, attention_size, bias=False)
         self.value_projection = nn.Linear(memory_size, attention_size, bias=False)
@@ -85,12 +84,9 @@ class MultiHeadAttention(Attention):
     def _project_states(self, states: Tensor) -> Tensor:
         return self._split(self.memory_projection(states))
 
-    def _score_weight(self) -> Tensor | None:
-        return self.score_weight
-
     @property
-    def _additive(self) -> bool:
-        return self.score == "additive"
+    def _scale(self) -> float:
+        return self.head_size**-0.5 if self.score == "scaled_dot" else 1.0
 
     def _project(
         self, name: str, encoder_states: Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
@@ -114,13 +110,10 @@ class MultiHeadAttention(Attention):
         """(B * heads, ...) as (B, heads, ...)."""
         return x.reshape(x.shape[0] // self.heads, self.heads, *x.shape[1:])
 
-    def _scores(self, query: Tensor, memory: Memory) -> Tensor:
-        return logits(query, memory, self.scale)
-
     def _attend(
         self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
     ) -> tuple[Tensor, Tensor | None]:
-        context, weights = attend(query, memory, self.scale, dropout_p, need_weights)
+        context, weights = super()._attend(query, memory, need_weights, dropout_p)
         context = self._by_head(context)
         context = (context if context.dim() == 3 else context.transpose(1, 2)).flatten(-2)
         projected: Tensor = self.output_projection(context)

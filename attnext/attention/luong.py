@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks, functional
-from attnext.attention.base import Attention, attend, logits
-from attnext.memory import Memory
+from attnext.attention.base import Attention
 
 __all__ = ["LuongAttention"]
 
@@ -56,7 +55,6 @@ class LuongAttention(Attention):
         if score in ("dot", "scaled_dot") and query_size != memory_size:
             raise ValueError(f"query_size must be memory_size, {memory_size}, for score={score!r}, got {query_size}")
         self.score = score
-        self.scale = memory_size**-0.5 if score == "scaled_dot" else 1.0
         self.query_projection = nn.Linear(query_size, memory_size, bias=False) if score == "general" else None
         self.joint_projection = self.score_weight = None
         if score == "concat":
@@ -86,24 +84,13 @@ class LuongAttention(Attention):
             return nn.functional.linear(states, self.joint_projection.weight[:, self.query_size :])
         return functional.autocast(states)[0]
 
-    def _score_weight(self) -> Tensor | None:
-        return self.score_weight
-
     @property
-    def _additive(self) -> bool:
-        return self.score == "concat"
+    def _scale(self) -> float:
+        return self.memory_size**-0.5 if self.score == "scaled_dot" else 1.0
 
     @property
     def _projects_states(self) -> bool:
-        return self._additive
-
-    def _scores(self, query: Tensor, memory: Memory) -> Tensor:
-        return logits(query, memory, self.scale)
-
-    def _attend(
-        self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
-    ) -> tuple[Tensor, Tensor | None]:
-        return attend(query, memory, self.scale, dropout_p, need_weights)
+        return self.score == "concat"
 
     def extra_repr(self) -> str:
         return f"score={self.score!r}, dropout={self.dropout}"

@@ -82,9 +82,9 @@ def _eager_dot(query: Tensor, key: Tensor) -> Tensor:
     return _eager_dot_and_weights(query, key)[0]
 
 
-def _eager_function(case: Case) -> Function:
+def _eager_function(case: Case) -> Callable[..., Any]:
     if case.score == "dot":
-        return _eager_dot_and_weights if case.weights else _eager_dot  # type: ignore[return-value]
+        return _eager_dot_and_weights if case.weights else _eager_dot
     return _eager_scores if case.only_scores else _eager_attention
 
 
@@ -96,7 +96,7 @@ def _eager_attention(query: Tensor, key: Tensor, value: Tensor, score_weight: Te
     return _eager_scores(query, key, score_weight).softmax(-1) @ value
 
 
-def _call(case: Case, function: Function, x: Sequence[Tensor], incoming: Tensor) -> Run:
+def _call(case: Case, function: Callable[..., Any], x: Sequence[Tensor], incoming: Tensor) -> Run:
     """What is timed of a function of tensors."""
     if case.kind == "forward + backward":
         return lambda: torch.autograd.grad(function(*x), x, incoming)

@@ -137,7 +137,7 @@ def _show_memory(console: Console, rows: Sequence[Document]) -> None:
 def _show_family(console: Console, rows: Sequence[Document]) -> None:
     first = rows[0]
     sizes = f"B {first['batch']}, Tk {first['keys']}, Q and H {first['size']}, D {first['size'] // 2}"
-    _line(console, f"\nfamily: {sizes}; {first['steps']} steps of a decoder, prepared")
+    _line(console, f"\nfamily: {sizes}; preparation and {first['steps']} steps of a decoder")
     table = _table("attention", "no grad", "PyTorch takes", "training", "takes")
     for row in rows:
         cells = []

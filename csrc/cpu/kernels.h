@@ -372,8 +372,7 @@ inline bool finite_rows(const Problem<T>& p, const T* rows, int64_t row, int64_t
 // A product of weights or their gradients with rows. A NaN may stand in a slot that one query may attend and another
 // may not, where the factor is 0: then slot by slot.
 template <class T>
-inline void add_rows(const Product<T>& product_of, int64_t rows, int64_t columns, bool finite) {
-  const Product<T>& x = product_of;
+inline void add_rows(const Product<T>& x, int64_t rows, int64_t columns, bool finite) {
   if (finite) return product<T>(x, 0, rows, columns);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t k = 0; k < x.depth; ++k) {
