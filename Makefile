@@ -31,9 +31,9 @@ help:  ## show this list
 install: .venv/installed  ## make .venv with the package and all its tools
 
 # New memory is filled with garbage, so that scratch which a kernel reads before it writes shows. A process a core, each
-# with whole files: what these build for their tests takes minutes.
+# with whole files: what these build for their tests takes minutes. Threads that wait sleep, for other processes' sake.
 test: .venv/installed  ## run the tests
-	MALLOC_PERTURB_=165 $(BIN)/python -m pytest -n auto --dist loadfile
+	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 
 demo: .venv/installed  ## train the demo model for DEMO_SECONDS and show what it attends to
 	$(BIN)/attnext demo --seconds $(DEMO_SECONDS) --out demo-output

@@ -227,7 +227,6 @@ class TestDirectCalls:
             {10: 1e300},
             {10: torch.nan},
         ],
-        ids=str,
     )
     def test_attention(self, change: dict[int, Any]) -> None:
         args: list[Any] = [*inputs(), None, None, None, None, torch.tensor(1), 1.0, 0.5, False]
