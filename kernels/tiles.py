@@ -103,6 +103,9 @@ _FLOAT64: Kinds = _ANY | {  # a number takes two registers, so a program has few
 }
 _OF_64_LANES: Kinds = {"inputs": (_tiles(1, BJ=8, BD=64, BN=16, BH=128), _tiles(1, BJ=4, BD=64, BN=16, BH=128))}
 _FLOAT64_OF_64_LANES: Kinds = {"inputs": (_tiles(1, BJ=4, BD=64, BN=8, BH=128),)}
+_FLOAT32_OF_SM_100: Kinds = {  # the assembler spills where half types have as many columns as elsewhere
+    "forward": (_tiles(1, BM=4, BN=128, BH=128), _tiles(2, BM=8, BN=128, BH=64)),
+}
 _INTERPRETED: Kinds = _ANY | {  # an operation costs the same for many numbers
     "step of one": (_tiles(1, BM=1, BN=128, BH=128),),
     "step": (_tiles(1, BM=4, BN=128, BH=128),),
@@ -121,7 +124,7 @@ _INTERPRETED: Kinds = _ANY | {  # an operation costs the same for many numbers
 TARGETS: dict[str, tuple[Kinds, Kinds]] = {
     "sm_80": (_FLOAT32, _FLOAT64),
     "sm_90": (_FLOAT32, _FLOAT64),
-    "sm_100": (_FLOAT32, _FLOAT64),
+    "sm_100": (_FLOAT32 | _FLOAT32_OF_SM_100, _FLOAT64),
     "sm_120": (_FLOAT32, _FLOAT64),
     "gfx942": (_FLOAT32 | _OF_64_LANES, _FLOAT64 | _FLOAT64_OF_64_LANES),
     "gfx1100": (_FLOAT32, _FLOAT64 | {"pairs": (_tiles(1, BM=2, BN=128),)}),
