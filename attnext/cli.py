@@ -1,4 +1,4 @@
-"""The command ``attnext``: ``info | verify | bench | train | predict | demo``.
+"""The command ``attnext``: ``info | verify | bench | train | evaluate | predict | demo``.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted. An error is one line on stderr.
 """
@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         ("check the kernels against the reference", _verify),
         ("time the kernels beside their peers", _bench),
         ("train the reference model", _train),
-        ("pronounce words with a trained model", _predict),
+        ("count a trained model's errors", _evaluate),
+        ("ask a trained model", _predict),
         ("verify, time, train and pronounce, in four minutes", _demo),
     ):
         description = f"{summary[0].upper()}{summary[1:]}."
@@ -119,6 +120,12 @@ def _train() -> _Command:
     from attnext.seq2seq import commands
 
     return _Command(commands.add_train_arguments, commands.train)
+
+
+def _evaluate() -> _Command:
+    from attnext.seq2seq import commands
+
+    return _Command(commands.add_evaluate_arguments, commands.evaluate)
 
 
 def _predict() -> _Command:

@@ -12,7 +12,7 @@ from attnext.cli import main, positive
 from attnext.seq2seq.checkpoint import load
 from attnext.seq2seq.data import Entry, load_cmudict, split
 from attnext.seq2seq.plots import alignment
-from attnext.seq2seq.search import pronounce
+from attnext.seq2seq.search import translate
 
 __all__ = ["add_arguments", "run"]
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     for command in (
         ("verify", "--cases", "20", *(word for name in native for word in ("--backend", name))),
         ("bench", "--quick", "--peers", "eager", "--cases", "forward,training,step"),
-        ("train", "g2p", "--seconds", f"{args.seconds:g}", "--out", str(folder)),
+        ("train", "g2p", "--minutes", f"{args.seconds / 60:g}", "--out", str(folder)),
     ):
         print(f"\n$ attnext {' '.join(command)}", flush=True)
         if code := main(command):
@@ -58,21 +58,22 @@ def _show_words(folder: Path, picture: Path, *, count: int = 12, drawn: int = 6)
         from rich.console import Console
         from rich.table import Table
     # Not names' plurals and abbreviations, which tell little.
-    words = [entry for entry in split(load_cmudict()).test if entry.word.isalpha() and 6 <= len(entry.word) <= 12]
+    words = [entry for entry in split(load_cmudict()).test if entry.source.isalpha() and 6 <= len(entry.source) <= 12]
     entries = random.Random(2015).sample(words, count)
-    found = pronounce(load(folder), [entry.word for entry in entries], need_weights=True)
+    found = dict(translate(load(folder), [entry.source for entry in entries], need_weights=True))
+    outputs = [found[place] for place in range(count)]
     table = Table("", "word", "model", "dictionary", title="words the model has never seen")
-    for entry, word in zip(entries, found, strict=True):
-        table.add_row(*_compare(entry, word.phonemes))
+    for entry, output in zip(entries, outputs, strict=True):
+        table.add_row(*_compare(entry, output.best))
     Console().print("", table, sep="\n", highlight=False)
-    alignment(picture, found[:drawn])
+    alignment(picture, outputs[:drawn])
 
 
 def _compare(entry: Entry, phonemes: tuple[str, ...]) -> tuple[str, str, str, str]:
-    right = phonemes in entry.pronunciations
+    right = phonemes in entry.targets
     return (
         "=" if right else "x",
-        entry.word,
+        entry.source,
         " ".join(phonemes),
-        " | ".join(map(" ".join, entry.pronunciations)),
+        " | ".join(map(" ".join, entry.targets)),
     )

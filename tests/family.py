@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnext import use_backend
-from attnext.bench.family import FAMILY, Member, decode, inputs
+from attnext.attention.family import FAMILY, Member
+from attnext.bench.studies import decode, decoder_inputs
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- the family, from tests/family.py -->\n", "<!-- end of the family -->\n"
@@ -42,7 +43,7 @@ class Recorded(TorchDispatchMode):
 
 def module(member: Member) -> nn.Module:
     torch.manual_seed(0)
-    return member.make(4, 6)
+    return member.make(4, 4, 6)
 
 
 def results(attn: nn.Module, query: Tensor, states: Tensor) -> list[Tensor]:
@@ -55,7 +56,7 @@ def results(attn: nn.Module, query: Tensor, states: Tensor) -> list[Tensor]:
 
 def served(member: Member, backend: str) -> str:
     """How a backend serves an attention: by one kernel, or by one for the scores; its results are the reference's."""
-    attn, (query, states) = module(member), inputs(2, 2, 5, 4)
+    attn, (query, states) = module(member), decoder_inputs(2, 2, 5, 4)
     with use_backend(backend), Recorded() as recorded:
         found = results(attn, query, states)
     with use_backend("reference"):
@@ -70,7 +71,7 @@ def served(member: Member, backend: str) -> str:
 
 def differentiable_weights(member: Member) -> bool:
     """Whether weights come back and have a gradient."""
-    attn, (query, states) = module(member), inputs(2, 2, 5, 4)
+    attn, (query, states) = module(member), decoder_inputs(2, 2, 5, 4)
     weights = decode(attn, query, states, LENGTHS)[1]
     (grad,) = torch.autograd.grad(weights.square().sum(), states, materialize_grads=True)
     return bool((grad != 0).any())
@@ -78,7 +79,7 @@ def differentiable_weights(member: Member) -> bool:
 
 def compiles(member: Member) -> bool:
     """Whether torch.compile(fullgraph=True) takes the steps; it gives their result."""
-    attn, (query, states) = module(member), inputs(2, 2, 5, 4)
+    attn, (query, states) = module(member), decoder_inputs(2, 2, 5, 4)
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, s: decode(attn, q, s)[-2], fullgraph=True, backend="aot_eager")
     try:

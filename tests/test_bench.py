@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from attnext.attention.family import FAMILY
 from attnext.bench import command, machine, memory, plots, report, studies, timing
 from attnext.bench.cases import CASES, Case
-from attnext.bench.family import FAMILY
 from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong, checked, cores, ours
 from attnext.bench.timing import Plan, measure
 from attnext.cli import main

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +21,9 @@ from attnext.backends import choose, kernel_devices
 from attnext.bench import command
 from attnext.bench.cases import CASES
 from attnext.cli import main
-from attnext.seq2seq import InputError, ModelConfig, Seq2Seq, commands
+from attnext.seq2seq import Config, InputError, Seq2Seq, commands, data
 from attnext.seq2seq.checkpoint import Checkpoint, load, save
-from attnext.seq2seq.data import LETTERS, PHONEMES, Entry, split
+from attnext.seq2seq.data import Entry, Vocabulary, split
 
 WORDS = [
     Entry(f"{a}{b}{c}er{d}", ((a.upper(), "AH", c.upper(), "ER", "IY"), (a.upper(), "AH", c.upper(), "ER")))
@@ -28,7 +31,12 @@ WORDS = [
 ]  # fmt: skip
 """A dictionary of 216 regular words, in place of the real one."""
 
+PHONEMES = sorted({phoneme for entry in WORDS for target in entry.targets for phoneme in target})
+
 SIZES = ["--embedding-size", "6", "--encoder-size", "7", "--decoder-size", "9", "--attention-size", "5"]
+SHORT = ["--epochs", "2", "--batch-size", "64", "--backend", "reference", *SIZES]
+
+PNG = b"\x89PNG"
 
 Captured = pytest.CaptureFixture[str]
 
@@ -38,22 +46,34 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def _small_dictionary(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (commands, demo):
+    for module in (data, demo):
         monkeypatch.setattr(module, "load_cmudict", lambda: WORDS)
+
+
+def untrained(folder: Path, **fields: Any) -> Path:
+    """A folder with the checkpoint of an untrained model, which knows the small letters."""
+    torch.manual_seed(0)
+    config = Config(embedding_size=6, encoder_size=7, decoder_size=9, attention_size=5, **fields)
+    source, target = Vocabulary(("'", *ascii_lowercase), "characters", lower=True), Vocabulary(tuple(PHONEMES))
+    save(folder, Checkpoint(Seq2Seq(config, len(source), len(target)), source, target))
+    return folder
 
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
-    """A folder with the checkpoint of an untrained model."""
-    torch.manual_seed(0)
-    config = ModelConfig(len(LETTERS), len(PHONEMES), "gru", 6, 7, 9, 5)
-    save(tmp_path / "model", Checkpoint(Seq2Seq(config)))
-    return tmp_path / "model"
+    return untrained(tmp_path / "model")
 
 
-def attnext_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+def lexicon(path: Path, entries: list[Entry]) -> str:
+    """A file of these words."""
+    lines = ["\t".join((entry.source, *map(" ".join, entry.targets))) for entry in entries]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def attnext_process(*arguments: str, words: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "attnext", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, input=words, capture_output=True, text=True, check=False, timeout=120)
 
 
 def error_line(captured: Captured, *, command: str = "attnext") -> str:
@@ -70,7 +90,7 @@ def test_version_help_and_info(capsys: Captured) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     shown = capsys.readouterr().out
-    for name in ("info", "verify", "train", "predict", "demo"):
+    for name in ("info", "verify", "bench", "train", "evaluate", "predict", "demo"):
         assert re.search(rf"^    {name}  ", shown, re.MULTILINE)
     assert main(["info"]) == 0
     assert f"attnext {attnext.__version__}" in " ".join(capsys.readouterr().out.split())
@@ -84,7 +104,8 @@ for name in ("cmudict", "matplotlib", "rapidfuzz", "rich", "safetensors"):
 from attnext.cli import main
 out = sys.argv[1]
 assert main(["info"]) == 0
-assert main(["verify"]) == main(["train", "g2p", "--out", out]) == main(["predict", out, "word"]) == 2
+for command in (["verify"], ["train", "g2p", "--out", out], ["evaluate", out], ["predict", out, "word"]):
+    assert main(command) == 2
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(trained)],
@@ -95,13 +116,12 @@ assert main(["verify"]) == main(["train", "g2p", "--out", out]) == main(["predic
     )
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 3
-    for line, package in zip(lines, ("rich", "rapidfuzz", "safetensors"), strict=True):
+    for line, package in zip(lines, ("rich", "matplotlib", "safetensors", "safetensors"), strict=True):
         assert f"needs the package {package!r}" in line
         assert "pip install 'attnext[demo]'" in line
 
 
-@pytest.mark.parametrize("name", ["verify", "bench", "train", "predict", "demo"])
+@pytest.mark.parametrize("name", ["verify", "bench", "train", "evaluate", "predict", "demo"])
 def test_every_command_has_help(name: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main([name, "--help"])
@@ -111,46 +131,287 @@ def test_every_command_has_help(name: str, capsys: Captured) -> None:
 @pytest.mark.usefixtures("_small_dictionary")
 def test_train_then_predict(tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "some" / "model"
-    arguments = [
-        "--epochs",
-        "3",
-        "--batch-size",
-        "64",
-        "--cell",
-        "lstm",
-        "--seed",
-        "5",
-        "--backend",
-        "reference",
-    ]
-    assert main(["train", "g2p", "--out", str(out), *arguments, *SIZES]) == 0
+    assert main(["train", "g2p", "--out", str(out), "--cell", "lstm", "--seed", "5", *SHORT]) == 0
     captured = capsys.readouterr()
     held_out = len(split(WORDS).test)
     assert re.fullmatch(rf"PER \d+\.\d\d% WER \d+\.\d\d% \({held_out} words\)", captured.out.splitlines()[-1])
     assert "epoch 2: loss" in captured.err
     checkpoint = load(out)
     assert checkpoint.model.config.cell == "lstm"
-    assert checkpoint.metrics["plan"]["seed"] == 5
-    assert checkpoint.metrics["test"]["words"] == held_out
+    assert checkpoint.model.config.seed == 5
+    assert checkpoint.metrics["test"]["sources"] == held_out
+    assert (out / "curves.png").read_bytes().startswith(PNG)
 
-    picture = tmp_path / "alignment.png"
-    assert main(["predict", str(out), "Bado", "ma'am", "--alignment", str(picture)]) == 0
+    picture = tmp_path / "new" / "alignment.png"
+    assert main(["predict", str(out), "Bado", "bet", "--alignment", str(picture)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Bado   ")
-    assert lines[1].startswith("ma'am  ")
-    assert set(" ".join(lines[:2]).split()) - {"Bado", "ma'am"} <= set(PHONEMES.symbols)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert lines[0].startswith("Bado  ")
+    assert lines[1].startswith("bet   ")
+    assert set(" ".join(lines[:2]).split()) - {"Bado", "bet"} <= set(PHONEMES)
+    assert picture.read_bytes().startswith(PNG)
 
 
 @pytest.mark.usefixtures("_small_dictionary")
 def test_training_stops_on_time_and_says_the_same_again(tmp_path: Path, capsys: Captured) -> None:
     assert main(["train", "g2p", "--out", str(tmp_path), "--minutes", "0.005", *SIZES]) == 0
-    assert 0.3 <= load(tmp_path).metrics["seconds"] < 5.0
+    assert 0.3 <= seconds_of(tmp_path) < 5.0
     rates = []
     for _ in range(2):
         assert main(["train", "g2p", "--out", str(tmp_path), "--epochs", "1", *SIZES]) == 0
-        rates.append((capsys.readouterr().out.splitlines()[-1], load(tmp_path).metrics["loss"]))
+        rates.append((capsys.readouterr().out.splitlines()[-1], load(tmp_path).metrics["dev"]))
     assert rates[0] == rates[1]
+
+
+@pytest.mark.usefixtures("_small_dictionary")
+def test_what_is_over_first_ends_training(tmp_path: Path) -> None:
+    assert main(["train", "g2p", "--out", str(tmp_path), "--minutes", "60", "--epochs", "1", *SIZES]) == 0
+    assert seconds_of(tmp_path) < 60
+    limits = ["--minutes", "0.005", "--epochs", "100000", "--patience", "100000"]
+    assert main(["train", "g2p", "--out", str(tmp_path), *limits, *SIZES]) == 0
+    assert 0.3 <= seconds_of(tmp_path) < 60
+
+
+def seconds_of(folder: Path) -> float:
+    """How long the run in a folder trained."""
+    seconds: float = json.loads((folder / "training.json").read_text())["progress"]["seconds"]
+    return seconds
+
+
+def test_predict_takes_words_from_standard_input(
+    trained: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["predict", str(trained), "bado", "fine"]) == 0
+    by_argument = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("bado\n\n  fine \n"))
+    assert main(["predict", str(trained)]) == 0
+    assert capsys.readouterr().out == by_argument
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["predict", str(trained)]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_predict_nbest(trained: Path, capsys: Captured) -> None:
+    assert main(["predict", str(trained), "bado", "fine", "--nbest", "3", "--beam", "5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["bado"] * 3 + ["fine"] * 3
+    assert len(set(lines)) == 6
+    scores = [float(line.split()[1]) for line in lines]
+    for some in (scores[:3], scores[3:]):
+        assert 0 >= some[0] >= some[1] >= some[2]
+    for line in lines:
+        assert set(line.split()[2:]) <= set(PHONEMES)
+    # As many hypotheses as outputs are asked for, at least.
+    assert main(["predict", str(trained), "bado", "--nbest", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_predict_by_the_length_power_asked_for(trained: Path, capsys: Captured) -> None:
+    """A score is the log-probability over (symbols and end mark) ** power; an output that is cut has no end mark."""
+    scores: list[dict[str, float]] = []
+    for power in ("0", "1"):
+        assert main(["predict", str(trained), "bado", "--nbest", "5", "--beam", "5", "--length-power", power]) == 0
+        lines = (line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines())
+        scores.append({" ".join(symbols): float(score) for _, score, *symbols in lines})
+    common = [output for output in scores[0].keys() & scores[1].keys() if output]
+    assert common
+    for output in common:
+        steps = min(len(output.split()) + 1, 2 * len("bado") + 10)
+        assert scores[0][output] == pytest.approx(steps * scores[1][output], rel=0.01)
+
+
+def test_alignment_needs_attention(tmp_path: Path, capsys: Captured) -> None:
+    folder, picture = untrained(tmp_path / "fixed", attention="none"), tmp_path / "alignment.png"
+    assert main(["predict", str(folder), "word", "--alignment", str(picture)]) == 2
+    assert error_line(capsys) == "--alignment: a model without attention has no weights to draw"
+    assert not picture.exists()
+    assert main(["predict", str(folder), "word"]) == 0
+
+
+@pytest.mark.usefixtures("_small_dictionary")
+def test_evaluate(trained: Path, capsys: Captured) -> None:
+    """One model beside another, in the table, in the file and in the picture."""
+    other = untrained(trained.parent / "fixed", attention="none")
+    file, picture = trained.parent / "new" / "errors.json", trained.parent / "errors.png"
+    options = ["--beside", str(other), "--json", str(file), "--plot", str(picture), "--beam", "2"]
+    assert main(["evaluate", str(trained), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rates = re.fullmatch(r"PER (\d+\.\d\d)% WER (\d+\.\d\d)% \((\d+) words\)", lines[-1])
+    assert rates is not None
+    assert re.search(r"fixed \(no attention\): PER \d+\.\d\d% WER \d+\.\d\d% \(\d+ words\)$", lines[-2])
+    assert picture.read_bytes().startswith(PNG)
+
+    record, entries = json.loads(file.read_text()), split(WORDS).test
+    assert f"{record['errors']['symbol_errors']:.2%}" == f"{rates[1]}%"
+    assert f"{record['errors']['source_errors']:.2%}" == f"{rates[2]}%"
+    assert record["errors"]["sources"] == int(rates[3]) == len(entries)
+    assert record["by_length"].keys() == {str(len(entry.source)) for entry in entries}
+    assert sum(errors["sources"] for errors in record["by_length"].values()) == len(entries)
+    for found, entry in zip(record["outputs"], entries, strict=True):
+        assert found["source"] == entry.source
+        assert found["targets"] == [list(target) for target in entry.targets]
+        assert len(found["outputs"]) == len(found["scores"]) == 2
+    wrong = sum(found["outputs"][0] not in found["targets"] for found in record["outputs"])
+    assert record["errors"]["source_errors"] == wrong / len(entries)
+
+    # The other way round each has the same errors.
+    assert main(["evaluate", str(other), "--beside", str(trained), "--beam", "2"]) == 0
+    swapped = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith(swapped[-1])
+    assert swapped[-2].endswith(lines[-1])
+
+
+@pytest.mark.usefixtures("_small_dictionary")
+def test_evaluate_models_of_one_name(tmp_path: Path, capsys: Captured) -> None:
+    """Two folders that differ in their path alone are two models."""
+    perfect, poor = tmp_path / "one" / "model", untrained(tmp_path / "two" / "model")
+    options = ["--learning-rate", "0.02", *(SHORT[2:]), "--epochs", "40"]
+    assert main(["train", "g2p", "--out", str(perfect), *options]) == 0
+    capsys.readouterr()
+    lines = []
+    for arguments in ([perfect], [poor], [perfect, "--beside", poor]):
+        assert main(["evaluate", *map(str, arguments)]) == 0
+        lines.append(capsys.readouterr().out.splitlines())
+    assert lines[0][-1] != lines[1][-1]
+    assert lines[2][-1] == lines[0][-1]
+    assert lines[2][-2].endswith(lines[1][-1])
+
+
+def test_evaluate_on_other_words(trained: Path, capsys: Captured) -> None:
+    words = lexicon(trained.parent / "words.txt", WORDS[:7])
+    assert main(["evaluate", str(trained), "--test-lexicon", words]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("(7 words)")
+    missing = str(trained.parent / "none.txt")
+    assert main(["evaluate", str(trained), "--test-lexicon", missing]) == 2
+    assert error_line(capsys) == f"can't read {missing!r}: No such file or directory"
+
+
+@pytest.mark.parametrize("unit", ["words", "characters"])
+def test_pairs(tmp_path: Path, unit: str, capsys: Captured) -> None:
+    """Lines of symbols and the same in the other order."""
+    gap = " " if unit == "words" else ""
+    symbols = {"words": ["one", "two", "three", "four"], "characters": list("abcd")}[unit]
+    lines = [(a, b, c) for a in symbols for b in symbols for c in symbols]
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("".join(f"{gap.join(line)}\n" for line in lines))
+    target.write_text("".join(f"{gap.join(line[::-1])}\n" for line in lines))
+    out, files = tmp_path / "model", ["--dev-source", str(source), "--dev-target", str(target)]
+    units = ["--source-units", unit, "--target-units", unit]
+    assert main([
+        "train", "pairs", "--source", str(source), "--target", str(target), *files, *units, "--out", str(out), *SHORT,
+    ]) == 0  # fmt: skip
+    checkpoint = load(out)
+    for side in (checkpoint.source, checkpoint.target):
+        assert set(side.symbols) == set(symbols)
+    pattern = r"symbol errors \d+\.\d\d% line errors \d+\.\d\d% \((\d+) lines\)"
+    trained_line = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(pattern, trained_line)
+    assert main(["evaluate", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == trained_line
+    assert main(["evaluate", str(out), "--test-source", str(source), "--test-target", str(target)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("(64 lines)")
+
+    picture = tmp_path / "alignment.png"
+    asked = [gap.join(lines[5]), gap.join([*lines[7], "unheard"])]  # of pairs, what is unknown is no error
+    assert main(["predict", str(out), *asked, "--alignment", str(picture)]) == 0
+    for one, line in zip(asked, capsys.readouterr().out.splitlines(), strict=True):
+        assert line.startswith(f"{one}  ")
+        found = line.removeprefix(f"{one}  ")
+        assert set(found.split() if unit == "words" else found) <= set(symbols)
+    assert picture.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["g2p", "--source", "a"], "--source is for pairs, not for g2p"),
+        (["g2p", "--test-target", "a"], "--test-target is for pairs, not for g2p"),
+        (["pairs", "--lexicon", "a"], "--lexicon is for g2p, not for pairs"),
+        (["pairs", "--dev-lexicon", "a"], "--dev-lexicon is for g2p, not for pairs"),
+        (["pairs", "--source", "a"], "--source and --target go together"),
+        (["pairs", "--source", "a", "--target", "b", "--dev-target", "c"], "--dev-source and --dev-target go together"),
+        (["pairs"], "pairs needs --source and --target"),
+    ],
+)
+def test_data_of_the_wrong_kind(tmp_path: Path, arguments: list[str], message: str, capsys: Captured) -> None:
+    assert main(["train", *arguments, "--out", str(tmp_path / "model")]) == 2
+    assert error_line(capsys) == message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("bado\tB AH\nbedo", "words, line 2: expected WORD, a tab and phonemes, got 'bedo'"),
+        ("bado\tB AH\t\tB", "words, line 1: expected WORD, a tab and phonemes, got 'bado\\tB AH\\t\\tB'"),
+        ("bado\tB AH", "there is nothing in the dev data: too little to hold some out, so name a file for it"),
+        ("\xff", "words' is not UTF-8 text: invalid start byte at byte 0"),
+        (None, "words': No such file or directory"),
+    ],
+)
+def test_bad_lexicons(tmp_path: Path, lines: str | None, message: str, capsys: Captured) -> None:
+    file = tmp_path / "words"
+    if lines is not None:
+        file.write_bytes(lines.encode("latin-1"))
+    assert main(["train", "g2p", "--lexicon", str(file), "--out", str(tmp_path / "model")]) == 2
+    assert error_line(capsys).endswith(message)
+
+
+def test_lines_that_are_not_aligned(tmp_path: Path, capsys: Captured) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    command = ["train", "pairs", "--source", str(source), "--target", str(target), "--out", str(tmp_path / "model")]
+    source.write_text("a\nb\n")
+    target.write_text("a\n")
+    assert main(command) == 2
+    assert error_line(capsys) == f"{source} has 2 lines and {target} has 1: they must be aligned"
+    target.write_text("a\n\n")
+    assert main(command) == 2
+    assert error_line(capsys) == f"line 2 is empty in {target} alone"
+
+
+@pytest.mark.usefixtures("_small_dictionary")
+def test_configuration_file(tmp_path: Path, capsys: Captured) -> None:
+    file, out = tmp_path / "model.toml", tmp_path / "model"
+    file.write_text('cell = "lstm"\nepochs = 1\nembedding_size = 6\ndecoder_size = 9\ninput_feeding = true\nseed = 3\n')
+    options = ["--cell", "gru", "--encoder-size", "7", "--no-input-feeding"]
+    assert main(["train", "g2p", "--out", str(out), "--config", str(file), *options]) == 0
+    fields = {"epochs": 1, "embedding_size": 6, "encoder_size": 7, "decoder_size": 9, "seed": 3}
+    assert load(out).model.config == Config(**fields)  # type: ignore[arg-type]
+    assert main(["train", "g2p", "--out", str(out), "--config", str(file), "--decoder-size", "8"]) == 0
+    config = load(out).model.config
+    assert (config.cell, config.decoder_size, config.input_feeding) == ("lstm", 8, True)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("cells = 1\nseed = 2\nbeam = 3", "has unknown fields: 'beam', 'cells'"),
+        ("seed = true", ": seed must be an integer from 0 to below 2**63, got True"),
+        ('cell = "rnn"', ": cell must be one of gru, lstm, got 'rnn'"),
+        ("epochs = 1.5", ": epochs must be an integer of at least 1, got 1.5"),
+        ("seed", "is not TOML: "),
+        (None, ": No such file or directory"),
+    ],
+)
+def test_bad_configuration_file(tmp_path: Path, content: str | None, message: str, capsys: Captured) -> None:
+    file = tmp_path / "model.toml"
+    if content is not None:
+        file.write_text(content)
+    assert main(["train", "g2p", "--out", str(tmp_path / "model"), "--config", str(file)]) == 2
+    line = error_line(capsys)
+    assert repr(str(file)) in line
+    assert message in line
+
+
+@pytest.mark.usefixtures("_small_dictionary")
+def test_the_largest_seed(tmp_path: Path) -> None:
+    assert main(["train", "g2p", "--out", str(tmp_path), "--seed", str(2**63 - 1), *SHORT]) == 0
+
+
+@pytest.mark.usefixtures("_small_dictionary")
+def test_sizes_that_an_attention_cannot_have(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["train", "g2p", "--out", str(tmp_path), "--attention", "dot", *SHORT]) == 2
+    assert error_line(capsys).startswith("attention 'dot' of these sizes: ")
 
 
 @pytest.mark.parametrize(
@@ -160,28 +421,27 @@ def test_training_stops_on_time_and_says_the_same_again(tmp_path: Path, capsys: 
         (["fly"], "invalid choice: 'fly'"),
         (["train"], "the following arguments are required: task"),
         (["train", "mt"], "argument task: invalid choice: 'mt'"),
-        (["train", "g2p", "--seconds", "0"], "argument --seconds: must be a number above 0, got '0'"),
-        (["train", "g2p", "--seconds", "-3"], "argument --seconds: must be a number above 0, got '-3'"),
+        (["train", "g2p", "--seconds", "5"], "unrecognized arguments: --seconds 5"),
+        (["train", "g2p", "--minutes", "0"], "argument --minutes: must be a number above 0, got '0'"),
+        (["train", "g2p", "--minutes", "-3"], "argument --minutes: must be a number above 0, got '-3'"),
         (["train", "g2p", "--minutes", "nan"], "argument --minutes: must be a number above 0, got 'nan'"),
         (["train", "g2p", "--minutes", "inf"], "argument --minutes: must be a number above 0, got 'inf'"),
-        (["train", "g2p", "--minutes", "1", "--seconds", "1"], "not allowed with argument --minutes"),
-        (["train", "g2p", "--epochs", "1.5"], "argument --epochs: must be an integer above 0, got '1.5'"),
-        (["train", "g2p", "--batch-size", "0"], "argument --batch-size: must be an integer above 0, got '0'"),
-        (
-            ["train", "g2p", "--learning-rate", "x"],
-            "argument --learning-rate: must be a number above 0, got 'x'",
-        ),
-        (
-            ["train", "g2p", "--dropout", "1"],
-            "argument --dropout: must be a number from 0 to below 1, got '1'",
-        ),
-        (
-            ["train", "g2p", "--seed", "-1"],
-            "argument --seed: must be an integer from 0 to below 2**63, got '-1'",
-        ),
+        (["train", "g2p", "--epochs", "1.5"], "argument --epochs: must be an integer of at least 1, got '1.5'"),
+        (["train", "g2p", "--batch-size", "0"], "argument --batch-size: must be an integer of at least 1, got '0'"),
+        (["train", "g2p", "--learning-rate", "x"], "argument --learning-rate: must be a number above 0, got 'x'"),
+        (["train", "g2p", "--dropout", "1"], "argument --dropout: must be a number from 0 to below 1, got '1'"),
+        (["train", "g2p", "--seed", "-1"], "argument --seed: must be an integer from 0 to below 2**63, got '-1'"),
+        (["train", "g2p", "--seed", str(2**63)], "argument --seed: must be an integer from 0 to below 2**63, got"),
+        (["train", "g2p", "--amp", "yes"], "unrecognized arguments: yes"),
+        (["train", "pairs", "--source-units", "bytes"], "argument --source-units: invalid choice: 'bytes'"),
+        (["train", "g2p", "--attention", "hard"], "argument --attention: invalid choice: 'hard'"),
         (["train", "g2p", "--cell", "rnn"], "argument --cell: invalid choice: 'rnn'"),
         (["train", "g2p", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
-        (["predict", "folder"], "the following arguments are required: WORD"),
+        (["predict"], "the following arguments are required: DIR"),
+        (["predict", "folder", "--nbest", "0"], "argument --nbest: must be an integer above 0, got '0'"),
+        (["evaluate"], "the following arguments are required: DIR"),
+        (["evaluate", "folder", "--beam", "0"], "argument --beam: must be an integer above 0, got '0'"),
+        (["evaluate", "folder", "--length-power", "x"], "argument --length-power: invalid float value: 'x'"),
         (["demo", "--seconds", "soon"], "argument --seconds: must be a number above 0, got 'soon'"),
         (["info", "more"], "unrecognized arguments: more"),
     ],
@@ -189,14 +449,14 @@ def test_training_stops_on_time_and_says_the_same_again(tmp_path: Path, capsys: 
 def test_bad_usage(arguments: list[str], message: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         main(arguments)
-    named = arguments and arguments[0] not in ("fly", "info")
+    named = arguments and arguments[0] not in ("fly", "info") and "unrecognized" not in message
     assert message in error_line(capsys, command=f"attnext {arguments[0]}" if named else "attnext")
 
 
 def test_unwritable_folder_is_found_before_training(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_cmudict", lambda: pytest.fail("too late"))
+    monkeypatch.setattr(data, "load_cmudict", lambda: pytest.fail("too late"))
     monkeypatch.setattr(demo, "main", lambda arguments: pytest.fail("too late"))
     (tmp_path / "file").write_text("")
     below = str(tmp_path / "file" / "model")
@@ -208,10 +468,10 @@ def test_unwritable_folder_is_found_before_training(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([""], "a word must have at least one letter, got an empty one"),
-        (["fine", "naïve"], "the word 'naïve' has 'ï'; known are 'abcdefghijklmnopqrstuvwxyz"),
-        (["b2b", "x"], "the word 'b2b' has '2'"),
-        (["two words"], "the word 'two words' has ' '"),
+        ([""], "a source must have at least one of characters, got ''"),
+        (["fine", "naïve"], "'naïve' has 'ï'; known are 'abcdefghijklmnopqrstuvwxyz"),
+        (["b2b", "x"], "'b2b' has '2'"),
+        (["two words"], "'two words' has ' '"),
     ],
 )
 def test_bad_words(trained: Path, words: list[str], message: str, capsys: Captured) -> None:
@@ -221,22 +481,26 @@ def test_bad_words(trained: Path, words: list[str], message: str, capsys: Captur
     assert not picture.exists()
 
 
-def test_bad_checkpoints(trained: Path, capsys: Captured) -> None:
-    assert main(["predict", str(trained.parent / "none"), "word"]) == 2
+@pytest.mark.parametrize("arguments", [["predict", "word"], ["evaluate"]])
+def test_bad_checkpoints(trained: Path, arguments: list[str], capsys: Captured) -> None:
+    name, *words = arguments
+    assert main([name, str(trained.parent / "none"), *words]) == 2
     assert "no checkpoint in" in error_line(capsys)
     next(trained.glob("*.safetensors")).write_bytes(b"")
-    assert main(["predict", str(trained), "word"]) == 2
+    assert main([name, str(trained), *words]) == 2
     assert "is damaged: its checksum" in error_line(capsys)
     (trained / "checkpoint.json").write_text(json.dumps({"format": 99}))
-    assert main(["predict", str(trained), "word"]) == 2
+    assert main([name, str(trained), *words]) == 2
     assert "has format 99" in error_line(capsys)
 
 
-def test_bad_picture(trained: Path, capsys: Captured) -> None:
-    assert main(["predict", str(trained), "word", "--alignment", str(trained)]) == 2
-    assert error_line(capsys).startswith("--alignment must be a file, got the folder")
-    assert main(["predict", str(trained), "word", "--alignment", str(trained / "checkpoint.json" / "a.png")]) == 2
-    assert error_line(capsys).startswith("can't write to the folder")
+def test_bad_files_to_write(trained: Path, capsys: Captured) -> None:
+    for arguments in (["predict", "word", "--alignment"], ["evaluate", "--plot"], ["evaluate", "--json"]):
+        name, *words, option = arguments
+        assert main([name, str(trained), *words, option, str(trained)]) == 2
+        assert error_line(capsys).startswith(f"{option} must be a file, got the folder")
+        assert main([name, str(trained), *words, option, str(trained / "checkpoint.json" / "a")]) == 2
+        assert error_line(capsys).startswith("can't write to the folder")
 
 
 def test_backend_that_is_not_here(trained: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +525,7 @@ def test_backend_is_the_one_asked_for(trained: Path, monkeypatch: pytest.MonkeyP
         used.append(choose(None, "cpu"))
         raise InputError("seen")
 
-    monkeypatch.setattr(commands, "pronounce", stop)
+    monkeypatch.setattr(commands, "translate", stop)
     with attnext.use_backend("reference"):
         for options in (["--backend", "cpu"], ["--backend", "reference"], []):
             assert main(["predict", str(trained), "word", *options]) == 2
@@ -286,7 +550,7 @@ def test_errors_on_the_way(
     def fail() -> list[Entry]:
         raise error
 
-    monkeypatch.setattr(commands, "load_cmudict", fail)
+    monkeypatch.setattr(data, "load_cmudict", fail)
     assert main(["train", "g2p", "--out", str(tmp_path)]) == code
     assert error_line(capsys) == message
     assert list(tmp_path.iterdir()) == []
@@ -333,13 +597,13 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured)
     assert commands_run == [
         " ".join(["verify --cases 20", *(f"--backend {name}" for name in native)]),
         "bench --quick --peers eager --cases forward,training,step",
-        f"train g2p --seconds 0.5 --out {folder}",
+        f"train g2p --minutes {0.5 / 60:g} --out {folder}",
     ]
     shown = capsys.readouterr().out
     for text in ("forward + backward", "eager", "PER ", "dictionary", str(folder), "alignment.png"):
         assert text in shown
     assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
-    assert load(folder).metrics["pairs"] > 0
+    assert load(folder).metrics["progress"]["pairs"] > 0
 
 
 def test_demo_stops_where_a_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,26 @@ def _show_family(console: Console, rows: Sequence[Document]) -> None:
     console.print(table)
 
 
-_STUDIES = {"threads": _show_threads, "linearity": _show_linearity, "memory": _show_memory, "family": _show_family}
+def _show_model(console: Console, rows: Sequence[Document]) -> None:
+    _line(console, "\nmodel: a training step, and where its time goes")
+    table = _table("model", "B, Tx, Ty", "peer", "median", "ratio", "products", "recurrent", "attention", "rest")
+    for row in rows:
+        for peer, seconds in row["seconds"].items():
+            ratio = seconds / row["seconds"]["attnext"]
+            shares = row["shares"].get(peer, {})
+            cells = [f"{shares[part]:.0%}" if shares else "" for part in ("products", "recurrent", "attention", "rest")]
+            sizes = f"{row['batch']}, {row['source']}, {row['target']}"
+            table.add_row(row["model"], sizes, peer, _time(seconds), f"{ratio:.2f}x", *cells)
+    console.print(table)
+
+
+_STUDIES = {
+    "threads": _show_threads,
+    "linearity": _show_linearity,
+    "memory": _show_memory,
+    "family": _show_family,
+    "model": _show_model,
+}
 
 
 def load(path: Path) -> Document:

@@ -10,15 +10,17 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
+from attnext import AttentionPooling
+from attnext.attention.family import FAMILY, Member
 from attnext.backends import use_backend
-from attnext.bench import family, memory
+from attnext.bench import memory, model
 from attnext.bench.cases import CASES, Case
-from attnext.bench.family import FAMILY, Member
 from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong
 from attnext.bench.timing import Plan, interleaved, measure, threads
 
-__all__ = ["STUDIES", "exponent"]
+__all__ = ["STUDIES", "decode", "decoder_inputs", "exponent"]
 
 Row = dict[str, Any]
 Study = Callable[[Peer, Sequence[str], Plan, bool], list[Row]]
@@ -106,13 +108,14 @@ def _family(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[
 
 def _of_member(member: Member, names: dict[str, str], plan: Plan) -> Row:
     """Median seconds without gradients and with them, by backend."""
-    attn = member.make(_DECODER["size"], _DECODER["size"] // 2).to(plan.device)
-    query, states = family.inputs(**_DECODER, device=plan.device)
+    size = _DECODER["size"]
+    attn = member.make(size, size, size // 2).to(plan.device)
+    query, states = decoder_inputs(**_DECODER, device=plan.device)
     leaves = [states, *attn.parameters()]
 
-    def decode(backend: str, *, train: bool) -> list[torch.Tensor]:
+    def run(backend: str, *, train: bool) -> list[Tensor]:
         with use_backend(backend), torch.set_grad_enabled(train):
-            contexts = family.decode(attn, query, states)[::2]
+            contexts = decode(attn, query, states)[::2]
             if not train:
                 return contexts
             loss = torch.stack(contexts).square().sum()
@@ -121,8 +124,8 @@ def _of_member(member: Member, names: dict[str, str], plan: Plan) -> Row:
     row: Row = {"attention": member.name, **_DECODER}
     for kind in ("decode", "train"):
         attn.train(kind == "train")
-        runs = {peer: partial(decode, name, train=kind == "train") for peer, name in names.items()}
-        for found, right in zip(*(run() for run in runs.values()), strict=True):
+        runs = {peer: partial(run, name, train=kind == "train") for peer, name in names.items()}
+        for found, right in zip(*(one() for one in runs.values()), strict=True):
             error = float((found - right).abs().max() / right.abs().max().clamp(min=1e-3))
             if not error <= 1e-3:
                 raise Wrong(f"attnext {names['attnext']} is wrong on {member.name}: off by {error:.2g}")
@@ -130,5 +133,35 @@ def _of_member(member: Member, names: dict[str, str], plan: Plan) -> Row:
     return row
 
 
-STUDIES: dict[str, Study] = {"threads": _threads, "linearity": _linearity, "memory": _memory, "family": _family}
+def decode(attn: nn.Module, query: Tensor, states: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+    """Contexts (B, H) and weights (B, Tk) of a decoder's steps, one after another: query is (B, Tq, Q).
+
+    A pooling attends by its own query, once.
+    """
+    if isinstance(attn, AttentionPooling):
+        context, weights = attn(states, lengths=lengths, need_weights=True)
+        assert weights is not None
+        return [context, weights]
+    attention: Any = attn
+    memory, state = attention.prepare(states, lengths), None
+    steps = []
+    for one in query.unbind(1):
+        context, weights, state = attention.step(one, memory, state, need_weights=True)
+        steps += [context, weights]
+    return steps
+
+
+def decoder_inputs(batch: int, steps: int, keys: int, size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Queries and states, of size 1 or so as trained ones are."""
+    query, states = (torch.randn(batch, n, size, device=device) for n in (steps, keys))
+    return query.requires_grad_(), states.requires_grad_()
+
+
+STUDIES: dict[str, Study] = {
+    "threads": _threads,
+    "linearity": _linearity,
+    "memory": _memory,
+    "family": _family,
+    "model": model.study,
+}
 """By name; each takes this project's peer, the names of the others, the plan, and whether to be quick."""

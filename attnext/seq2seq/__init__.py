@@ -6,6 +6,7 @@ What it needs beyond torch (``pip install 'attnext[demo]'``) is imported where i
 from __future__ import annotations
 
 from attnext._support import InputError, MissingExtra
-from attnext.seq2seq.model import ModelConfig, Seq2Seq
+from attnext.seq2seq.config import Config
+from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["InputError", "MissingExtra", "ModelConfig", "Seq2Seq"]
+__all__ = ["Config", "InputError", "MissingExtra", "Seq2Seq"]

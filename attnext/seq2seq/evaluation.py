@@ -1,55 +1,93 @@
-"""Phoneme and word error rates."""
+"""Error rates: of symbols (phonemes) and of whole outputs (words), in all and by the length of the source."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from attnext._support import extra
 from attnext.seq2seq.checkpoint import Checkpoint
 from attnext.seq2seq.data import Entry
-from attnext.seq2seq.search import pronounce
+from attnext.seq2seq.search import translate
 
-__all__ = ["ErrorRates", "error_rates", "evaluate"]
-
-
-class ErrorRates(NamedTuple):
-    """Edits per true phoneme, wrong words per word (both as fractions), and the number of words."""
-
-    phoneme: float
-    word: float
-    words: int
-
-    def __str__(self) -> str:
-        return f"PER {self.phoneme:.2%} WER {self.word:.2%} ({self.words} words)"
+__all__ = ["Errors", "by_length", "count_errors", "evaluate"]
 
 
-def error_rates(outputs: Iterable[Sequence[str]], references: Iterable[Sequence[Sequence[str]]]) -> ErrorRates:
-    """Phoneme and word error rates.
+class Errors(NamedTuple):
+    """Counts over some sources.
+
+    Attributes:
+        edits: insertions, deletions and substitutions of symbols.
+        symbols: right symbols.
+        wrong: outputs with any edit.
+        sources: outputs.
+    """
+
+    edits: int = 0
+    symbols: int = 0
+    wrong: int = 0
+    sources: int = 0
+
+    @property
+    def of_symbols(self) -> float:
+        """Edits per right symbol."""
+        return self.edits / max(self.symbols, 1)
+
+    @property
+    def of_sources(self) -> float:
+        """The share of outputs that are wrong."""
+        return self.wrong / max(self.sources, 1)
+
+    def plus(self, other: Errors) -> Errors:
+        return Errors(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def describe(self, task: str) -> str:
+        """As the commands show them; PER and WER are phonemes' and words' error rates."""
+        names = ("PER", "WER", "words") if task == "g2p" else ("symbol errors", "line errors", "lines")
+        return f"{names[0]} {self.of_symbols:.2%} {names[1]} {self.of_sources:.2%} ({self.sources} {names[2]})"
+
+    def record(self) -> dict[str, float]:
+        """As JSON."""
+        return {"symbol_errors": self.of_symbols, "source_errors": self.of_sources, "sources": self.sources}
+
+
+def count_errors(output: Sequence[str], right: Sequence[Sequence[str]]) -> Errors:
+    """The errors of one output.
 
     Args:
-        outputs: a sequence of phonemes per word.
-        references: all right pronunciations of each word: an output equal to any is right, and the edits
-            (insertions, deletions, substitutions) of another are those to the nearest.
+        output: symbols.
+        right: all right outputs: one that equals any has no error, another the edits to the nearest.
 
     Raises:
-        ValueError: there are more outputs than references or fewer, or a word has no reference.
+        ValueError: there is no right output.
         MissingExtra: rapidfuzz is not installed.
     """
     with extra("demo"):
         from rapidfuzz.distance import Levenshtein
-    edits = phonemes = wrong = words = 0
-    for output, right in zip(outputs, references, strict=True):
-        if not right:
-            raise ValueError(f"references must name a pronunciation for every word, got none for word {words}")
-        # Of references equally near, the longest: the same rate in whatever order they stand.
-        distance, length = min((Levenshtein.distance(output, one), -len(one)) for one in right)
-        edits, phonemes = edits + distance, phonemes - length
-        wrong, words = wrong + (distance > 0), words + 1
-    return ErrorRates(edits / max(phonemes, 1), wrong / max(words, 1), words)
+    if not right:
+        raise ValueError("right must name an output, got none")
+    # Of those equally near, the longest: the same rate in whatever order they stand.
+    distance, length = min((Levenshtein.distance(output, one), -len(one)) for one in right)
+    return Errors(distance, -length, int(distance > 0), 1)
 
 
-def evaluate(checkpoint: Checkpoint, entries: Sequence[Entry]) -> ErrorRates:
-    """The model's error rates on these words."""
-    outputs = pronounce(checkpoint, [entry.word for entry in entries])
-    return error_rates([output.phonemes for output in outputs], [entry.pronunciations for entry in entries])
+def by_length(entries: Iterable[Entry], outputs: Iterable[Sequence[str]], lengths: Iterable[int]) -> dict[int, Errors]:
+    """The errors of the outputs of entries, by the lengths of their sources, from the shortest."""
+    found: dict[int, Errors] = {}
+    for entry, output, length in zip(entries, outputs, lengths, strict=True):
+        found[length] = found.get(length, Errors()).plus(count_errors(output, entry.targets))
+    return dict(sorted(found.items()))
+
+
+def total(parts: Mapping[int, Errors]) -> Errors:
+    """The sum over all lengths."""
+    return Errors(*(sum(column) for column in zip(*parts.values(), strict=True))) if parts else Errors()
+
+
+def evaluate(checkpoint: Checkpoint, entries: Sequence[Entry], *, beam: int = 1) -> Errors:
+    """The model's errors on these entries."""
+    outputs = translate(checkpoint, [entry.source for entry in entries], beam=beam)
+    errors = Errors()
+    for place, output in outputs:
+        errors = errors.plus(count_errors(output.best, entries[place].targets))
+    return errors

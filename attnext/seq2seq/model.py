@@ -1,90 +1,64 @@
-"""The reference encoder-decoder: a bidirectional recurrent encoder, and a decoder that attends to it.
+"""The reference encoder-decoder: a recurrent encoder, and a recurrent decoder that attends to its states.
 
 With h_j the encoder states, h'_t the decoder's and y_t the outputs (Bahdanau, Cho and Bengio, 2015):
 
     e_tj = w(h'_{t-1}, h_j)      a_tj = softmax_j e_tj      C_t = sum_j a_tj h_j
     h'_t = f(h'_{t-1}, y_{t-1}, C_t)                        y_t = g(y_{t-1}, h'_t, C_t)
+
+Without attention, C is the encoder's last state at every step (Cho et al., 2014). With input feeding, g's hidden
+vector of the last step is an argument of f too (Luong, Pham and Manning, 2015). Of several layers the topmost asks and
+answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from attnext import BahdanauAttention, Memory
+from attnext.attention.family import STEPPED
+from attnext.seq2seq.cells import CELLS, over_steps
+from attnext.seq2seq.config import Config
 
-__all__ = ["CELLS", "ModelConfig", "Seq2Seq", "State"]
-
-State = tuple[Tensor, ...]
-"""What a cell carries from step to step: h' (B, S), which is also its output, and c for an LSTM."""
-
-
-def _gru(inputs: Tensor, recurrent: Tensor, hidden: Tensor) -> State:
-    """Gated recurrent unit; as in :class:`torch.nn.GRU`, the reset gate multiplies the projected state."""
-    size = hidden.shape[-1]
-    reset, update = torch.sigmoid(inputs[:, : 2 * size] + recurrent[:, : 2 * size]).chunk(2, -1)
-    candidate = torch.tanh(torch.addcmul(inputs[:, 2 * size :], reset, recurrent[:, 2 * size :]))
-    return (torch.lerp(candidate, hidden, update),)
+__all__ = ["Seq2Seq", "State"]
 
 
-def _lstm(inputs: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor) -> State:
-    """Long short-term memory, with the gates in the order of :class:`torch.nn.LSTM`."""
-    gates = inputs + recurrent
-    keep_new, keep_old, candidate, show = gates.chunk(4, -1)
-    cell = keep_old.sigmoid() * cell + keep_new.sigmoid() * candidate.tanh()
-    return show.sigmoid() * cell.tanh(), cell
-
-
-class _Kind(NamedTuple):
-    encoder: type[nn.GRU] | type[nn.LSTM]
-    step: Callable[..., State]
-    gates: int
-    states: int
-
-
-CELLS = {"gru": _Kind(nn.GRU, _gru, gates=3, states=1), "lstm": _Kind(nn.LSTM, _lstm, gates=4, states=2)}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The sizes of a model.
+class State(NamedTuple):
+    """What a decoder carries from step to step, for one hypothesis a sentence (B, ...) or several (B, beam, ...).
 
     Attributes:
-        source_symbols: how many symbols the input vocabulary has, marks included.
-        target_symbols: likewise of the output vocabulary.
-        cell: "gru" or "lstm", in the encoder and the decoder.
-        embedding_size: of a symbol, on both sides.
-        encoder_size: states of the encoder, in each of its two directions.
-        decoder_size: states of the decoder.
-        attention_size: size of the space in which states are compared.
-        dropout: on embeddings, encoder states and the output layer, in training.
-
-    Raises:
-        ValueError: a size is below 1, the cell is unknown, or dropout is not in [0, 1).
+        layers: of each layer, from the lowest: h' (B, S), and c for an LSTM.
+        attention: the attention's own, None where it has none.
+        feed: g's hidden vector of the last step, with input feeding.
     """
 
-    source_symbols: int
-    target_symbols: int
-    cell: str = "gru"
-    embedding_size: int = 64
-    encoder_size: int = 128
-    decoder_size: int = 192
-    attention_size: int = 96
-    dropout: float = 0.0
+    layers: tuple[tuple[Tensor, ...], ...]
+    attention: Any
+    feed: Tensor | None
 
-    def __post_init__(self) -> None:
-        if self.cell not in CELLS:
-            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
-        for name, value in vars(self).items():
-            if name not in ("cell", "dropout") and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
+    def select(self, indices: Tensor) -> State:
+        """The state of other rows (N,), or for each sentence of the hypotheses that go on (B, beam)."""
+
+        def take(x: Tensor) -> Tensor:
+            if indices.dim() == 1:
+                return x.index_select(0, indices)
+            return x.gather(1, indices.unsqueeze(-1).expand(*indices.shape, x.shape[-1]))
+
+        return self._map(take, lambda state: state.select(indices))
+
+    def beams(self, beam: int) -> State:
+        """The same for each of so many hypotheses, (B, beam, ...), at the first step."""
+        return self._map(lambda x: x.unsqueeze(1).expand(-1, beam, -1).contiguous(), lambda state: state)
+
+    def _map(self, change: Callable[[Tensor], Tensor], of_attention: Callable[[Any], Any]) -> State:
+        layers = tuple(tuple(change(x) for x in layer) for layer in self.layers)
+        attention = None if self.attention is None else of_attention(self.attention)
+        return State(layers, attention, None if self.feed is None else change(self.feed))
 
 
 class Seq2Seq(nn.Module):
@@ -92,19 +66,26 @@ class Seq2Seq(nn.Module):
 
     Shapes: source (B, Tx) and previous outputs (B, Ty) int64; logits (B, Ty, target_symbols). A source has a
     length of at least 1. Number 0 is padding on both sides.
+
+    Args:
+        config: its sizes and kinds.
+        source_symbols: how many symbols the input vocabulary has, marks included.
+        target_symbols: likewise of the output vocabulary.
+
+    Raises:
+        ValueError: the attention can't be of these sizes.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Config, source_symbols: int, target_symbols: int) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _Encoder(config)
-        self.decoder = _Decoder(config)
+        self.encoder = _Encoder(config, source_symbols)
+        self.decoder = _Decoder(config, target_symbols)
 
-    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Memory, State]:
+    def encode(self, source: Tensor, lengths: Tensor) -> tuple[Any, State]:
         """The memory to attend, and the decoder's first state."""
         states, last = self.encoder(source, lengths)
-        memory: Memory = self.decoder.attention.prepare(states, lengths)
-        return memory, self.decoder.first_state(last)
+        return self.decoder.attention.prepare(states, lengths), self.decoder.first_state(last)
 
     def forward(self, source: Tensor, lengths: Tensor, previous: Tensor) -> Tensor:
         """Logits of every output, given the right outputs before it (teacher forcing)."""
@@ -113,75 +94,175 @@ class Seq2Seq(nn.Module):
 
 
 class _Encoder(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Config, symbols: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.source_symbols, config.embedding_size, padding_idx=0)
+        self.embedding = nn.Embedding(symbols, config.embedding_size, padding_idx=0)
         self.recurrent = CELLS[config.cell].encoder(
-            config.embedding_size, config.encoder_size, batch_first=True, bidirectional=True
+            config.embedding_size,
+            config.encoder_size,
+            config.encoder_layers,
+            batch_first=True,
+            bidirectional=config.bidirectional,
+            dropout=config.dropout if config.encoder_layers > 1 else 0.0,
         )
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The states h_j (B, Tx, H), and the last state of either direction side by side (B, H)."""
+        """The top layer's states h_j (B, Tx, H), and its last state of either direction side by side (B, H)."""
         embedded = self.dropout(self.embedding(source))
-        packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        packed_states, last = self.recurrent(packed)
-        states, _ = pad_packed_sequence(packed_states, batch_first=True, total_length=source.shape[1])
+        if bool((lengths == source.shape[1]).all()):  # nothing to leave out: the library's fast path
+            states, last = self.recurrent(embedded)
+        else:
+            packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            packed_states, last = self.recurrent(packed)
+            states, _ = pad_packed_sequence(packed_states, batch_first=True, total_length=source.shape[1])
         hidden = last[0] if isinstance(last, tuple) else last
-        return self.dropout(states), hidden.transpose(0, 1).flatten(1)
+        directions = 2 if self.recurrent.bidirectional else 1
+        return self.dropout(states), hidden[-directions:].transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """The memory of a decoder without attention."""
+
+    context: Tensor
+
+    def select(self, indices: Tensor) -> _Summary:
+        return _Summary(self.context.index_select(0, indices))
+
+
+class _FixedContext(nn.Module):
+    """No attention, with the interface of one: the context of every step is the encoder's last state."""
+
+    def __init__(self, bidirectional: bool) -> None:
+        super().__init__()
+        self.bidirectional = bidirectional
+
+    def prepare(self, states: Tensor, lengths: Tensor) -> _Summary:
+        last = states[torch.arange(len(states), device=states.device), lengths.to(states.device) - 1]
+        if not self.bidirectional:
+            return _Summary(last)
+        half = states.shape[2] // 2
+        return _Summary(torch.cat((last[:, :half], states[:, 0, half:]), -1))
+
+    def step(
+        self, query: Tensor, memory: _Summary, state: None, *, need_weights: bool = False
+    ) -> tuple[Tensor, None, None]:
+        """The context of each query (B, Q) or (B, beam, Q)."""
+        context = memory.context if query.dim() == 2 else memory.context.unsqueeze(1).expand(-1, query.shape[1], -1)
+        return context, None, None
+
+
+class _Layer(nn.Module):
+    """f of one layer, its matrix cut into the part of each argument."""
+
+    def __init__(self, config: Config, arguments: Mapping[str, int]) -> None:
+        super().__init__()
+        self.cell = CELLS[config.cell]
+        size = config.decoder_size
+        rows, bound = self.cell.gates * size, size**-0.5
+
+        def drawn(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+        self.weights = nn.ParameterDict({name: drawn(rows, width) for name, width in arguments.items()})
+        self.weights["recurrent"] = drawn(rows, size)
+        self.bias = drawn(rows)
+        self.recurrent_bias = drawn(rows) if self.cell.recurrent_bias else None
 
 
 class _Decoder(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Config, symbols: int) -> None:
         super().__init__()
-        memory_size, size = 2 * config.encoder_size, config.decoder_size
-        self.kind = CELLS[config.cell]
+        memory_size = config.encoder_size * (2 if config.bidirectional else 1)
+        size, embedded = config.decoder_size, config.embedding_size
+        readout_size = embedded if config.tied_embeddings else size
+        self.kind, self.depth, self.feeds = CELLS[config.cell], config.decoder_layers, config.input_feeding
         self.dropout = nn.Dropout(config.dropout)
-        self.embedding = nn.Embedding(config.target_symbols, config.embedding_size, padding_idx=0)
-        self.attention = BahdanauAttention(size, memory_size, config.attention_size, bias=True)
-        self.first = nn.Linear(memory_size, self.kind.states * size)
-        # f's and g's matrices, cut into the part of each argument: y's is applied to all steps at once.
-        self.input_gates = nn.Linear(config.embedding_size, self.kind.gates * size)
-        self.context_gates = nn.Linear(memory_size, self.kind.gates * size, bias=False)
-        self.state_gates = nn.Linear(size, self.kind.gates * size)
-        self.readout = nn.Linear(config.embedding_size + size + memory_size, size)
-        self.output = nn.Linear(size, config.target_symbols)
+        self.embedding = nn.Embedding(symbols, embedded, padding_idx=0)
+        self.attention: Any = (
+            _FixedContext(config.bidirectional)
+            if config.attention == "none"
+            else STEPPED[config.attention].make(size, memory_size, config.attention_size)
+        )
+        self.first = nn.Linear(memory_size, self.depth * self.kind.states * size)
+        lowest = {"embedded": embedded, "context": memory_size} | ({"feed": readout_size} if self.feeds else {})
+        self.layers: Sequence[_Layer] = nn.ModuleList(  # type: ignore[assignment]
+            _Layer(config, lowest if layer == 0 else {"below": size}) for layer in range(self.depth)
+        )
+        self.readout = nn.Linear(embedded + size + memory_size, readout_size)
+        self.output = nn.Linear(readout_size, symbols)
+        if config.tied_embeddings:
+            self.output.weight = self.embedding.weight
+            nn.init.normal_(self.embedding.weight, std=embedded**-0.5)
 
     def first_state(self, last: Tensor) -> State:
-        """h'_0, from the last encoder states."""
-        return self.first(last).tanh().chunk(self.kind.states, -1)  # type: ignore[no-any-return]
+        """h'_0 of every layer, from the last encoder states."""
+        parts = self.first(last).tanh().to(last.dtype).chunk(self.depth * self.kind.states, -1)
+        states = self.kind.states
+        layers = tuple(tuple(parts[layer * states : (layer + 1) * states]) for layer in range(self.depth))
+        feed = last.new_zeros(len(last), self.readout.out_features) if self.feeds else None
+        return State(layers, None, feed)
 
     def embed(self, previous: Tensor) -> Tensor:
-        """The previous outputs, (B, Ty) or (B,), as vectors."""
+        """The previous outputs, of any shape, as vectors."""
         embedded: Tensor = self.dropout(self.embedding(previous))
         return embedded
 
-    def step(
-        self, inputs: Tensor, state: State, memory: Memory, *, need_weights: bool = False
-    ) -> tuple[State, Tensor, Tensor | None]:
-        """One step: the next state, the context and the attention weights.
+    def opened(self) -> Callable[..., tuple[State, Tensor, Tensor | None]]:
+        """The step for one sequence: from the embedded previous outputs (B, E) or (B, beam, E), the last state and the
+        memory to the next state, the context and, if asked for, the attention weights.
 
-        Args:
-            inputs: (B, gates * S), the previous output's part of the gates.
-            state: the previous state.
-            memory: the encoder states.
-            need_weights: also return the weights (B, Tx).
+        What the embedded outputs add to the gates can be given too: for all steps it is one product.
         """
-        context, weights = self.attention(state[0], memory, need_weights=need_weights)
-        state = self.kind.step(inputs + self.context_gates(context), self.state_gates(state[0]), *state)
-        return state, context, weights
+        products = [
+            {name: over_steps(weight) for name, weight in layer.weights.items() if name != "embedded"}
+            for layer in self.layers
+        ]
+        size = self.embedding.embedding_dim
+        readout = over_steps(self.readout.weight[:, size:]) if self.feeds else None
 
-    def logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """g(y_{t-1}, h'_t, C_t), for one step or many."""
-        readout = self.readout(torch.cat((embedded, hidden, context), -1)).tanh()
-        logits: Tensor = self.output(self.dropout(readout))
+        def step(
+            embedded: Tensor, state: State, memory: Any, *, gates: Tensor | None = None, need_weights: bool = False
+        ) -> tuple[State, Tensor, Tensor | None]:
+            context, weights, attention = self.attention.step(
+                state.layers[-1][0], memory, state.attention, need_weights=need_weights
+            )
+            gates = products[0]["context"](context, self.gates(embedded) if gates is None else gates)
+            if state.feed is not None:
+                gates = products[0]["feed"](state.feed, gates)
+            layers: list[tuple[Tensor, ...]] = []
+            for layer, product, last in zip(self.layers, products, state.layers, strict=True):
+                if layers:
+                    below = self.dropout(layers[-1][0])
+                    gates = product["below"](below, layer.bias.expand(*below.shape[:-1], -1))
+                layers.append(layer.cell.step(gates, product["recurrent"], layer.recurrent_bias, *last))
+            feed = None
+            if readout is not None:
+                known = F.linear(embedded, self.readout.weight[:, :size], self.readout.bias)
+                feed = readout(torch.cat((layers[-1][0], context), -1), known).tanh()
+            return State(tuple(layers), attention, feed), context, weights
+
+        return step
+
+    def gates(self, embedded: Tensor) -> Tensor:
+        """What embedded previous outputs add to the lowest layer's gates."""
+        layer = self.layers[0]
+        return F.linear(embedded, layer.weights["embedded"], layer.bias)
+
+    def logits(self, embedded: Tensor, hidden: Tensor, context: Tensor, feed: Tensor | None) -> Tensor:
+        """g(y_{t-1}, h'_t, C_t), for one step or many; with input feeding its hidden vector is there."""
+        vector = self.readout(torch.cat((embedded, hidden, context), -1)).tanh() if feed is None else feed
+        logits: Tensor = self.output(self.dropout(vector))
         return logits
 
-    def forward(self, previous: Tensor, memory: Memory, state: State) -> Tensor:
-        embedded = self.embed(previous)
-        hidden, contexts = [], []
-        for inputs in self.input_gates(embedded).unbind(1):
-            state, context, _ = self.step(inputs, state, memory)
-            hidden.append(state[0])
+    def forward(self, previous: Tensor, memory: Any, state: State) -> Tensor:
+        embedded, step = self.embed(previous), self.opened()
+        hidden, contexts, feeds = [], [], []
+        for one, gates in zip(embedded.unbind(1), self.gates(embedded).unbind(1), strict=True):
+            state, context, _ = step(one, state, memory, gates=gates)
+            hidden.append(state.layers[-1][0])
             contexts.append(context)
-        return self.logits(embedded, torch.stack(hidden, 1), torch.stack(contexts, 1))
+            feeds.append(state.feed)
+        feed = torch.stack(feeds, 1) if self.feeds else None  # type: ignore[arg-type]
+        return self.logits(embedded, torch.stack(hidden, 1), torch.stack(contexts, 1), feed)

@@ -1,8 +1,8 @@
-"""Greedy search, the most likely symbol at every step, and words pronounced with it."""
+"""Beam search, of which greedy search is a beam of one; and texts translated with it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,89 +12,201 @@ from attnext.seq2seq.checkpoint import Checkpoint
 from attnext.seq2seq.data import END, START, pad
 from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["Outputs", "Pronunciation", "greedy", "pronounce"]
+__all__ = ["Hypothesis", "Output", "search", "translate"]
 
 
-class Outputs(NamedTuple):
-    """What was found for each source: symbols without marks and, if asked for, weights (symbols, letters)."""
+class Hypothesis(NamedTuple):
+    """An output that was found.
 
-    symbols: list[list[int]]
-    weights: list[Tensor] | None
+    Attributes:
+        symbols: without marks.
+        score: its log-probability, divided by (symbols, end mark included) ** length_power.
+        weights: (symbols, Tx), or None.
+    """
+
+    symbols: list[int]
+    score: float
+    weights: Tensor | None
 
 
 @torch.inference_mode()
-def greedy(
+def search(
     model: Seq2Seq,
     source: Tensor,
     lengths: Tensor,
     *,
+    beam: int = 1,
+    length_power: float = 1.0,
     need_weights: bool = False,
     max_steps: int | None = None,
-) -> Outputs:
-    """Outputs for a batch of sources, all in step; stops when each of them has ended.
+) -> list[list[Hypothesis]]:
+    """The best outputs of each source of a batch, from the best, at most as many as the beam is wide.
+
+    A source is done when so many of its hypotheses have ended, each of them among the best of its step. The hypotheses
+    of a source share its memory; sources that are done leave the batch.
 
     Args:
         model: in evaluation mode.
         source: (B, Tx) int64.
         lengths: (B,) integers, at least 1 each.
+        beam: hypotheses that are kept at every step; 1 is greedy search.
+        length_power: what a longer output has in its favour: 0 nothing, 1 the mean over its symbols is compared.
         need_weights: also return the attention weights.
         max_steps: cuts outputs that have not ended by then; by default twice their source's length and ten.
 
     Raises:
-        ValueError: max_steps is negative.
+        ValueError: beam is below 1, max_steps is negative, or weights are wanted of a model without attention.
     """
-    batch, longest = source.shape
+    if beam < 1:
+        raise ValueError(f"beam must be at least 1, got {beam}")
     if max_steps is not None and max_steps < 0:
         raise ValueError(f"max_steps must not be negative, got {max_steps}")
-    limits = 2 * lengths + 10 if max_steps is None else torch.full_like(lengths, max_steps)
-    memory, state = model.encode(source, lengths)
-    symbols = source.new_full((batch,), START)
-    running = limits > 0
-    steps: list[Tensor] = []
-    weights: list[Tensor] = []
-    while running.any():
-        embedded = model.decoder.embed(symbols)
-        inputs = model.decoder.input_gates(embedded)
-        state, context, step_weights = model.decoder.step(inputs, state, memory, need_weights=need_weights)
-        # Padding and the start mark, numbered below the end mark, are no outputs.
-        symbols = model.decoder.logits(embedded, state[0], context)[:, END:].argmax(-1) + END
-        symbols = symbols.where(running, END)
-        steps.append(symbols)
-        running &= (symbols != END) & (len(steps) < limits)
-        if step_weights is not None:
-            weights.append(step_weights)
-    rows = torch.stack(steps, 1).tolist() if steps else [[] for _ in range(batch)]
-    found = [row[: row.index(END)] if END in row else row for row in rows]
-    if not need_weights:
-        return Outputs(found, None)
-    stacked = torch.stack(weights, 1) if weights else torch.empty(batch, 0, longest)
-    return Outputs(found, [stacked[i, : len(row), : int(lengths[i])].clone() for i, row in enumerate(found)])
+    if need_weights and model.config.attention == "none":
+        raise ValueError("need_weights must be False for a model without attention")
+    limits = (2 * lengths + 10 if max_steps is None else torch.full_like(lengths, max_steps)).to(source.device)
+    if max_steps == 0:
+        nothing = torch.empty(0, source.shape[1], device=source.device) if need_weights else None
+        return [[Hypothesis([], 0.0, nothing)] for _ in lengths]
+    return _Search(model, source, lengths, limits, beam, length_power, need_weights).run()
 
 
-class Pronunciation(NamedTuple):
-    """A word, its phonemes and, if asked for, the attention weights (phonemes, letters)."""
+class _Search:
+    """Hypotheses that have not ended, (B, beam), and those that have, by source."""
 
-    word: str
-    phonemes: tuple[str, ...]
-    weights: Tensor | None
+    def __init__(
+        self,
+        model: Seq2Seq,
+        source: Tensor,
+        lengths: Tensor,
+        limits: Tensor,
+        beam: int,
+        length_power: float,
+        need_weights: bool,
+    ) -> None:
+        self.decoder, self.limits, self.beam, self.length_power = model.decoder, limits, beam, length_power
+        self.memory, state = model.encode(source, lengths)
+        self.state = state.beams(beam)
+        batch, device = len(source), source.device
+        self.rows, self.open = torch.arange(batch, device=device), torch.ones(batch, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.outputs = source.new_full((batch, beam, 1), START)
+        # One hypothesis at first: others would be the same again.
+        self.scores = torch.full((batch, beam), float("-inf"), device=device)
+        self.scores[:, 0] = 0.0
+        self.weights = self.scores.new_empty(batch, beam, 0, source.shape[1]) if need_weights else None
+        self.ended: list[list[Hypothesis]] = [[] for _ in range(batch)]
+
+    def run(self) -> list[list[Hypothesis]]:
+        step = self.decoder.opened()
+        while len(self.rows):
+            embedded = self.decoder.embed(self.outputs[..., -1])
+            self.state, context, weights = step(
+                embedded, self.state, self.memory, need_weights=self.weights is not None
+            )
+            if self.weights is not None and weights is not None:
+                self.weights = torch.cat((self.weights, weights.unsqueeze(2).float()), 2)
+            logits = self.decoder.logits(embedded, self.state.layers[-1][0], context, self.state.feed)
+            # Padding and the start mark, numbered below the end mark, are no outputs.
+            self._extend(logits[..., END:].float().log_softmax(-1))
+            self._leave()
+        return [sorted(found, key=lambda one: -one.score)[: self.beam] for found in self.ended]
+
+    def _extend(self, log_probabilities: Tensor) -> None:
+        """Takes the best continuations: those that end are noted, others go on."""
+        beam, choices = self.beam, log_probabilities.shape[-1]
+        totals = (self.scores.unsqueeze(-1) + log_probabilities).flatten(1)
+        # Of twice the beam, enough go on even where each hypothesis might end.
+        best, places = totals.topk(min(2 * beam, totals.shape[1]), 1)
+        parents, symbols = places // choices, places % choices + END
+        at_end = symbols == END
+        self._note(best[:, :beam], parents[:, :beam], symbols[:, :beam])
+        order = at_end.to(torch.uint8).argsort(dim=1, stable=True)[:, :beam]
+        parents, symbols = parents.gather(1, order), symbols.gather(1, order)
+        self.scores = best.masked_fill(at_end, float("-inf")).gather(1, order)
+        if beam > 1:
+            self.state, self.outputs = self.state.select(parents), _of_parents(self.outputs, parents)
+            self.weights = None if self.weights is None else _of_parents(self.weights, parents)
+        self.outputs = torch.cat((self.outputs, symbols.unsqueeze(2)), 2)
+
+    def _note(self, best: Tensor, parents: Tensor, symbols: Tensor) -> None:
+        """The candidates that end here, by their mark or by the limit, become hypotheses."""
+        steps = self.outputs.shape[2]
+        cut = self.limits[self.rows] <= steps
+        ends = (cut.unsqueeze(1) | (symbols == END)) & self.open.unsqueeze(1) & best.isfinite()
+        at = ends.nonzero(as_tuple=True)
+        sources, of = self.rows[at[0]].tolist(), (at[0], parents[at])
+        outputs = torch.cat((self.outputs[of], symbols[at].unsqueeze(1)), 1).tolist()
+        scores = (best[at] / steps**self.length_power).tolist()
+        weights = None if self.weights is None else self.weights[of]
+        for i, (source, output, score) in enumerate(zip(sources, outputs, scores, strict=True)):
+            found = output[1:-1] if output[-1] == END else output[1:]
+            self.ended[source].append(Hypothesis(found, score, None if weights is None else weights[i, : len(found)]))
+        self.counts += ends.sum(1)
+        self.open &= (self.counts < self.beam) & ~cut
+
+    def _leave(self) -> None:
+        """Sources that are done leave the batch, a quarter of it at a time: each time the memory is copied."""
+        if int(self.open.sum()) * 4 > 3 * len(self.open):
+            return
+        kept = self.open.nonzero().squeeze(1)
+        self.memory, self.state = self.memory.select(kept), self.state.select(kept)
+        self.rows, self.open, self.counts = self.rows[kept], self.open[kept], self.counts[kept]
+        self.outputs, self.scores = self.outputs[kept], self.scores[kept]
+        self.weights = None if self.weights is None else self.weights[kept]
 
 
-def pronounce(
-    checkpoint: Checkpoint, words: Sequence[str], *, need_weights: bool = False, batch_size: int = 512
-) -> list[Pronunciation]:
-    """Pronounces words, in their order. Puts the model into evaluation mode.
+def _of_parents(x: Tensor, parents: Tensor) -> Tensor:
+    """(B, beam, ...) of the hypotheses that are gone on from."""
+    return x[torch.arange(len(x), device=x.device).unsqueeze(1), parents]
 
-    Raises:
-        InputError: a word is empty, or has letters that the model does not know.
+
+class Output(NamedTuple):
+    """A source text and what was found for it, from the best: symbols, their score, and the weights (symbols, source
+    symbols) if asked for."""
+
+    source: str
+    symbols: list[tuple[str, ...]]
+    scores: list[float]
+    weights: list[Tensor] | None
+
+    @property
+    def best(self) -> tuple[str, ...]:
+        return self.symbols[0]
+
+
+def translate(
+    checkpoint: Checkpoint,
+    texts: Sequence[str],
+    *,
+    beam: int = 1,
+    length_power: float = 1.0,
+    need_weights: bool = False,
+    batch_size: int = 512,
+) -> Iterator[tuple[int, Output]]:
+    """Outputs of source texts with their places, those of short ones first. Puts the model into evaluation mode.
+
+    Args:
+        checkpoint: a model with its vocabularies.
+        texts: with at least one symbol each; what is not in the vocabulary is unknown to the model.
+        beam, length_power, need_weights: those of :func:`search`.
+        batch_size: sources that are searched together.
     """
-    sources = [checkpoint.source.encode_word(word) for word in words]
-    checkpoint.model.eval()
-    order = sorted(range(len(words)), key=lambda index: len(sources[index]))
-    found: dict[int, Pronunciation] = {}
+    model = checkpoint.model.eval()
+    device = next(model.parameters()).device
+    numbers = [checkpoint.source.read(text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda index: len(numbers[index]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        outputs = greedy(checkpoint.model, *pad([sources[row] for row in rows]), need_weights=need_weights)
-        for i, (row, symbols) in enumerate(zip(rows, outputs.symbols, strict=True)):
-            weights = outputs.weights[i] if outputs.weights is not None else None
-            found[row] = Pronunciation(words[row], checkpoint.target.decode(symbols), weights)
-    return [found[row] for row in range(len(words))]
+        source, lengths = (x.to(device) for x in pad([numbers[row] for row in rows]))
+        options = {"beam": beam, "length_power": length_power, "need_weights": need_weights}
+        for row, found in zip(rows, search(model, source, lengths, **options), strict=True):  # type: ignore[arg-type]
+            weights = [one.weights[:, : len(numbers[row])].cpu() for one in found if one.weights is not None]
+            yield (
+                row,
+                Output(
+                    texts[row],
+                    [checkpoint.target.decode(one.symbols) for one in found],
+                    [one.score for one in found],
+                    weights if need_weights else None,
+                ),
+            )

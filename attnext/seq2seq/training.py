@@ -1,105 +1,192 @@
-"""Training by the clock."""
+"""The steps of training, which can be interrupted after any of them and gone on with later."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from attnext._support import InputError
+from attnext.seq2seq.checkpoint import fill, tensors_of
 from attnext.seq2seq.data import PAD, Batch, Pairs
+from attnext.seq2seq.distributed import Group
 from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["Progress", "TrainingPlan", "fit", "loss"]
+__all__ = ["Step", "Trainer", "loss"]
+
+_ALONE = Group(0, 1, torch.device("cpu"))
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
-    """How to train: until the seconds or the epochs are over, whichever is first.
-
-    Attributes:
-        seconds: of wall-clock time, or None for no limit.
-        epochs: times through the pairs, or None for no limit.
-        batch_size: pairs in a batch.
-        learning_rate: at the end of the warm-up.
-        warm_up: share of the run in which the learning rate rises from 0, to fall to 0 on half a cosine.
-        clip: largest norm of a step's gradient.
-        seed: of the order of the pairs. With a limit in seconds runs still differ: the clock sets the rate.
-
-    Raises:
-        ValueError: there is no limit, or a number is out of its range.
-    """
-
-    seconds: float | None = None
-    epochs: int | None = None
-    batch_size: int = 256
-    learning_rate: float = 3e-3
-    warm_up: float = 0.05
-    clip: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.seconds is None and self.epochs is None:
-            raise ValueError("seconds or epochs must be given")
-        for name in ("seconds", "epochs", "batch_size", "learning_rate", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {value}")
-        if not 0 <= self.warm_up < 1:
-            raise ValueError(f"warm_up must be from 0 to below 1, got {self.warm_up}")
-
-    def rate(self, done: float) -> float:
-        """The learning rate when this share of the run is over."""
-        if done < self.warm_up:
-            return self.learning_rate * done / self.warm_up
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - self.warm_up) / (1 - self.warm_up)))
-
-
-class Progress(NamedTuple):
-    """After a step: the batch's loss, pairs and whole epochs so far, the share of the run that is over."""
+class Step(NamedTuple):
+    """After a step: the batch's loss a symbol, the gradient's norm before it was clipped, the learning rate."""
 
     loss: float
-    pairs: int
-    epoch: int
-    done: float
+    norm: float
+    rate: float
 
 
-def loss(model: Seq2Seq, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the output symbols, the end mark included."""
+@dataclass
+class Progress:
+    """How far training is.
+
+    Attributes:
+        step: steps made.
+        epoch: whole epochs made.
+        batch: steps made in the epoch that was begun.
+        pairs: pairs seen.
+        seconds: of training, of all sittings.
+        done: the share of the run that is over.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+    done: float = 0.0
+
+
+def loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """The sum of the cross-entropies of the output symbols, the end mark included."""
     logits = model(batch.source, batch.lengths, batch.previous)
-    return F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=PAD)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float() if logits.dtype in (torch.bfloat16, torch.float16) else logits.flatten(0, 1),
+        batch.target.flatten(),
+        ignore_index=PAD,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
 
 
-def fit(model: Seq2Seq, pairs: Pairs, plan: TrainingPlan) -> Iterator[Progress]:
-    """Trains the model with Adam, one step per item taken from the iterator."""
-    if not len(pairs):
-        raise ValueError("pairs must not be empty")
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), fused=True)
-    generator = torch.Generator().manual_seed(plan.seed)
-    started, seen, epoch, done = time.perf_counter(), 0, 0, 0.0
-    while done < 1.0:
-        for batch in pairs.epoch(plan.batch_size, generator):
-            seen += len(batch.lengths)
-            # The middle of the step: neither the first nor the last has a rate of 0.
-            optimizer.param_groups[0]["lr"] = plan.rate(
-                max(done, (seen - len(batch.lengths) / 2) / len(pairs) / (plan.epochs or math.inf))
+class Trainer:
+    """Trains a model with Adam, until the time or the epochs of its configuration are over.
+
+    What is random at a step depends on the seed, the step and the process alone, so that a state need not hold it.
+    With epochs and without minutes, a run that was stopped and gone on with ends with the same bits as one in a single
+    sitting.
+
+    Args:
+        model: on the group's device.
+        pairs: to train on, the same in every process: each takes its share of every batch.
+        group: the processes.
+
+    Raises:
+        ValueError: there is nothing to train on.
+    """
+
+    def __init__(self, model: Seq2Seq, pairs: Pairs, group: Group = _ALONE) -> None:
+        if not len(pairs):
+            raise ValueError("pairs must not be empty")
+        self.model, self.pairs, self.group, self.config = model, pairs, group, model.config
+        self.progress = Progress()
+        self.evaluated = copy.deepcopy(model) if self.config.average else model
+        """The running mean of the parameters, or the model itself."""
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(), betas=(0.9, 0.98), weight_decay=self.config.weight_decay, fused=True
+        )
+        self._parallel = DistributedDataParallel(model) if group.size > 1 else model
+        self._batches: list[list[int]] = []
+
+    def steps(self) -> Iterator[Step]:
+        """Makes a step for each item taken; ``progress`` is up to date with it.
+
+        Raises:
+            InputError: loss or gradient is no longer finite; the parameters are still those of the step before.
+        """
+        progress, before = self.progress, self.progress.seconds
+        started = time.perf_counter()
+        while progress.done < 1.0:
+            if progress.batch == 0 or not self._batches:
+                self._batches = self.pairs.epoch(self.config.batch_size, self.config.seed, progress.epoch)
+            rows = self._batches[progress.batch]
+            step = self._step(rows)
+            progress.step, progress.batch, progress.pairs = (
+                progress.step + 1, progress.batch + 1, progress.pairs + len(rows),
+            )  # fmt: skip
+            if progress.batch == len(self._batches):
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+            progress.seconds = self.group.of_first(before + time.perf_counter() - started)
+            progress.done = self._done
+            yield step
+
+    @property
+    def _done(self) -> float:
+        return min(1.0, max(self._of_time, self._of_epochs(self.progress.pairs)))
+
+    @property
+    def _of_time(self) -> float:
+        return self.progress.seconds / (60 * (self.config.minutes or math.inf))
+
+    def _of_epochs(self, pairs: float) -> float:
+        return pairs / len(self.pairs) / (self.config.epochs or math.inf)
+
+    def _step(self, rows: list[int]) -> Step:
+        config, group = self.config, self.group
+        torch.manual_seed(((config.seed * 1_000_003 + self.progress.step) * group.size + group.rank) % 2**63)
+        # The middle of the step: neither the first nor the last has a rate of 0.
+        rate = config.rate(max(self._of_time, self._of_epochs(self.progress.pairs + len(rows) / 2)))
+        self._optimizer.param_groups[0]["lr"] = rate
+        self.model.train()  # at every step: who takes the items may evaluate in between
+        self._optimizer.zero_grad()
+        symbols = int(self.pairs.output_lengths[rows].sum())
+        # A process without a row of its own takes one without weight: the others wait for its gradients.
+        own = rows[group.rank :: group.size]
+        batch = self.pairs.batch(own or rows[:1]).to(group.device)
+        with torch.autocast(group.device.type, torch.bfloat16, enabled=config.amp):
+            total = loss(self._parallel, batch, config.label_smoothing) * bool(own)
+        (total * (group.size / symbols)).backward()
+        mean = group.total([total.item() / symbols])[0]
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        if not math.isfinite(mean + norm):
+            raise InputError(
+                f"training diverged at step {self.progress.step + 1}: loss {mean:g}, norm of gradient {norm:g}; try a "
+                f"smaller learning rate than {config.learning_rate:g}"
             )
-            model.train()  # at every step: who takes the items may evaluate in between
-            optimizer.zero_grad()
-            batch_loss = loss(model, batch)
-            batch_loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-            optimizer.step()
-            done = max(
-                (time.perf_counter() - started) / (plan.seconds or math.inf),
-                seen / len(pairs) / (plan.epochs or math.inf),
-            )
-            yield Progress(batch_loss.item(), seen, epoch, min(done, 1.0))
-            if done >= 1.0:
-                break
-        epoch += 1
+        self._optimizer.step()
+        self._average()
+        return Step(mean, norm, rate)
+
+    def _average(self) -> None:
+        """A mean of all steps at first, then one that forgets."""
+        if self.evaluated is self.model:
+            return
+        share = max(1.0 - self.config.average, 1.0 / (self.progress.step + 1))
+        for mean, x in zip(self.evaluated.parameters(), self.model.parameters(), strict=True):
+            mean.data.lerp_(x.data, share)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the rest of the run depends on, as tensors and as JSON."""
+        return self._tensors(), asdict(self.progress)
+
+    def go_on(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], folder: Path) -> None:
+        """Takes up a state, that of a folder.
+
+        Raises:
+            InputError: it is not one of such a model.
+        """
+        for x in self.model.parameters():  # as the optimizer has them after a step
+            self._optimizer.state[x] = {
+                "step": torch.tensor(float(progress["step"]), device=x.device),
+                **{name: torch.zeros_like(x) for name in _MOMENTS},
+            }
+        fill(self._tensors(), tensors, folder)
+        self.progress = Progress(**progress)
+        self.progress.done = self._done  # the limits may have changed
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f"model.{name}": x for name, x in tensors_of(self.model).items()}
+        if self.evaluated is not self.model:
+            found |= {f"average.{name}": x for name, x in tensors_of(self.evaluated).items()}
+        for name, x in self.model.named_parameters():
+            found |= {f"{moment}.{name}": self._optimizer.state[x][moment] for moment in _MOMENTS}
+        return found

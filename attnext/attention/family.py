@@ -1,4 +1,4 @@
-"""The family of attentions, a line each: what the table of the README is made of, and what is timed against eager."""
+"""The family of attentions, a line each: names for a configuration, for the table of the README and for its timings."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from attnext import (
-    AttentionPooling,
-    BahdanauAttention,
-    CoverageAttention,
-    ForwardAttention,
-    LocalAttention,
-    LocationSensitiveAttention,
-    LuongAttention,
-    MonotonicAttention,
-    MultiHeadAttention,
-)
+from attnext.attention.bahdanau import BahdanauAttention
+from attnext.attention.coverage import CoverageAttention
+from attnext.attention.heads import MultiHeadAttention
+from attnext.attention.local import LocalAttention
+from attnext.attention.location import LocationSensitiveAttention
+from attnext.attention.luong import LuongAttention
+from attnext.attention.monotonic import MonotonicAttention
+from attnext.attention.onward import ForwardAttention
+from attnext.attention.pooling import AttentionPooling
 
-__all__ = ["FAMILY", "Member", "decode"]
+__all__ = ["FAMILY", "STEPPED", "Member"]
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,17 @@ class Member:
         name: as in the tables.
         module: how it is written, without its sizes.
         paper: where it comes from.
-        make: a module of a query size (also the memory's) and an attention size, with a memory of the query's size.
+        make: a module of a query size, a memory size and an attention size.
     """
 
     name: str
     module: str
     paper: str
-    make: Callable[[int, int], nn.Module]
+    make: Callable[[int, int, int], nn.Module]
 
 
-def _sized(cls: Any, **options: Any) -> Callable[[int, int], nn.Module]:
-    return lambda size, attention_size: cls(size, size, attention_size, **options)
+def _sized(cls: Any, **options: Any) -> Callable[[int, int, int], nn.Module]:
+    return lambda *sizes: cls(*sizes, **options)
 
 
 def _normalised(normalizer: str, paper: str) -> Member:
@@ -51,9 +48,9 @@ def _normalised(normalizer: str, paper: str) -> Member:
 
 
 def _luong(score: str, paper: str = "Luong 2015") -> Member:
-    def make(size: int, attention_size: int) -> nn.Module:
+    def make(query_size: int, memory_size: int, attention_size: int) -> nn.Module:
         of_concat = {"attention_size": attention_size} if score == "concat" else {}
-        return LuongAttention(size, size, score=score, **of_concat)
+        return LuongAttention(query_size, memory_size, score=score, **of_concat)
 
     return Member(score.replace("_", " "), f'`LuongAttention(score="{score}")`', paper, make)
 
@@ -76,7 +73,7 @@ def _location(features: str, name: str, paper: str) -> Member:
 
 def _pooling(gated: bool, name: str, paper: str) -> Member:
     module = "`AttentionPooling(gated=True)`" if gated else "`AttentionPooling`"
-    return Member(name, module, paper, lambda size, attention_size: AttentionPooling(size, attention_size, gated=gated))
+    return Member(name, module, paper, lambda _, *sizes: AttentionPooling(*sizes, gated=gated))
 
 
 FAMILY = (
@@ -106,26 +103,7 @@ FAMILY = (
     _pooling(True, "pooling, gated", "Ilse 2018"),
 )  # fmt: skip
 
-
-def decode(attn: nn.Module, query: Tensor, states: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
-    """Contexts (B, H) and weights (B, Tk) of a decoder's steps, one after another: query is (B, Tq, Q).
-
-    A pooling attends by its own query, once.
-    """
-    if isinstance(attn, AttentionPooling):
-        context, weights = attn(states, lengths=lengths, need_weights=True)
-        assert weights is not None
-        return [context, weights]
-    attention: Any = attn
-    memory, state = attention.prepare(states, lengths), None
-    steps = []
-    for one in query.unbind(1):
-        context, weights, state = attention.step(one, memory, state, need_weights=True)
-        steps += [context, weights]
-    return steps
-
-
-def inputs(batch: int, steps: int, keys: int, size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Queries and states, of size 1 or so as trained ones are."""
-    query, states = (torch.randn(batch, n, size, device=device) for n in (steps, keys))
-    return query.requires_grad_(), states.requires_grad_()
+STEPPED = {
+    member.name.replace(",", "").replace(" ", "-"): member for member in FAMILY if not member.name.startswith("pooling")
+}
+"""Those a decoder asks at every step, by the names that a configuration has for them."""

@@ -1,0 +1,132 @@
+"""A training step of the reference model against the same model as one writes it with torch's own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attnext.bench.peers import Peer, Wrong
+from attnext.bench.timing import Plan, interleaved
+from attnext.seq2seq.config import Config
+from attnext.seq2seq.data import END, Batch
+from attnext.seq2seq.model import Seq2Seq
+from attnext.seq2seq.training import loss
+
+__all__ = ["study"]
+
+_SYMBOLS = 100
+_SIZES = {
+    "long": ((64, 50, 50), {"embedding_size": 512, "encoder_size": 256, "decoder_size": 512, "attention_size": 512}),
+    "g2p": ((256, 8, 8), {"embedding_size": 96, "encoder_size": 192, "encoder_layers": 2, "decoder_size": 384,
+                          "attention_size": 192}),
+}  # fmt: skip
+"""Batch, source and target length; the sizes of an LSTM model. The second are those of the README's g2p model."""
+
+_PARTS = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("attnext::",),
+    "recurrent": ("mkldnn_rnn",),
+}
+
+
+class _Eager(nn.Module):
+    """The model with attention, cell and gradients as torch has them."""
+
+    def __init__(self, model: Seq2Seq, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, source: Tensor, lengths: Tensor, previous: Tensor) -> Tensor:
+        decoder = self.model.decoder
+        states, last = self.model.encoder(source, lengths)
+        (hidden, cell), layer = decoder.first_state(last).layers[0], decoder.layers[0]
+        keys, projection = decoder.attention.memory_projection(states), decoder.attention.query_projection.weight
+        hidden_slots = torch.arange(source.shape[1]) >= lengths.unsqueeze(1)
+        # torch's cell has its gates in another order.
+        order = torch.arange(4 * hidden.shape[1]).view(4, -1)[[0, 1, 3, 2]].flatten()
+        w_input = torch.cat((layer.weights["embedded"], layer.weights["context"]), 1)[order]
+        w_hidden, bias = layer.weights["recurrent"][order], layer.bias[order]
+        embedded = decoder.embed(previous)
+        outputs, contexts = [], []
+        for y in embedded.unbind(1):
+            hidden, cell, context = self.step(
+                y, hidden, cell, states, keys, hidden_slots, projection, decoder.attention.score_weight,
+                w_input, w_hidden, bias,
+            )  # fmt: skip
+            outputs.append(hidden)
+            contexts.append(context)
+        logits: Tensor = decoder.logits(embedded, torch.stack(outputs, 1), torch.stack(contexts, 1), None)
+        return logits
+
+
+def _eager_step(
+    y: Tensor, hidden: Tensor, cell: Tensor, states: Tensor, keys: Tensor, hidden_slots: Tensor, projection: Tensor,
+    v: Tensor, w_input: Tensor, w_hidden: Tensor, bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scores = torch.tanh(F.linear(hidden, projection).unsqueeze(1) + keys) @ v
+    weights = scores.masked_fill(hidden_slots, float("-inf")).softmax(-1)
+    context = (weights.unsqueeze(1) @ states).squeeze(1)
+    hidden, cell = torch.lstm_cell(
+        torch.cat((y, context), 1), (hidden, cell), w_input, w_hidden, bias, torch.zeros_like(bias)
+    )
+    return hidden, cell, context
+
+
+def study(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[dict[str, Any]]:
+    """A training step of the reference model, fused and not, and where its time goes."""
+    if plan.device != "cpu":
+        plan.note("the study of the model was left out: it is of a CPU")
+        return []
+    return [_of_size(name, others, plan) for name in _SIZES]
+
+
+def _of_size(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
+    (batch_size, source_length, target_length), sizes = _SIZES[name]
+    options: dict[str, Any] = {"cell": "lstm", "epochs": 1} | sizes
+    model = Seq2Seq(Config(**options), _SYMBOLS, _SYMBOLS)
+    source = torch.randint(END + 1, _SYMBOLS, (batch_size, source_length))
+    target = torch.randint(END + 1, _SYMBOLS, (batch_size, target_length))
+    batch = Batch(source, torch.full((batch_size,), source_length), target, target)
+    models: dict[str, nn.Module] = {"attnext": model}
+    if "eager" in others:
+        models["eager"] = _Eager(model, _eager_step)
+    if "compile" in others:
+        compiled: Callable[..., Any] = torch.compile(_eager_step)
+        models["compile"] = _Eager(model, compiled)
+
+    def step(one: nn.Module) -> list[Tensor]:
+        total = loss(one, batch)
+        return [total, *torch.autograd.grad(total, list(model.parameters()))]
+
+    runs = {peer: partial(step, one) for peer, one in models.items()}
+    right = runs["attnext"]()
+    for peer, run in runs.items():
+        plan.show(f"model: {peer}, warming up")
+        for a, b in zip(run(), right, strict=True):
+            error = (a - b).detach().square().sum() / b.detach().square().sum().clamp(min=1e-6)
+            if not float(error.sqrt()) <= 1e-3:
+                raise Wrong(f"{peer} and attnext differ on the model {name}")
+    seconds = {peer: median(found) for peer, found in interleaved(runs, plan, f"model {name}").items()}
+    shares = {peer: _shares(runs[peer]) for peer in runs if peer != "compile"}
+    row: dict[str, Any] = {"model": name, "batch": batch_size, "source": source_length, "target": target_length}
+    return row | {"sizes": sizes, "seconds": seconds, "shares": shares}
+
+
+def _shares(run: Callable[[], object]) -> dict[str, float]:
+    """The shares of a step's time that each part of it takes."""
+    profiler: Any = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with profiler as profile:
+        run()
+    events = profile.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    found = {
+        part: sum(event.self_cpu_time_total for event in events if any(name in event.key for name in names)) / total
+        for part, names in _PARTS.items()
+    }
+    return found | {"rest": 1.0 - sum(found.values())}

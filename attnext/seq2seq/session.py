@@ -1,0 +1,276 @@
+"""A training run in a folder: its progress on the screen and in a log, the best model, and a state to go on from.
+
+checkpoint.json, checkpoint-*.safetensors   the model with the least error on held-out data so far
+training.json, training-*.safetensors       the run, to be gone on with
+log.jsonl                                   a line of JSON for every few steps, and one for every epoch
+curves.png                                  the same as a picture
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from attnext._support import InputError, extra, make_writable
+from attnext.seq2seq.checkpoint import Checkpoint, load, read_record, save, write_record
+from attnext.seq2seq.config import Config
+from attnext.seq2seq.data import Corpus, Pairs
+from attnext.seq2seq.distributed import Group
+from attnext.seq2seq.evaluation import Errors, evaluate
+from attnext.seq2seq.model import Seq2Seq
+from attnext.seq2seq.plots import curves
+from attnext.seq2seq.training import Step, Trainer
+
+__all__ = ["Interrupted", "Session"]
+
+_SAVE_SECONDS, _LOG_STEPS = 300.0, 20
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the run was saved."""
+
+
+class Session:
+    """Trains a model in a folder.
+
+    Args:
+        folder: of the run.
+        corpus: its data.
+        given: fields of the configuration that were set; the others are by default or, resumed, as they were.
+        resume: go on with the run in the folder, if there is one.
+        group: the processes that train.
+
+    Raises:
+        InputError: the folder can't be written to or read, holds an unfinished run that was not to be resumed, or one
+            of other data or another configuration; or the data can't be read.
+    """
+
+    def __init__(self, folder: Path, corpus: Corpus, given: Mapping[str, Any], resume: bool, group: Group) -> None:
+        self.folder, self.group, self.first = folder, group, group.rank == 0
+        with extra("demo"):  # find out now, not after the training
+            import matplotlib  # noqa: F401
+            import rapidfuzz  # noqa: F401
+            import rich  # noqa: F401
+            import safetensors.torch  # noqa: F401
+        if self.first:
+            make_writable(folder)
+        saved = (folder / "training.json").exists()
+        record, tensors = read_record(folder, "training") if saved else ({}, {})
+        if saved and not resume and not record.get("finished"):
+            raise InputError(
+                f"the folder {str(folder)!r} has an unfinished run: go on with it by --resume, name another --out, or "
+                "delete it"
+            )
+        self.resumed = saved and resume
+        try:
+            config = _config(record.get("config", {}) if self.resumed else {}, given)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+        self.data = corpus.split()
+        source, target = corpus.vocabularies(self.data.train, config.vocabulary_size)
+        torch.manual_seed(config.seed)
+        try:
+            model = Seq2Seq(config, len(source), len(target)).to(group.device)
+        except (TypeError, ValueError) as error:  # sizes that an attention can't have
+            raise InputError(f"attention {config.attention!r} of these sizes: {error}") from error
+        pairs = Pairs.of(self.data.train, source, target)
+        data = (source.symbols, target.symbols, pairs.sources, pairs.outputs, self.data.dev)
+        self.digest = hashlib.sha256(repr(data).encode()).hexdigest()
+        self.trainer = Trainer(model, pairs, group)
+        self.checkpoint = Checkpoint(self.trainer.evaluated, source, target, corpus)
+        self.best: dict[str, Any] = {}
+        self.interval: list[Step] = []
+        self.log_bytes = 0
+        if self.resumed:
+            if record.get("data_sha256") != self.digest:
+                raise InputError(f"the run in {str(folder)!r} was begun with other data")
+            try:
+                self.best, self.log_bytes = dict(record["best"]), int(record["log_bytes"])
+                self.interval = [Step(*step) for step in record["interval"]]
+                self.trainer.go_on(tensors, record["progress"], folder)
+            except (KeyError, TypeError) as error:
+                raise InputError(f"{str(folder / 'training.json')!r} is damaged: {error!r}") from error
+
+    def run(self) -> Errors | None:
+        """Trains to the end; the best model's errors on the test data, in process 0 alone.
+
+        Raises:
+            Interrupted: the run was stopped by Ctrl-C, and saved.
+            InputError: training diverged.
+            OSError: a file can't be written; what was saved before is still there.
+        """
+        with self._open_log() as self.log, _Display(self) as display, _asked_to_stop() as asked:
+            saved_at = time.perf_counter()
+            for step in () if self._stale else self.trainer.steps():
+                self.interval.append(step)
+                progress = self.trainer.progress
+                pause = progress.batch == 0 or progress.done >= 1.0
+                if pause or progress.step % _LOG_STEPS == 0:
+                    display.step(self._log_interval())
+                if pause:
+                    display.epoch(self._evaluate())
+                stop = self.group.total([float(asked())])[0] > 0
+                finished = progress.done >= 1.0 or self._stale
+                if pause or stop or time.perf_counter() - saved_at > _SAVE_SECONDS:
+                    self._save(finished)
+                    saved_at = time.perf_counter()
+                if finished:
+                    break
+                if stop:
+                    raise Interrupted
+        return self._test()
+
+    @property
+    def _stale(self) -> bool:
+        """Whether the error has not fallen for too long."""
+        return bool(self.best) and self.trainer.progress.epoch - self.best["epoch"] >= self.trainer.config.patience
+
+    def _log_interval(self) -> dict[str, Any]:
+        """Writes down how the last steps went."""
+        losses = [step.loss for step in self.interval]
+        last, progress = self.interval[-1], self.trainer.progress
+        self.interval = []
+        return self._write(
+            "steps", loss=sum(losses) / len(losses), norm=last.norm, rate=last.rate,
+            words_per_second=progress.pairs / max(progress.seconds, 1e-9),
+        )  # fmt: skip
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Writes down the errors on held-out data; keeps the model if they are the fewest so far."""
+        group, progress = self.group, self.trainer.progress
+        own = evaluate(self.checkpoint, self.data.dev[group.rank :: group.size])
+        errors = Errors(*map(int, group.total([float(count) for count in own])))
+        better = not self.best or errors.of_symbols < self.best["symbol_errors"]
+        if better:
+            self.best = errors.record() | {"epoch": progress.epoch, "step": progress.step}
+            if self.first:
+                save(self.folder, replace(self.checkpoint, metrics={"dev": self.best, "progress": asdict(progress)}))
+        return self._write("dev", **errors.record(), best=better, text=errors.describe(self.checkpoint.corpus.task))
+
+    def _write(self, event: str, **values: Any) -> dict[str, Any]:
+        progress = self.trainer.progress
+        line = {"event": event, "step": progress.step, "epoch": progress.epoch, "seconds": round(progress.seconds, 3)}
+        line |= values
+        if self.log is not None:
+            self.log.write(json.dumps(line).encode() + b"\n")
+            self.log.flush()  # for who follows it
+        return line
+
+    @contextmanager
+    def _open_log(self) -> Iterator[BinaryIO | None]:
+        """The log, as it was when the run was saved; process 0 alone has one."""
+        if not self.first:
+            yield None
+            return
+        path = self.folder / "log.jsonl"
+        if not self.resumed:  # the finished run that was here, before the first of its files changes
+            (self.folder / "training.json").unlink(missing_ok=True)
+        with path.open("r+b" if self.resumed and path.exists() else "wb") as log:
+            log.truncate(min(self.log_bytes, log.seek(0, os.SEEK_END)))
+            log.seek(0, os.SEEK_END)
+            yield log
+
+    def _save(self, finished: bool) -> None:
+        if self.log is None:
+            return
+        os.fsync(self.log.fileno())
+        tensors, progress = self.trainer.state()
+        write_record(self.folder, "training", tensors, {
+            "finished": finished, "config": asdict(self.trainer.config), "data_sha256": self.digest,
+            "progress": progress, "best": self.best, "interval": self.interval, "log_bytes": self.log.tell(),
+        })  # fmt: skip
+
+    def _test(self) -> Errors | None:
+        """Draws the run, and adds to the best model how it does on the test data."""
+        if not self.first:
+            return None
+        curves(self.folder / "curves.png", self.folder / "log.jsonl", self.checkpoint.corpus.task)
+        best = load(self.folder)
+        best.model.to(self.group.device)
+        errors = evaluate(best, self.data.test)
+        save(self.folder, replace(best, metrics=best.metrics | {"test": errors.record()}))
+        return errors
+
+
+def _config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The configuration of a run, new or resumed: of a resumed one only the limits may change.
+
+    Raises:
+        ValueError: another field does, or one is not what it must be.
+    """
+    for name, value in given.items():
+        if name in saved and name not in ("minutes", "epochs", "patience") and value != saved[name]:
+            raise ValueError(f"{name} can't change in a resumed run: it is {saved[name]!r}, got {value!r}")
+    return Config(**{**saved, **given})
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, or SIGTERM sent: the first asks, so that the step is ended and saved; the second ends
+    at once."""
+    asked = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+
+    if threading.current_thread() is not threading.main_thread():  # where signals don't arrive
+        yield lambda: asked
+        return
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield lambda: asked
+    finally:
+        restore()
+
+
+class _Display:
+    """A progress bar on stderr with a line above it for every epoch; in processes but the first, nothing."""
+
+    def __init__(self, session: Session) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self.session = session
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not session.first)
+        self.task = self.bar.add_task("training", total=1.0)
+        self.bar.update(self.task, completed=session.trainer.progress.done)
+        self.error = ""
+
+    def __enter__(self) -> _Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        text = f"loss {line['loss']:.3f}  {line['words_per_second']:,.0f} words/s{self.error}"
+        self.bar.update(self.task, completed=self.session.trainer.progress.done, description=text)
+        self.loss = line["loss"]
+
+    def epoch(self, line: Mapping[str, Any]) -> None:
+        self.error = f"  held-out error {line['symbol_errors']:.1%}"
+        best = ", the best so far" if line["best"] else ""
+        if self.session.first:
+            text = f"epoch {line['epoch']}: loss {self.loss:.3f}, held-out {line['text']}{best}"
+            self.bar.console.print(text, highlight=False)
