@@ -329,7 +329,8 @@ def test_full_disk(
     """Whatever file is the one that no longer fits, the record before it stays, and the run can be gone on with."""
     fsync, found = os.fsync, 0
     for number in range(1, 100, 2):
-        out, before = tmp_path / str(number), [{}]
+        out = tmp_path / str(number)
+        before: list[dict[str, dict[str, Tensor]]] = [{}]
 
         def fail(out: Path = out, before: list[Any] = before) -> None:
             before[0] = records(out)
