@@ -10,13 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attnext._support import InputError
+from attnext._support import InputError, extra
 from attnext.attention.family import STEPPED
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["ATTENTIONS", "Config", "add_arguments", "from_toml", "given"]
 
@@ -110,7 +105,13 @@ def from_toml(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: it can't be read, is not TOML, or names what is no field or not what that must be.
+        MissingExtra: Python is older than 3.11 and tomli is not installed.
     """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        with extra("demo"):
+            import tomli as tomllib
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
