@@ -16,7 +16,7 @@ import attnext
 from attnext._support import InputError, MissingExtra, extra
 from attnext.backends import choose
 
-__all__ = ["main", "non_negative", "positive", "require_backend", "share"]
+__all__ = ["finite", "main", "non_negative", "positive", "require_backend"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,14 +168,14 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     return parse
 
 
-def share(text: str) -> float:
-    """The type of an argument that is a number from 0 to below 1."""
+def finite(text: str) -> float:
+    """The type of an argument that is a finite number."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
     return value
 
 

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """
     make_writable(args.out)
     folder, picture = args.out / "g2p", args.out / "alignment.png"
+    (folder / "training.json").unlink(missing_ok=True)  # of a demonstration that was interrupted
     native = [name for name in kernel_devices() if backends()[name].available] or ["cpu"]  # which then says why not
     for command in (
         ("verify", "--cases", "20", *(word for name in native for word in ("--backend", name))),

@@ -22,8 +22,8 @@ from attnext.bench import command
 from attnext.bench.cases import CASES
 from attnext.cli import main
 from attnext.seq2seq import Config, InputError, Seq2Seq, commands, data
-from attnext.seq2seq.checkpoint import Checkpoint, load, save
-from attnext.seq2seq.data import Entry, Vocabulary, split
+from attnext.seq2seq.checkpoint import FORMAT, Checkpoint, load, save
+from attnext.seq2seq.data import Corpus, Entry, Vocabulary, split
 
 WORDS = [
     Entry(f"{a}{b}{c}er{d}", ((a.upper(), "AH", c.upper(), "ER", "IY"), (a.upper(), "AH", c.upper(), "ER")))
@@ -276,6 +276,22 @@ def test_evaluate_models_of_one_name(tmp_path: Path, capsys: Captured) -> None:
     assert lines[2][-2].endswith(lines[1][-1])
 
 
+def test_evaluate_refuses_what_is_another_tasks(trained: Path, capsys: Captured) -> None:
+    assert main(["evaluate", str(trained), "--test-source", "a", "--test-target", "b"]) == 2
+    assert error_line(capsys) == "--test-source is for pairs, not for g2p"
+    model = load(trained)
+    save(trained.parent / "pairs", replace(model, corpus=Corpus("pairs", ("a", "b"))))
+    assert main(["evaluate", str(trained), "--beside", str(trained.parent / "pairs")]) == 2
+    assert "a model of another task" in error_line(capsys)
+
+
+def test_too_many_words_to_draw(trained: Path, capsys: Captured) -> None:
+    picture = trained.parent / "alignment.png"
+    assert main(["predict", str(trained), *["word"] * 61, "--alignment", str(picture)]) == 2
+    assert error_line(capsys) == "--alignment: at most 60 words can be drawn, got 61"
+    assert not picture.exists()
+
+
 def test_evaluate_on_other_words(trained: Path, capsys: Captured) -> None:
     words = lexicon(trained.parent / "words.txt", WORDS[:7])
     assert main(["evaluate", str(trained), "--test-lexicon", words]) == 0
@@ -324,6 +340,7 @@ def test_pairs(tmp_path: Path, unit: str, capsys: Captured) -> None:
     ("arguments", "message"),
     [
         (["g2p", "--source", "a"], "--source is for pairs, not for g2p"),
+        (["g2p", "--source-units", "words"], "--source-units is for pairs, not for g2p"),
         (["g2p", "--test-target", "a"], "--test-target is for pairs, not for g2p"),
         (["pairs", "--lexicon", "a"], "--lexicon is for g2p, not for pairs"),
         (["pairs", "--dev-lexicon", "a"], "--dev-lexicon is for g2p, not for pairs"),
@@ -411,7 +428,7 @@ def test_the_largest_seed(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_small_dictionary")
 def test_sizes_that_an_attention_cannot_have(tmp_path: Path, capsys: Captured) -> None:
     assert main(["train", "g2p", "--out", str(tmp_path), "--attention", "dot", *SHORT]) == 2
-    assert error_line(capsys).startswith("attention 'dot' of these sizes: ")
+    assert error_line(capsys).startswith("attention 'dot' can't be of these sizes: ")
 
 
 @pytest.mark.parametrize(
@@ -441,7 +458,8 @@ def test_sizes_that_an_attention_cannot_have(tmp_path: Path, capsys: Captured) -
         (["predict", "folder", "--nbest", "0"], "argument --nbest: must be an integer above 0, got '0'"),
         (["evaluate"], "the following arguments are required: DIR"),
         (["evaluate", "folder", "--beam", "0"], "argument --beam: must be an integer above 0, got '0'"),
-        (["evaluate", "folder", "--length-power", "x"], "argument --length-power: invalid float value: 'x'"),
+        (["evaluate", "folder", "--length-power", "x"], "argument --length-power: must be a finite number, got 'x'"),
+        (["predict", "folder", "--length-power", "nan"], "argument --length-power: must be a finite number, got 'nan'"),
         (["demo", "--seconds", "soon"], "argument --seconds: must be a number above 0, got 'soon'"),
         (["info", "more"], "unrecognized arguments: more"),
     ],
@@ -604,6 +622,15 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured)
         assert text in shown
     assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
     assert load(folder).metrics["progress"]["pairs"] > 0
+
+
+def test_demo_begins_anew_after_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / "g2p" / "training.json"
+    left.parent.mkdir()
+    left.write_text(json.dumps({"format": FORMAT, "finished": False}))
+    monkeypatch.setattr(demo, "main", lambda arguments: int(left.exists()))
+    monkeypatch.setattr(demo, "_show_words", lambda *args: None)
+    assert main(["demo", "--out", str(tmp_path)]) == 0
 
 
 def test_demo_stops_where_a_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

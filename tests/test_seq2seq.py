@@ -554,12 +554,22 @@ def test_weights_are_those_of_their_hypothesis() -> None:
                 step, rows = decoder.opened(), []
                 for symbol in [START, *one.symbols][: len(one.symbols)]:
                     embedded = decoder.embed(torch.tensor([symbol]))
-                    state, _, weights = step(embedded, state, memory, need_weights=True)
+                    state, _, weights = step(decoder.ahead(embedded), state, memory, need_weights=True)
                     assert weights is not None
                     rows.append(weights[0].float())
             assert one.weights is not None
             expected = torch.stack(rows) if rows else torch.empty(0, len(word))
             torch.testing.assert_close(one.weights[:, : len(word)], expected)
+
+
+def test_search_says_when_a_model_is_damaged() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.decoder.output.bias[5] = math.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        search(model, *pad([[5, 6]]))
+    with pytest.raises(ValueError, match="length_power must be finite"):
+        search(tiny(), *pad([[5, 6]]), length_power=math.nan)
 
 
 def test_search_stops_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1014,6 +1024,22 @@ def test_training_in_bfloat16_is_near_that_in_float32(fields: dict[str, Any]) ->
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
+def test_bfloat16_with_sources_of_one_length() -> None:
+    """torch's LSTM of whole batches has no bfloat16 on every processor."""
+    model = tiny("lstm", torch.float32, amp=True)
+    (step,) = Trainer(model, Pairs([([5, 6, 7], [8, 9])] * 4)).steps()
+    assert math.isfinite(step.loss)
+
+
+def test_a_state_before_the_first_step() -> None:
+    pairs = Pairs([([5, 6, 7], [8, 9]), ([5], [8])])
+    fresh, other = (Trainer(tiny("gru", epochs=2, batch_size=1), pairs) for _ in range(2))
+    steps = list(other.steps())
+    other.go_on(*fresh.state(), Path())  # in the middle of nothing, and of an epoch of its own
+    assert other.progress == fresh.progress
+    assert [step.loss for step in other.steps()] == [step.loss for step in steps]
+
+
 # Data
 
 
@@ -1319,6 +1345,17 @@ def test_a_new_checkpoint_replaces_the_old(tmp_path: Path) -> None:
         save(tmp_path, checkpoint_of(tiny(cell, torch.float32)))
     assert load(tmp_path).model.config.cell == "lstm"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_save_leaves_other_files_alone(tmp_path: Path) -> None:
+    """But for what was being written when a process was killed."""
+    kept = tmp_path / "weights-best.safetensors", tmp_path / "checkpoint-best.safetensors", tmp_path / ".hidden"
+    left = tmp_path / ".checkpoint-0123456789ab.safetensors.x1", tmp_path / ".checkpoint.json.x2"
+    for file in (*kept, *left):
+        file.write_bytes(b"")
+    save(tmp_path, checkpoint_of(tiny("gru", torch.float32)))
+    assert all(file.exists() for file in kept)
+    assert not any(file.exists() for file in left)
 
 
 @pytest.mark.parametrize("failing", [1, 2])

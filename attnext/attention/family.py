@@ -30,12 +30,14 @@ class Member:
         module: how it is written, without its sizes.
         paper: where it comes from.
         make: a module of a query size, a memory size and an attention size.
+        stepped: whether a decoder asks it at every step; a pooling asks by itself, once.
     """
 
     name: str
     module: str
     paper: str
     make: Callable[[int, int, int], nn.Module]
+    stepped: bool = True
 
 
 def _sized(cls: Any, **options: Any) -> Callable[[int, int, int], nn.Module]:
@@ -73,7 +75,7 @@ def _location(features: str, name: str, paper: str) -> Member:
 
 def _pooling(gated: bool, name: str, paper: str) -> Member:
     module = "`AttentionPooling(gated=True)`" if gated else "`AttentionPooling`"
-    return Member(name, module, paper, lambda _, *sizes: AttentionPooling(*sizes, gated=gated))
+    return Member(name, module, paper, lambda _, *sizes: AttentionPooling(*sizes, gated=gated), stepped=False)
 
 
 FAMILY = (
@@ -103,7 +105,5 @@ FAMILY = (
     _pooling(True, "pooling, gated", "Ilse 2018"),
 )  # fmt: skip
 
-STEPPED = {
-    member.name.replace(",", "").replace(" ", "-"): member for member in FAMILY if not member.name.startswith("pooling")
-}
+STEPPED = {member.name.replace(",", "").replace(" ", "-"): member for member in FAMILY if member.stepped}
 """Those a decoder asks at every step, by the names that a configuration has for them."""

@@ -23,10 +23,10 @@ __all__ = ["study"]
 _SYMBOLS = 100
 _SIZES = {
     "long": ((64, 50, 50), {"embedding_size": 512, "encoder_size": 256, "decoder_size": 512, "attention_size": 512}),
-    "g2p": ((256, 8, 8), {"embedding_size": 96, "encoder_size": 192, "encoder_layers": 2, "decoder_size": 384,
-                          "attention_size": 192}),
+    "g2p": ((128, 8, 8), {"embedding_size": 128, "encoder_size": 160, "encoder_layers": 2, "decoder_size": 320,
+                          "attention_size": 160, "tied_embeddings": True}),
 }  # fmt: skip
-"""Batch, source and target length; the sizes of an LSTM model. The second are those of the README's g2p model."""
+"""Batch, source and target length; the sizes of an LSTM model. The second are those of ``benchmarks/g2p.toml``."""
 
 _PARTS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -97,7 +97,8 @@ def _of_size(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
     if "eager" in others:
         models["eager"] = _Eager(model, _eager_step)
     if "compile" in others:
-        compiled: Callable[..., Any] = torch.compile(_eager_step)
+        torch._dynamo.reset()
+        compiled: Callable[..., Any] = torch.compile(_eager_step, fullgraph=True, dynamic=False)
         models["compile"] = _Eager(model, compiled)
 
     def step(one: nn.Module) -> list[Tensor]:
@@ -106,13 +107,21 @@ def _of_size(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
 
     runs = {peer: partial(step, one) for peer, one in models.items()}
     right = runs["attnext"]()
-    for peer, run in runs.items():
+    for peer, run in list(runs.items()):
         plan.show(f"model: {peer}, warming up")
-        for a, b in zip(run(), right, strict=True):
-            error = (a - b).detach().square().sum() / b.detach().square().sum().clamp(min=1e-6)
-            if not float(error.sqrt()) <= 1e-3:
+        try:
+            found = run()
+        except Exception as error:  # of a compiler: more kinds than can be named
+            if peer != "compile":
+                raise
+            plan.note(f"compile was left out of the model: {str(error).strip().partition(chr(10))[0]}")
+            del runs[peer]
+            continue
+        for a, b in zip(found, right, strict=True):
+            off = (a - b).detach().square().sum() / b.detach().square().sum().clamp(min=1e-6)
+            if not float(off.sqrt()) <= 1e-3:
                 raise Wrong(f"{peer} and attnext differ on the model {name}")
-    seconds = {peer: median(found) for peer, found in interleaved(runs, plan, f"model {name}").items()}
+    seconds = {peer: median(samples) for peer, samples in interleaved(runs, plan, f"model {name}").items()}
     shares = {peer: _shares(runs[peer]) for peer in runs if peer != "compile"}
     row: dict[str, Any] = {"model": name, "batch": batch_size, "source": source_length, "target": target_length}
     return row | {"sizes": sizes, "seconds": seconds, "shares": shares}

@@ -6,7 +6,9 @@ What it needs beyond torch (``pip install 'attnext[demo]'``) is imported where i
 from __future__ import annotations
 
 from attnext._support import InputError, MissingExtra
+from attnext.seq2seq.checkpoint import Checkpoint, load
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.model import Seq2Seq
+from attnext.seq2seq.search import search, translate
 
-__all__ = ["Config", "InputError", "MissingExtra", "Seq2Seq"]
+__all__ = ["Checkpoint", "Config", "InputError", "MissingExtra", "Seq2Seq", "load", "search", "translate"]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from attnext import _checks
+
 __all__ = ["CELLS", "Cell", "Product", "over_steps"]
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -26,9 +28,8 @@ def over_steps(weight: Tensor) -> Product:
 
     Its first derivatives are those of a linear layer; there are no second ones.
     """
-    device = weight.device.type
-    if torch.is_autocast_enabled(device):  # once, not at every step
-        weight = weight.to(torch.get_autocast_dtype(device))
+    if _checks.autocasts(weight.device.type):  # once, not at every step
+        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return lambda x, base: _product(x, base, weight)
     factors: _Factors = []
@@ -83,7 +84,8 @@ class _Step(torch.autograd.Function):
 
 
 class _LSTM(torch.autograd.Function):
-    """h' and c of gates in the order input, forget, output, candidate, each (N, 4 S)."""
+    """h' and c, each (..., S), of gates (..., 4 S) in the order input, forget, output, candidate, and the last c; no
+    second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

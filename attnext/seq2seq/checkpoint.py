@@ -21,7 +21,7 @@ from attnext.seq2seq.config import Config
 from attnext.seq2seq.data import Corpus, Vocabulary
 from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["FORMAT", "Checkpoint", "fill", "load", "read_record", "save", "tensors_of", "write_record"]
+__all__ = ["FORMAT", "Checkpoint", "fill", "load", "read_json", "read_record", "save", "tensors_of", "write_record"]
 
 FORMAT = 2
 """Raised whenever a release can't read the files of the one before."""
@@ -111,22 +111,31 @@ def write_record(folder: Path, name: str, tensors: Mapping[str, Tensor], record:
     write_atomically(file, content)
     text = json.dumps({"format": FORMAT, "tensors_sha256": digest} | dict(record), indent=1)
     write_atomically(folder / f"{name}.json", text.encode())
-    for old in folder.glob(_tensor_file(folder, name, "*").name):
-        if old != file:
-            old.unlink(missing_ok=True)
+    # Nobody else's files; and what was being written when a process was killed.
+    hexadecimal = "[0-9a-f]" * 12
+    for pattern in (f"{name}-{hexadecimal}.safetensors", f".{name}-{hexadecimal}.safetensors.*", f".{name}.json.*"):
+        for old in folder.glob(pattern):
+            if old != file:
+                old.unlink(missing_ok=True)
 
 
-def read_record(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The folder's record of this name and its tensors; see :func:`load` for the errors."""
-    file = folder / f"{name}.json"
-    record = _read_json(file)
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The folder's record of this name; see :func:`load` for the errors."""
+    record = _read_json(folder / f"{name}.json")
     if record.get("format") != FORMAT:
         raise InputError(
             f"the {name} in {str(folder)!r} has format {record.get('format')!r}, this release reads format {FORMAT}"
         )
+    return record
+
+
+def read_record(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The folder's record of this name and its tensors; see :func:`load` for the errors."""
+    record = read_json(folder, name)
     digest = record.get("tensors_sha256")
     if not isinstance(digest, str):
-        raise InputError(f"{str(file)!r} is damaged: it should name its tensors, got {digest!r}")
+        file = str(folder / f"{name}.json")
+        raise InputError(f"{file!r} is damaged: it should name its tensors, got {digest!r}")
     return record, _read_tensors(_tensor_file(folder, name, digest), digest)
 
 

@@ -7,16 +7,15 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import attnext
 from attnext._support import InputError, extra, writable_file, write_atomically
-from attnext.cli import positive, require_backend
+from attnext.cli import finite, positive, require_backend
 from attnext.seq2seq import config
 from attnext.seq2seq.checkpoint import Checkpoint, load
 from attnext.seq2seq.data import UNITS, Corpus, Entry
-from attnext.seq2seq.distributed import joined
+from attnext.seq2seq.distributed import Group, joined
 from attnext.seq2seq.evaluation import Errors, by_length, total
 from attnext.seq2seq.plots import alignment, errors_by_length
 from attnext.seq2seq.search import Output, translate
@@ -25,6 +24,7 @@ from attnext.seq2seq.session import Interrupted, Session
 __all__ = ["add_evaluate_arguments", "add_predict_arguments", "add_train_arguments", "evaluate", "predict", "train"]
 
 _PARTS = ("train", "dev", "test")
+_MOST_DRAWN = 60
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +48,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         for side in ("source", "target"):
             data.add_argument(f"--{_option(part, side)}", metavar="FILE", help=f"of pairs: {part} {side}s")
     for side in ("source", "target"):
-        text = f"of pairs: symbols of a {side} (default %(default)s)"
-        data.add_argument(f"--{side}-units", choices=UNITS, default=UNITS[0], help=text)
+        data.add_argument(f"--{side}-units", choices=UNITS, help=f"of pairs: symbols of a {side} (default {UNITS[0]})")
     config.add_arguments(parser)
     _add_device_arguments(parser)
 
@@ -58,7 +57,7 @@ def train(args: argparse.Namespace) -> int:
     """Trains a model in a folder, keeps the one that does best on held-out data, and prints its errors on test data."""
     out = args.out or Path(f"{args.task}-model")
     corpus = _corpus(args)
-    with _backend(args.backend), joined(args.device) as group:
+    with _computing(args) as group:
         session = Session(out, corpus, config.given(args), args.resume, group)
         if args.resume and session.first:
             begun = session.trainer.progress
@@ -99,14 +98,17 @@ def evaluate(args: argparse.Namespace) -> int:
     for option, path in (("--plot", args.plot), ("--json", args.json)):
         if path is not None:
             writable_file(option, path)
-    with _backend(args.backend), joined(args.device) as group:
+    with _computing(args) as group:
         models = {folder: load(folder) for folder in dict.fromkeys((args.checkpoint, *args.beside))}
-        entries = _test_entries(models[args.checkpoint], args)
+        first = models[args.checkpoint]
+        for folder, checkpoint in models.items():
+            if (checkpoint.corpus.task, checkpoint.corpus.units) != (first.corpus.task, first.corpus.units):
+                raise InputError(f"--beside {folder}: a model of another task or other symbols can't be compared")
+        entries = _test_entries(first, args)
         found = {}
         for folder, checkpoint in models.items():
             checkpoint.model.to(group.device)
             found[folder] = _outputs(checkpoint, [entry.source for entry in entries], args, str(folder))
-    first = models[args.checkpoint]
     lengths = [len(first.source.read(entry.source)) for entry in entries]
     errors = {
         _label(folder, models[folder]): by_length(entries, [output.best for output in outputs], lengths)
@@ -139,7 +141,7 @@ def predict(args: argparse.Namespace) -> int:
         writable_file("--alignment", args.alignment)
     if args.nbest > args.beam:
         args.beam = args.nbest
-    with _backend(args.backend), joined(args.device) as group:
+    with _computing(args) as group:
         checkpoint = load(args.checkpoint)
         checkpoint.model.to(group.device)
         if args.alignment is not None and checkpoint.model.config.attention == "none":
@@ -150,6 +152,8 @@ def predict(args: argparse.Namespace) -> int:
                 checkpoint.source.require(word)
         if not words:
             return 0
+        if args.alignment is not None and len(words) > _MOST_DRAWN:
+            raise InputError(f"--alignment: at most {_MOST_DRAWN} words can be drawn, got {len(words)}")
         options = {"beam": args.beam, "length_power": args.length_power, "need_weights": args.alignment is not None}
         found = dict(translate(checkpoint, words, **options))
     outputs = [found[place] for place in range(len(words))]
@@ -168,36 +172,38 @@ def _option(part: str, file: str) -> str:
     return file if part == "train" else f"{part}-{file}"
 
 
+def _files(args: argparse.Namespace, task: str, part: str) -> tuple[str, ...]:
+    """The files of a part of the data that the options name; another task's options are the user's error."""
+    found: tuple[str, ...] = ()
+    for kind, sides in {"g2p": ("lexicon",), "pairs": ("source", "target")}.items():
+        options = {_option(part, side): getattr(args, _option(part, side).replace("-", "_")) for side in sides}
+        given = [option for option, value in options.items() if value is not None]
+        if given and kind != task:
+            raise InputError(f"--{given[0]} is for {kind}, not for {task}")
+        if given and len(given) < len(options):
+            raise InputError(f"{' and '.join('--' + option for option in options)} go together")
+        if given:
+            found = tuple(str(Path(value).absolute()) for value in options.values())
+    return found
+
+
 def _corpus(args: argparse.Namespace) -> Corpus:
-    """The data that the options name; the other task's options are the user's error."""
-    kinds = {"g2p": ("lexicon",), "pairs": ("source", "target")}
-    files = {}
-    for part in _PARTS:
-        for task, sides in kinds.items():
-            options = [_option(part, side) for side in sides]
-            named = [getattr(args, option.replace("-", "_")) for option in options]
-            if task != args.task:
-                for option, value in zip(options, named, strict=True):
-                    if value is not None:
-                        raise InputError(f"--{option} is for {task}, not for {args.task}")
-            elif any(named) and not all(named):
-                raise InputError(f"--{options[0]} and --{options[1]} go together")
-            else:
-                files[part] = tuple(str(Path(value).absolute()) for value in named if value)
-    units = ("characters", "words") if args.task == "g2p" else (args.source_units, args.target_units)
-    if args.task == "pairs" and not files["train"]:
+    """The data that the options name."""
+    files = {part: _files(args, args.task, part) for part in _PARTS}
+    units = (args.source_units or "characters", args.target_units or "characters")
+    if args.task == "g2p":
+        for side in ("source", "target"):
+            if getattr(args, f"{side}_units") is not None:
+                raise InputError(f"--{side}-units is for pairs, not for g2p")
+        units = ("characters", "words")
+    elif not files["train"]:
         raise InputError("pairs needs --source and --target")
     return Corpus(args.task, files["train"], files["dev"], files["test"], units)
 
 
 def _test_entries(checkpoint: Checkpoint, args: argparse.Namespace) -> Sequence[Entry]:
-    corpus = checkpoint.corpus
-    named = (args.test_lexicon,) if corpus.task == "g2p" else (args.test_source, args.test_target)
-    if not any(named):
-        return corpus.split().test
-    if not all(named):
-        raise InputError("--test-source and --test-target go together")
-    return replace(corpus, test=tuple(map(str, named))).entries(tuple(map(str, named)))
+    files = _files(args, checkpoint.corpus.task, "test")
+    return checkpoint.corpus.entries(files) if files else checkpoint.corpus.split().test
 
 
 def _outputs(checkpoint: Checkpoint, sources: Sequence[str], args: argparse.Namespace, name: str) -> list[Output]:
@@ -251,11 +257,12 @@ def _write_json(path: Path, entries: Sequence[Entry], outputs: Sequence[Output],
 
 
 @contextmanager
-def _backend(name: str | None) -> Iterator[None]:
-    """Makes this the backend, or keeps the environment's choice; one that can't serve is the user's error."""
-    require_backend(name)
-    with attnext.use_backend(name) if name else nullcontext():
-        yield
+def _computing(args: argparse.Namespace) -> Iterator[Group]:
+    """The processes, with the backend that was asked for; one that can't serve there is the user's error."""
+    with joined(args.device) as group:
+        require_backend(args.backend, group.device.type)
+        with attnext.use_backend(args.backend) if args.backend else nullcontext():
+            yield group
 
 
 def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -263,7 +270,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         "--beam", type=positive(int), default=1, metavar="K", help="hypotheses kept at every step (default 1: greedy)"
     )
     parser.add_argument(
-        "--length-power", type=float, default=1.0, metavar="A",
+        "--length-power", type=finite, default=1.0, metavar="A",
         help="scores are divided by length ** A (default %(default)s)",
     )  # fmt: skip
 

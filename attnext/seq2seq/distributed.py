@@ -71,6 +71,8 @@ def joined(device: str | None) -> Iterator[Group]:
     if kind == "cuda" and local >= torch.cuda.device_count():
         raise InputError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
     place = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(place)
     if size == 1:
         yield Group(0, 1, place)
         return

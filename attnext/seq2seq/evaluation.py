@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 from attnext._support import extra
@@ -10,7 +11,7 @@ from attnext.seq2seq.checkpoint import Checkpoint
 from attnext.seq2seq.data import Entry
 from attnext.seq2seq.search import translate
 
-__all__ = ["Errors", "by_length", "count_errors", "evaluate"]
+__all__ = ["Errors", "by_length", "count_errors", "evaluate", "total"]
 
 
 class Errors(NamedTuple):
@@ -81,13 +82,10 @@ def by_length(entries: Iterable[Entry], outputs: Iterable[Sequence[str]], length
 
 def total(parts: Mapping[int, Errors]) -> Errors:
     """The sum over all lengths."""
-    return Errors(*(sum(column) for column in zip(*parts.values(), strict=True))) if parts else Errors()
+    return reduce(Errors.plus, parts.values(), Errors())
 
 
 def evaluate(checkpoint: Checkpoint, entries: Sequence[Entry], *, beam: int = 1) -> Errors:
     """The model's errors on these entries."""
     outputs = translate(checkpoint, [entry.source for entry in entries], beam=beam)
-    errors = Errors()
-    for place, output in outputs:
-        errors = errors.plus(count_errors(output.best, entries[place].targets))
-    return errors
+    return reduce(Errors.plus, (count_errors(found.best, entries[place].targets) for place, found in outputs), Errors())

@@ -83,7 +83,7 @@ class Seq2Seq(nn.Module):
         self.decoder = _Decoder(config, target_symbols)
 
     def encode(self, source: Tensor, lengths: Tensor) -> tuple[Any, State]:
-        """The memory to attend, and the decoder's first state."""
+        """The memory to attend, and the decoder's first state; source and lengths as in :meth:`forward`."""
         states, last = self.encoder(source, lengths)
         return self.decoder.attention.prepare(states, lengths), self.decoder.first_state(last)
 
@@ -110,12 +110,14 @@ class _Encoder(nn.Module):
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The top layer's states h_j (B, Tx, H), and its last state of either direction side by side (B, H)."""
         embedded = self.dropout(self.embedding(source))
-        if bool((lengths == source.shape[1]).all()):  # nothing to leave out: the library's fast path
-            states, last = self.recurrent(embedded)
-        else:
-            packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            packed_states, last = self.recurrent(packed)
-            states, _ = pad_packed_sequence(packed_states, batch_first=True, total_length=source.shape[1])
+        # Autocast gives these layers types that a processor may lack, or float16 without a scaled loss.
+        with torch.autocast(source.device.type, enabled=False):
+            if bool((lengths == source.shape[1]).all()):  # nothing to leave out: the library's fast path
+                states, last = self.recurrent(embedded)
+            else:
+                packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+                packed_states, last = self.recurrent(packed)
+                states, _ = pad_packed_sequence(packed_states, batch_first=True, total_length=source.shape[1])
         hidden = last[0] if isinstance(last, tuple) else last
         directions = 2 if self.recurrent.bidirectional else 1
         return self.dropout(states), hidden[-directions:].transpose(0, 1).flatten(1)
@@ -210,25 +212,23 @@ class _Decoder(nn.Module):
         return embedded
 
     def opened(self) -> Callable[..., tuple[State, Tensor, Tensor | None]]:
-        """The step for one sequence: from the embedded previous outputs (B, E) or (B, beam, E), the last state and the
-        memory to the next state, the context and, if asked for, the attention weights.
-
-        What the embedded outputs add to the gates can be given too: for all steps it is one product.
+        """The step for one sequence: from what the previous outputs add (:meth:`ahead`) for one step, (B, ...) or (B,
+        beam, ...), the last state and the memory to the next state, the context and, if asked for, the attention
+        weights.
         """
         products = [
             {name: over_steps(weight) for name, weight in layer.weights.items() if name != "embedded"}
             for layer in self.layers
         ]
-        size = self.embedding.embedding_dim
-        readout = over_steps(self.readout.weight[:, size:]) if self.feeds else None
+        readout = over_steps(self.readout.weight[:, self.embedding.embedding_dim :]) if self.feeds else None
 
         def step(
-            embedded: Tensor, state: State, memory: Any, *, gates: Tensor | None = None, need_weights: bool = False
+            ahead: Sequence[Tensor], state: State, memory: Any, *, need_weights: bool = False
         ) -> tuple[State, Tensor, Tensor | None]:
             context, weights, attention = self.attention.step(
                 state.layers[-1][0], memory, state.attention, need_weights=need_weights
             )
-            gates = products[0]["context"](context, self.gates(embedded) if gates is None else gates)
+            gates = products[0]["context"](context, ahead[0])
             if state.feed is not None:
                 gates = products[0]["feed"](state.feed, gates)
             layers: list[tuple[Tensor, ...]] = []
@@ -239,16 +239,17 @@ class _Decoder(nn.Module):
                 layers.append(layer.cell.step(gates, product["recurrent"], layer.recurrent_bias, *last))
             feed = None
             if readout is not None:
-                known = F.linear(embedded, self.readout.weight[:, :size], self.readout.bias)
-                feed = readout(torch.cat((layers[-1][0], context), -1), known).tanh()
+                feed = readout(torch.cat((layers[-1][0], context), -1), ahead[1]).tanh()
             return State(tuple(layers), attention, feed), context, weights
 
         return step
 
-    def gates(self, embedded: Tensor) -> Tensor:
-        """What embedded previous outputs add to the lowest layer's gates."""
-        layer = self.layers[0]
-        return F.linear(embedded, layer.weights["embedded"], layer.bias)
+    def ahead(self, embedded: Tensor) -> list[Tensor]:
+        """What embedded previous outputs (..., E) add to the lowest layer's gates and, with input feeding, to the
+        hidden vector of g: for all steps it is one product."""
+        layer, size = self.layers[0], embedded.shape[-1]
+        gates = F.linear(embedded, layer.weights["embedded"], layer.bias)
+        return [gates, F.linear(embedded, self.readout.weight[:, :size], self.readout.bias)] if self.feeds else [gates]
 
     def logits(self, embedded: Tensor, hidden: Tensor, context: Tensor, feed: Tensor | None) -> Tensor:
         """g(y_{t-1}, h'_t, C_t), for one step or many; with input feeding its hidden vector is there."""
@@ -259,8 +260,8 @@ class _Decoder(nn.Module):
     def forward(self, previous: Tensor, memory: Any, state: State) -> Tensor:
         embedded, step = self.embed(previous), self.opened()
         hidden, contexts, feeds = [], [], []
-        for one, gates in zip(embedded.unbind(1), self.gates(embedded).unbind(1), strict=True):
-            state, context, _ = step(one, state, memory, gates=gates)
+        for ahead in zip(*(x.unbind(1) for x in self.ahead(embedded)), strict=True):
+            state, context, _ = step(ahead, state, memory)
             hidden.append(state.layers[-1][0])
             contexts.append(context)
             feeds.append(state.feed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -55,10 +56,13 @@ def search(
         max_steps: cuts outputs that have not ended by then; by default twice their source's length and ten.
 
     Raises:
-        ValueError: beam is below 1, max_steps is negative, or weights are wanted of a model without attention.
+        ValueError: beam is below 1, length_power is not finite, max_steps is negative, weights are wanted of a model
+            without attention, or the model's logits are not finite.
     """
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
+    if not math.isfinite(length_power):
+        raise ValueError(f"length_power must be finite, got {length_power}")
     if max_steps is not None and max_steps < 0:
         raise ValueError(f"max_steps must not be negative, got {max_steps}")
     if need_weights and model.config.attention == "none":
@@ -101,7 +105,7 @@ class _Search:
         while len(self.rows):
             embedded = self.decoder.embed(self.outputs[..., -1])
             self.state, context, weights = step(
-                embedded, self.state, self.memory, need_weights=self.weights is not None
+                self.decoder.ahead(embedded), self.state, self.memory, need_weights=self.weights is not None
             )
             if self.weights is not None and weights is not None:
                 self.weights = torch.cat((self.weights, weights.unsqueeze(2).float()), 2)
@@ -109,6 +113,8 @@ class _Search:
             # Padding and the start mark, numbered below the end mark, are no outputs.
             self._extend(logits[..., END:].float().log_softmax(-1))
             self._leave()
+        if not all(self.ended):
+            raise ValueError("the model's logits are not finite: its parameters are damaged, or training diverged")
         return [sorted(found, key=lambda one: -one.score)[: self.beam] for found in self.ended]
 
     def _extend(self, log_probabilities: Tensor) -> None:
@@ -136,7 +142,7 @@ class _Search:
         at = ends.nonzero(as_tuple=True)
         sources, of = self.rows[at[0]].tolist(), (at[0], parents[at])
         outputs = torch.cat((self.outputs[of], symbols[at].unsqueeze(1)), 1).tolist()
-        scores = (best[at] / steps**self.length_power).tolist()
+        scores = (best[at] / float(steps) ** self.length_power).tolist()
         weights = None if self.weights is None else self.weights[of]
         for i, (source, output, score) in enumerate(zip(sources, outputs, scores, strict=True)):
             found = output[1:-1] if output[-1] == END else output[1:]
@@ -190,10 +196,15 @@ def translate(
         texts: with at least one symbol each; what is not in the vocabulary is unknown to the model.
         beam, length_power, need_weights: those of :func:`search`.
         batch_size: sources that are searched together.
+
+    Raises:
+        ValueError: a text has no symbol, or one of the options is not what :func:`search` takes.
     """
     model = checkpoint.model.eval()
     device = next(model.parameters()).device
     numbers = [checkpoint.source.read(text) for text in texts]
+    if not all(numbers):
+        raise ValueError(f"texts must have a symbol each, got none in text {[not one for one in numbers].index(True)}")
     order = sorted(range(len(texts)), key=lambda index: len(numbers[index]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from attnext._support import InputError, extra, make_writable
-from attnext.seq2seq.checkpoint import Checkpoint, load, read_record, save, write_record
+from attnext.seq2seq.checkpoint import Checkpoint, load, read_json, read_record, save, write_record
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.data import Corpus, Pairs
 from attnext.seq2seq.distributed import Group
@@ -66,13 +66,15 @@ class Session:
         if self.first:
             make_writable(folder)
         saved = (folder / "training.json").exists()
-        record, tensors = read_record(folder, "training") if saved else ({}, {})
-        if saved and not resume and not record.get("finished"):
+        if group.of_first(float(saved)) != saved:
+            raise InputError(f"every process must see the folder {str(folder)!r} of the first: put it on a shared disk")
+        if saved and not resume and not read_json(folder, "training").get("finished"):
             raise InputError(
                 f"the folder {str(folder)!r} has an unfinished run: go on with it by --resume, name another --out, or "
                 "delete it"
             )
         self.resumed = saved and resume
+        record, tensors = read_record(folder, "training") if self.resumed else ({}, {})
         try:
             config = _config(record.get("config", {}) if self.resumed else {}, given)
         except (TypeError, ValueError) as error:
@@ -83,7 +85,10 @@ class Session:
         try:
             model = Seq2Seq(config, len(source), len(target)).to(group.device)
         except (TypeError, ValueError) as error:  # sizes that an attention can't have
-            raise InputError(f"attention {config.attention!r} of these sizes: {error}") from error
+            raise InputError(
+                f"attention {config.attention!r} can't be of these sizes: {error} (query_size is decoder_size, "
+                "memory_size is encoder_size, twice if bidirectional)"
+            ) from error
         pairs = Pairs.of(self.data.train, source, target)
         data = (source.symbols, target.symbols, pairs.sources, pairs.outputs, self.data.dev)
         self.digest = hashlib.sha256(repr(data).encode()).hexdigest()
@@ -99,7 +104,9 @@ class Session:
                 self.best, self.log_bytes = dict(record["best"]), int(record["log_bytes"])
                 self.interval = [Step(*step) for step in record["interval"]]
                 self.trainer.go_on(tensors, record["progress"], folder)
-            except (KeyError, TypeError) as error:
+            except InputError:
+                raise
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{str(folder / 'training.json')!r} is damaged: {error!r}") from error
 
     def run(self) -> Errors | None:
@@ -192,9 +199,12 @@ class Session:
         })  # fmt: skip
 
     def _test(self) -> Errors | None:
-        """Draws the run, and adds to the best model how it does on the test data."""
-        if not self.first:
-            return None
+        """Draws the run, and adds to the best model how it does on the test data; the other processes wait."""
+        errors = self._test_best() if self.first else None
+        self.group.total([0.0])
+        return errors
+
+    def _test_best(self) -> Errors:
         curves(self.folder / "curves.png", self.folder / "log.jsonl", self.checkpoint.corpus.task)
         best = load(self.folder)
         best.model.to(self.group.device)
@@ -209,6 +219,8 @@ def _config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: another field does, or one is not what it must be.
     """
+    if "minutes" in given or "epochs" in given:  # other limits in place of those that were
+        saved = {name: value for name, value in saved.items() if name not in ("minutes", "epochs")}
     for name, value in given.items():
         if name in saved and name not in ("minutes", "epochs", "patience") and value != saved[name]:
             raise ValueError(f"{name} can't change in a resumed run: it is {saved[name]!r}, got {value!r}")

@@ -21,7 +21,7 @@ from attnext.seq2seq.data import PAD, Batch, Pairs
 from attnext.seq2seq.distributed import Group
 from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["Step", "Trainer", "loss"]
+__all__ = ["Progress", "Step", "Trainer", "loss"]
 
 _ALONE = Group(0, 1, torch.device("cpu"))
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -94,6 +94,11 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             model.parameters(), betas=(0.9, 0.98), weight_decay=self.config.weight_decay, fused=True
         )
+        for x in model.parameters():  # as the optimizer itself has them after a step
+            self._optimizer.state[x] = {
+                "step": torch.zeros((), device=x.device),
+                **{name: torch.zeros_like(x) for name in _MOMENTS},
+            }
         self._parallel = DistributedDataParallel(model) if group.size > 1 else model
         self._batches: list[list[int]] = []
 
@@ -174,13 +179,10 @@ class Trainer:
         Raises:
             InputError: it is not one of such a model.
         """
-        for x in self.model.parameters():  # as the optimizer has them after a step
-            self._optimizer.state[x] = {
-                "step": torch.tensor(float(progress["step"]), device=x.device),
-                **{name: torch.zeros_like(x) for name in _MOMENTS},
-            }
         fill(self._tensors(), tensors, folder)
-        self.progress = Progress(**progress)
+        self.progress, self._batches = Progress(**progress), []
+        for x in self.model.parameters():
+            self._optimizer.state[x]["step"].fill_(self.progress.step)
         self.progress.done = self._done  # the limits may have changed
 
     def _tensors(self) -> dict[str, Tensor]:
