@@ -1035,7 +1035,7 @@ def test_a_state_before_the_first_step() -> None:
     pairs = Pairs([([5, 6, 7], [8, 9]), ([5], [8])])
     fresh, other = (Trainer(tiny("gru", epochs=2, batch_size=1), pairs) for _ in range(2))
     steps = list(other.steps())
-    other.go_on(*fresh.state(), Path())  # in the middle of nothing, and of an epoch of its own
+    other.go_on(*fresh.state(), Path())  # the steps that it had made are forgotten
     assert other.progress == fresh.progress
     assert [step.loss for step in other.steps()] == [step.loss for step in steps]
 
