@@ -89,15 +89,13 @@ class _Search:
     ) -> None:
         self.decoder, self.limits, self.beam, self.length_power = model.decoder, limits, beam, length_power
         self.memory, state = model.encode(source, lengths)
-        self.state = state.beams(beam)
+        self.state = state.beams(1)  # at the first step, others would be the same again
         batch, device = len(source), source.device
         self.rows, self.open = torch.arange(batch, device=device), torch.ones(batch, dtype=torch.bool, device=device)
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.outputs = source.new_full((batch, beam, 1), START)
-        # One hypothesis at first: others would be the same again.
-        self.scores = torch.full((batch, beam), float("-inf"), device=device)
-        self.scores[:, 0] = 0.0
-        self.weights = self.scores.new_empty(batch, beam, 0, source.shape[1]) if need_weights else None
+        self.outputs = source.new_full((batch, 1, 1), START)
+        self.scores = torch.zeros(batch, 1, device=device)
+        self.weights = self.scores.new_empty(batch, 1, 0, source.shape[1]) if need_weights else None
         self.ended: list[list[Hypothesis]] = [[] for _ in range(batch)]
 
     def run(self) -> list[list[Hypothesis]]:
