@@ -31,7 +31,7 @@ _SIZES = {
 _PARTS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("attnext::",),
-    "recurrent": ("mkldnn_rnn",),
+    "encoder": ("mkldnn_rnn",),
 }
 
 

@@ -150,15 +150,16 @@ def _show_family(console: Console, rows: Sequence[Document]) -> None:
 
 def _show_model(console: Console, rows: Sequence[Document]) -> None:
     _line(console, "\nmodel: a training step, and where its time goes")
-    table = _table("model", "B, Tx, Ty", "peer", "median", "ratio", "products", "recurrent", "attention", "rest")
+    table = _table("model", "B, Tx, Ty", "peer", "median", "ratio")
     for row in rows:
         for peer, seconds in row["seconds"].items():
-            ratio = seconds / row["seconds"]["attnext"]
-            shares = row["shares"].get(peer, {})
-            cells = [f"{shares[part]:.0%}" if shares else "" for part in ("products", "recurrent", "attention", "rest")]
             sizes = f"{row['batch']}, {row['source']}, {row['target']}"
-            table.add_row(row["model"], sizes, peer, _time(seconds), f"{ratio:.2f}x", *cells)
+            ratio = seconds / row["seconds"]["attnext"]
+            table.add_row(row["model"], sizes, peer, _time(seconds), f"{ratio:.2f}x")
     console.print(table)
+    for row in rows:
+        for peer, shares in row["shares"].items():
+            _line(console, f"{row['model']}, {peer}: {', '.join(f'{part} {x:.0%}' for part, x in shares.items())}")
 
 
 _STUDIES = {
