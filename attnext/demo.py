@@ -61,8 +61,7 @@ def _show_words(folder: Path, picture: Path, *, count: int = 12, drawn: int = 6)
     # Not names' plurals and abbreviations, which tell little.
     words = [entry for entry in split(load_cmudict()).test if entry.source.isalpha() and 6 <= len(entry.source) <= 12]
     entries = random.Random(2015).sample(words, count)
-    found = dict(translate(load(folder), [entry.source for entry in entries], need_weights=True))
-    outputs = [found[place] for place in range(count)]
+    outputs = translate(load(folder), [entry.source for entry in entries], need_weights=True)
     table = Table("", "word", "model", "dictionary", title="words the model has never seen")
     for entry, output in zip(entries, outputs, strict=True):
         table.add_row(*_compare(entry, output.best))

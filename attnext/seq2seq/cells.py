@@ -30,20 +30,18 @@ def over_steps(weight: Tensor) -> Product:
     """
     if _checks.autocasts(weight.device.type):  # once, not at every step
         weight = weight.to(torch.get_autocast_dtype(weight.device.type))
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return lambda x, base: _product(x, base, weight)
     factors: _Factors = []
-    shared = _Gathered.apply(weight, factors)  # type: ignore[no-untyped-call]
+    waits = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    shared = _gathered(weight, factors) if waits else weight
 
-    def step(x: Tensor, base: Tensor) -> Tensor:
+    def product(x: Tensor, base: Tensor) -> Tensor:
         x, base = x.to(weight.dtype), base.to(weight.dtype)
-        return _Step.apply(x, base, shared, factors)  # type: ignore[no-any-return, no-untyped-call]
+        return _step(x, base, shared, factors) if waits else _product(x, base, weight)
 
-    return step
+    return product
 
 
 def _product(x: Tensor, base: Tensor, weight: Tensor) -> Tensor:
-    x, base = x.to(weight.dtype), base.to(weight.dtype)
     return torch.addmm(base.flatten(0, -2), x.flatten(0, -2), weight.t()).view(base.shape)
 
 
@@ -113,8 +111,14 @@ class _LSTM(torch.autograd.Function):
         return of_gates, of_new * keep_old
 
 
+# As mypy sees them: torch's apply has no types.
+_gathered: Callable[[Tensor, _Factors], Tensor] = _Gathered.apply
+_step: Callable[[Tensor, Tensor, Tensor, _Factors], Tensor] = _Step.apply
+_activate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _LSTM.apply
+
+
 def _lstm(gates: Tensor, recurrent: Product, bias: None, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-    return _LSTM.apply(recurrent(hidden, gates).to(cell.dtype), cell)  # type: ignore[no-any-return, no-untyped-call]
+    return _activate(recurrent(hidden, gates).to(cell.dtype), cell)
 
 
 def _gru(gates: Tensor, recurrent: Product, bias: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import attnext
@@ -155,8 +157,7 @@ def predict(args: argparse.Namespace) -> int:
         if args.alignment is not None and len(words) > _MOST_DRAWN:
             raise InputError(f"--alignment: at most {_MOST_DRAWN} words can be drawn, got {len(words)}")
         options = {"beam": args.beam, "length_power": args.length_power, "need_weights": args.alignment is not None}
-        found = dict(translate(checkpoint, words, **options))
-    outputs = [found[place] for place in range(len(words))]
+        outputs = translate(checkpoint, words, **options)
     width = max(len(word) for word in words) if checkpoint.corpus.task == "g2p" else 0
     for output in outputs:
         for symbols, score in list(zip(output.symbols, output.scores, strict=True))[: args.nbest]:
@@ -207,13 +208,17 @@ def _test_entries(checkpoint: Checkpoint, args: argparse.Namespace) -> Sequence[
 
 
 def _outputs(checkpoint: Checkpoint, sources: Sequence[str], args: argparse.Namespace, name: str) -> list[Output]:
-    """The outputs of all sources, in their order, under a progress bar on stderr."""
+    """The outputs of all sources, under a progress bar on stderr; then it says how long the search took."""
     with extra("demo"):
         from rich.console import Console
-        from rich.progress import track
-    pairs: Iterable[tuple[int, Output]] = translate(checkpoint, sources, beam=args.beam, length_power=args.length_power)
-    found = dict(track(pairs, name, len(sources), console=Console(stderr=True), transient=True))
-    return [found[place] for place in range(len(sources))]
+        from rich.progress import Progress
+    console, started = Console(stderr=True), time.perf_counter()
+    with Progress(console=console, transient=True) as bar:
+        advance = partial(bar.advance, bar.add_task(name, total=len(sources)))
+        outputs = translate(checkpoint, sources, beam=args.beam, length_power=args.length_power, advance=advance)
+    seconds = time.perf_counter() - started
+    console.print(f"{name}: beam of {args.beam}, {len(sources)} sources in {seconds:.1f} s", highlight=False)
+    return outputs
 
 
 def _label(folder: Path, checkpoint: Checkpoint) -> str:

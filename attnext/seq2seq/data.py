@@ -98,7 +98,7 @@ class Vocabulary:
 
     def read(self, text: str) -> list[int]:
         """The numbers of a text's symbols."""
-        return self.encode(symbols_of(text.lower() if self.lower else text, self.unit))
+        return self.encode(self._symbols(text))
 
     def write(self, sequence: Sequence[str]) -> str:
         """These symbols as a text."""
@@ -110,12 +110,15 @@ class Vocabulary:
         Raises:
             InputError: the message names those that aren't.
         """
-        symbols = symbols_of(text.lower() if self.lower else text, self.unit)
+        symbols = self._symbols(text)
         if not symbols:
             raise InputError(f"a source must have at least one of {self.unit}, got {text!r}")
         if unknown := sorted(set(symbols) - self._numbers.keys()):
             known = self.write(self.symbols)[:200]
             raise InputError(f"{text!r} has {', '.join(map(repr, unknown))}; known are {known}")
+
+    def _symbols(self, text: str) -> tuple[str, ...]:
+        return symbols_of(text.lower() if self.lower else text, self.unit)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -169,12 +172,11 @@ class Corpus:
 
     def vocabularies(self, entries: Iterable[Entry], size: int) -> tuple[Vocabulary, Vocabulary]:
         """Those of sources and targets."""
-        lower = self.task == "g2p"
         entries = list(entries)
         sources = (symbols_of(entry.source, self.units[0]) for entry in entries)
         targets = (target for entry in entries for target in entry.targets)
         return (
-            Vocabulary.of(sources, self.units[0], size, lower=lower),
+            Vocabulary.of(sources, self.units[0], size, lower=self.task == "g2p"),
             Vocabulary.of(targets, self.units[1], size),
         )
 

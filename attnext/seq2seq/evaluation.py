@@ -85,7 +85,8 @@ def total(parts: Mapping[int, Errors]) -> Errors:
     return reduce(Errors.plus, parts.values(), Errors())
 
 
-def evaluate(checkpoint: Checkpoint, entries: Sequence[Entry], *, beam: int = 1) -> Errors:
-    """The model's errors on these entries."""
-    outputs = translate(checkpoint, [entry.source for entry in entries], beam=beam)
-    return reduce(Errors.plus, (count_errors(found.best, entries[place].targets) for place, found in outputs), Errors())
+def evaluate(checkpoint: Checkpoint, entries: Sequence[Entry]) -> Errors:
+    """The model's errors on these entries, by greedy search."""
+    outputs = translate(checkpoint, [entry.source for entry in entries])
+    counts = (count_errors(output.best, entry.targets) for output, entry in zip(outputs, entries, strict=True))
+    return reduce(Errors.plus, counts, Errors())

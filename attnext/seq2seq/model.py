@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,9 @@ class State(NamedTuple):
 
         return self._map(take, lambda state: state.select(indices))
 
-    def beams(self, beam: int) -> State:
-        """The same for each of so many hypotheses, (B, beam, ...), at the first step."""
-        return self._map(lambda x: x.unsqueeze(1).expand(-1, beam, -1).contiguous(), lambda state: state)
+    def one_hypothesis(self) -> State:
+        """The same as (B, 1, ...), before the first step."""
+        return self._map(lambda x: x.unsqueeze(1), lambda state: state)
 
     def _map(self, change: Callable[[Tensor], Tensor], of_attention: Callable[[Any], Any]) -> State:
         layers = tuple(tuple(change(x) for x in layer) for layer in self.layers)
@@ -189,9 +189,8 @@ class _Decoder(nn.Module):
         )
         self.first = nn.Linear(memory_size, self.depth * self.kind.states * size)
         lowest = {"embedded": embedded, "context": memory_size} | ({"feed": readout_size} if self.feeds else {})
-        self.layers: Sequence[_Layer] = nn.ModuleList(  # type: ignore[assignment]
-            _Layer(config, lowest if layer == 0 else {"below": size}) for layer in range(self.depth)
-        )
+        layers = [_Layer(config, lowest if layer == 0 else {"below": size}) for layer in range(self.depth)]
+        self.layers = cast(Sequence[_Layer], nn.ModuleList(layers))
         self.readout = nn.Linear(embedded + size + memory_size, readout_size)
         self.output = nn.Linear(readout_size, symbols)
         if config.tied_embeddings:
@@ -264,6 +263,7 @@ class _Decoder(nn.Module):
             state, context, _ = step(ahead, state, memory)
             hidden.append(state.layers[-1][0])
             contexts.append(context)
-            feeds.append(state.feed)
-        feed = torch.stack(feeds, 1) if self.feeds else None  # type: ignore[arg-type]
+            if state.feed is not None:
+                feeds.append(state.feed)
+        feed = torch.stack(feeds, 1) if feeds else None
         return self.logits(embedded, torch.stack(hidden, 1), torch.stack(contexts, 1), feed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,7 +89,7 @@ class _Search:
     ) -> None:
         self.decoder, self.limits, self.beam, self.length_power = model.decoder, limits, beam, length_power
         self.memory, state = model.encode(source, lengths)
-        self.state = state.beams(1)  # at the first step, others would be the same again
+        self.state = state.one_hypothesis()  # at the first step, others would be the same again
         batch, device = len(source), source.device
         self.rows, self.open = torch.arange(batch, device=device), torch.ones(batch, dtype=torch.bool, device=device)
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -186,14 +186,16 @@ def translate(
     length_power: float = 1.0,
     need_weights: bool = False,
     batch_size: int = 512,
-) -> Iterator[tuple[int, Output]]:
-    """Outputs of source texts with their places, those of short ones first. Puts the model into evaluation mode.
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[Output]:
+    """Outputs of source texts, in their order. Puts the model into evaluation mode.
 
     Args:
         checkpoint: a model with its vocabularies.
         texts: with at least one symbol each; what is not in the vocabulary is unknown to the model.
         beam, length_power, need_weights: those of :func:`search`.
         batch_size: sources that are searched together.
+        advance: called after each batch with the number of its sources, to show how far the search is.
 
     Raises:
         ValueError: a text has no symbol, or one of the options is not what :func:`search` takes.
@@ -204,18 +206,15 @@ def translate(
     if not all(numbers):
         raise ValueError(f"texts must have a symbol each, got none in text {[not one for one in numbers].index(True)}")
     order = sorted(range(len(texts)), key=lambda index: len(numbers[index]))
+    outputs: dict[int, Output] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         source, lengths = (x.to(device) for x in pad([numbers[row] for row in rows]))
-        options = {"beam": beam, "length_power": length_power, "need_weights": need_weights}
-        for row, found in zip(rows, search(model, source, lengths, **options), strict=True):  # type: ignore[arg-type]
-            weights = [one.weights[:, : len(numbers[row])].cpu() for one in found if one.weights is not None]
-            yield (
-                row,
-                Output(
-                    texts[row],
-                    [checkpoint.target.decode(one.symbols) for one in found],
-                    [one.score for one in found],
-                    weights if need_weights else None,
-                ),
-            )
+        found = search(model, source, lengths, beam=beam, length_power=length_power, need_weights=need_weights)
+        for row, hypotheses in zip(rows, found, strict=True):
+            weights = [one.weights[:, : len(numbers[row])].cpu() for one in hypotheses if one.weights is not None]
+            symbols = [checkpoint.target.decode(one.symbols) for one in hypotheses]
+            scores = [one.score for one in hypotheses]
+            outputs[row] = Output(texts[row], symbols, scores, weights if need_weights else None)
+        advance(len(rows))
+    return [outputs[row] for row in range(len(texts))]

@@ -17,15 +17,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from attnext._support import InputError, extra, make_writable
 from attnext.seq2seq.checkpoint import Checkpoint, load, read_json, read_record, save, write_record
 from attnext.seq2seq.config import Config
-from attnext.seq2seq.data import Corpus, Pairs
+from attnext.seq2seq.data import Corpus, Pairs, Vocabulary
 from attnext.seq2seq.distributed import Group
 from attnext.seq2seq.evaluation import Errors, evaluate
 from attnext.seq2seq.model import Seq2Seq
@@ -59,21 +61,9 @@ class Session:
     def __init__(self, folder: Path, corpus: Corpus, given: Mapping[str, Any], resume: bool, group: Group) -> None:
         self.folder, self.group, self.first = folder, group, group.rank == 0
         with extra("demo"):  # find out now, not after the training
-            import matplotlib  # noqa: F401
-            import rapidfuzz  # noqa: F401
-            import rich  # noqa: F401
-            import safetensors.torch  # noqa: F401
-        if self.first:
-            make_writable(folder)
-        saved = (folder / "training.json").exists()
-        if group.of_first(float(saved)) != saved:
-            raise InputError(f"every process must see the folder {str(folder)!r} of the first: put it on a shared disk")
-        if saved and not resume and not read_json(folder, "training").get("finished"):
-            raise InputError(
-                f"the folder {str(folder)!r} has an unfinished run: go on with it by --resume, name another --out, or "
-                "delete it"
-            )
-        self.resumed = saved and resume
+            for package in ("matplotlib", "rapidfuzz", "rich", "safetensors.torch"):
+                import_module(package)
+        self.resumed = self._is_saved(resume) and resume
         record, tensors = read_record(folder, "training") if self.resumed else ({}, {})
         try:
             config = _config(record.get("config", {}) if self.resumed else {}, given)
@@ -81,14 +71,7 @@ class Session:
             raise InputError(str(error)) from error
         self.data = corpus.split()
         source, target = corpus.vocabularies(self.data.train, config.vocabulary_size)
-        torch.manual_seed(config.seed)
-        try:
-            model = Seq2Seq(config, len(source), len(target)).to(group.device)
-        except (TypeError, ValueError) as error:  # sizes that an attention can't have
-            raise InputError(
-                f"attention {config.attention!r} can't be of these sizes: {error} (query_size is decoder_size, "
-                "memory_size is encoder_size, twice if bidirectional)"
-            ) from error
+        model = _model(config, source, target).to(group.device)
         pairs = Pairs.of(self.data.train, source, target)
         data = (source.symbols, target.symbols, pairs.sources, pairs.outputs, self.data.dev)
         self.digest = hashlib.sha256(repr(data).encode()).hexdigest()
@@ -98,16 +81,35 @@ class Session:
         self.interval: list[Step] = []
         self.log_bytes = 0
         if self.resumed:
-            if record.get("data_sha256") != self.digest:
-                raise InputError(f"the run in {str(folder)!r} was begun with other data")
-            try:
-                self.best, self.log_bytes = dict(record["best"]), int(record["log_bytes"])
-                self.interval = [Step(*step) for step in record["interval"]]
-                self.trainer.go_on(tensors, record["progress"], folder)
-            except InputError:
-                raise
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{str(folder / 'training.json')!r} is damaged: {error!r}") from error
+            self._go_on(record, tensors)
+
+    def _is_saved(self, resume: bool) -> bool:
+        """Whether the folder has a run, which must be finished if it is not to be resumed."""
+        folder = self.folder
+        if self.first:
+            make_writable(folder)
+        saved = (folder / "training.json").exists()
+        if self.group.of_first(float(saved)) != saved:
+            raise InputError(f"every process must see the folder {str(folder)!r} of the first: put it on a shared disk")
+        if saved and not resume and not read_json(folder, "training").get("finished"):
+            raise InputError(
+                f"the folder {str(folder)!r} has an unfinished run: go on with it by --resume, name another --out, or "
+                "delete it"
+            )
+        return saved
+
+    def _go_on(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Takes up the folder's run."""
+        if record.get("data_sha256") != self.digest:
+            raise InputError(f"the run in {str(self.folder)!r} was begun with other data")
+        try:
+            self.best, self.log_bytes = dict(record["best"]), int(record["log_bytes"])
+            self.interval = [Step(*step) for step in record["interval"]]
+            self.trainer.go_on(tensors, record["progress"], self.folder)
+        except InputError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{str(self.folder / 'training.json')!r} is damaged: {error!r}") from error
 
     def run(self) -> Errors | None:
         """Trains to the end; the best model's errors on the test data, in process 0 alone.
@@ -225,6 +227,18 @@ def _config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
         if name in saved and name not in ("minutes", "epochs", "patience") and value != saved[name]:
             raise ValueError(f"{name} can't change in a resumed run: it is {saved[name]!r}, got {value!r}")
     return Config(**{**saved, **given})
+
+
+def _model(config: Config, source: Vocabulary, target: Vocabulary) -> Seq2Seq:
+    """A model with parameters drawn by its seed."""
+    torch.manual_seed(config.seed)
+    try:
+        return Seq2Seq(config, len(source), len(target))
+    except (TypeError, ValueError) as error:  # sizes that an attention can't have
+        raise InputError(
+            f"attention {config.attention!r} can't be of these sizes: {error} (query_size is decoder_size, memory_size "
+            "is encoder_size, twice if bidirectional)"
+        ) from error
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Progress:
         epoch: whole epochs made.
         batch: steps made in the epoch that was begun.
         pairs: pairs seen.
-        seconds: of training, of all sittings.
+        seconds: of all sittings, with what was done between the steps.
         done: the share of the run that is over.
     """
 
@@ -60,7 +60,7 @@ def loss(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor
     """The sum of the cross-entropies of the output symbols, the end mark included."""
     logits = model(batch.source, batch.lengths, batch.previous)
     return F.cross_entropy(
-        logits.flatten(0, 1).float() if logits.dtype in (torch.bfloat16, torch.float16) else logits.flatten(0, 1),
+        logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
         batch.target.flatten(),
         ignore_index=PAD,
         label_smoothing=label_smoothing,

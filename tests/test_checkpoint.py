@@ -1,0 +1,214 @@
+"""Checkpoints: written whole or not at all, and what is said of damaged ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save as serialize
+from seq2seq_cases import (
+    LETTERS,
+    PHONEMES,
+    VARIANTS,
+    checkpoint_of,
+    equal,
+    tiny,
+)
+from torch import Tensor
+
+from attnext.seq2seq import InputError
+from attnext.seq2seq.checkpoint import Checkpoint, load, save, tensors_of
+from attnext.seq2seq.data import (
+    Corpus,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_checkpoint_comes_back(tmp_path: Path) -> None:
+    model = tiny("lstm", torch.float32, **VARIANTS["all at once"], attention="coverage", epochs=7)
+    corpus = Corpus("pairs", ("a", "b"), ("c", "d"), units=("characters", "words"))
+    before = Checkpoint(model.train(), LETTERS, PHONEMES, corpus, {"test": {"symbol_errors": 0.5}})
+    save(tmp_path / "new" / "folder", before)
+    after = load(tmp_path / "new" / "folder")
+    assert after.description() == before.description()
+    assert (after.source, after.target, after.corpus) == (LETTERS, PHONEMES, corpus)
+    assert after.metrics == {"test": {"symbol_errors": 0.5}}
+    assert after.model.config == model.config
+    assert not after.model.training
+    assert equal(after.model, model)
+    assert after.model.decoder.output.weight is after.model.decoder.embedding.weight
+
+
+def test_a_new_checkpoint_replaces_the_old(tmp_path: Path) -> None:
+    for cell in ("gru", "lstm"):
+        save(tmp_path, checkpoint_of(tiny(cell, torch.float32)))
+    assert load(tmp_path).model.config.cell == "lstm"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_save_leaves_other_files_alone(tmp_path: Path) -> None:
+    """But for what was being written when a process was killed."""
+    kept = tmp_path / "weights-best.safetensors", tmp_path / "checkpoint-best.safetensors", tmp_path / ".hidden"
+    left = tmp_path / ".checkpoint-0123456789ab.safetensors.x1", tmp_path / ".checkpoint.json.x2"
+    for file in (*kept, *left):
+        file.write_bytes(b"")
+    save(tmp_path, checkpoint_of(tiny("gru", torch.float32)))
+    assert all(file.exists() for file in kept)
+    assert not any(file.exists() for file in left)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, failing: int
+) -> None:
+    """The tensors are written first, the JSON second; either may fail at any moment."""
+    old = checkpoint_of(tiny("gru", torch.float32), old=True)
+    save(tmp_path, old)
+    owner: Any = Path if call == "replace" else os
+    real, calls = getattr(owner, call), 0
+
+    def full(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        # A whole write is two fsync calls: of the file, and of its folder.
+        if calls == (failing if call == "replace" else 2 * failing - 1):
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, full)
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, checkpoint_of(tiny("lstm", torch.float32)))
+    assert load(tmp_path).metrics == {"old": True}
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    save(tmp_path, old)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads((folder / "checkpoint.json").read_text())
+    change(record)
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+
+
+def put_tensors(folder: Path, content: bytes) -> None:
+    """Other tensors under a right checksum."""
+    next(folder.glob("*.safetensors")).unlink()
+    digest = hashlib.sha256(content).hexdigest()
+    (folder / f"checkpoint-{digest[:12]}.safetensors").write_bytes(content)
+    edit(folder, lambda record: record.update(tensors_sha256=digest))
+
+
+def cut_file(pattern: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        file = next(folder.glob(pattern))
+        file.write_bytes(file.read_bytes()[:-50])
+
+    return cut
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+
+
+def change_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        state = {name: tensor.clone() for name, tensor in tensors_of(load(folder).model).items()}
+        change(state)
+        put_tensors(folder, serialize(state))
+
+    return damage
+
+
+def change_json(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, change)
+
+
+def write_json(content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / "checkpoint.json").write_bytes(content)
+
+
+def folder_for_json(folder: Path) -> None:
+    (folder / "checkpoint.json").unlink()
+    (folder / "checkpoint.json").mkdir()
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no json": (lambda folder: (folder / "checkpoint.json").unlink(), "no checkpoint in .*No such file"),
+    "json is a folder": (folder_for_json, "no checkpoint in .*Is a directory"),
+    "no tensors": (lambda folder: next(folder.glob("*.safetensors")).unlink(), "checkpoint-.*No such file"),
+    "truncated json": (cut_file("*.json"), "checkpoint.json' is damaged"),
+    "truncated tensors": (cut_file("*.safetensors"), "safetensors' is damaged: its checksum"),
+    "flipped bit": (flip_a_bit, "safetensors' is damaged: its checksum"),
+    "not text": (write_json(b"\xff\x00"), "checkpoint.json' is damaged"),
+    "deep json": (write_json(b"[" * 100_000), "checkpoint.json' is damaged"),
+    "not an object": (write_json(b"[]"), "hold an object, got list"),
+    "not safetensors": (lambda folder: put_tensors(folder, b"hello"), "safetensors' is damaged"),
+    "format": (
+        change_json(lambda record: record.update(format=1)),
+        "has format 1, this release reads format 2",
+    ),
+    "no format": (change_json(lambda record: record.pop("format")), "has format None"),
+    "no checksum": (change_json(lambda record: record.pop("tensors_sha256")), "should name its tensors, got None"),
+    "no config": (change_json(lambda record: record.pop("config")), "is damaged: KeyError.*config"),
+    "no metrics": (change_json(lambda record: record.pop("metrics")), "is damaged: KeyError.*metrics"),
+    "no vocabulary": (change_json(lambda record: record.pop("target")), "is damaged: KeyError.*target"),
+    "unknown field": (change_json(lambda record: record["config"].update(depth=3)), "is damaged: .*depth"),
+    "bad field": (
+        change_json(lambda record: record["config"].update(encoder_size=-3)),
+        "damaged: .*encoder_size",
+    ),
+    "sizes that don't fit": (
+        change_json(lambda record: record["config"].update(attention="dot")),
+        "is damaged: .*query_size must be memory_size",
+    ),
+    "config is a list": (change_json(lambda record: record.update(config=[1])), "is damaged"),
+    "vocabulary is a list": (change_json(lambda record: record.update(source=[1])), "is damaged"),
+    "corpus is a list": (change_json(lambda record: record.update(corpus=[1])), "is damaged"),
+    "metrics are a number": (change_json(lambda record: record.update(metrics=1)), "is damaged"),
+    "unknown unit": (change_json(lambda record: record["source"].update(unit="syllables")), "damaged: .*unit"),
+    "symbol twice": (change_json(lambda record: record["target"]["symbols"].append("T")), "damaged: .*twice"),
+    "smaller vocabulary": (
+        change_json(lambda record: record["source"]["symbols"].pop()),
+        r"encoder.embedding.weight should have shape \(30, 6\), got \(31, 6\)",
+    ),
+    "another model": (
+        change_json(lambda record: record["config"].update(attention_size=11)),
+        r"decoder.attention.memory_projection.weight should have shape \(11, 14\), got \(5, 14\)",
+    ),
+    "missing tensor": (
+        change_tensors(lambda state: state.pop("decoder.output.bias")),
+        rf"decoder.output.bias should have shape \({len(PHONEMES)},\), got none",
+    ),
+    "extra tensor": (
+        change_tensors(lambda state: state.update(more=torch.zeros(3))),
+        r"more should have shape none, got \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoints(tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    save(tmp_path, checkpoint_of(tiny("gru", torch.float32)))
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"can't write to the folder .*Not a directory"):
+        save(tmp_path / "file" / "below", checkpoint_of(tiny()))
