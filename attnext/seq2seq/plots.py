@@ -63,6 +63,8 @@ def curves(path: Path, log: Path, task: str) -> None:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
+    with extra("demo"):
+        from matplotlib.ticker import LogLocator
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     steps, dev = ([line for line in lines if line["event"] == event] for event in ("steps", "dev"))
     unit, over = (60.0, "minutes") if lines and lines[-1]["seconds"] > 180 else (1.0, "seconds")
@@ -84,6 +86,7 @@ def curves(path: Path, log: Path, task: str) -> None:
     for axes in (top, middle):
         if any(y > 0 for line in axes.lines for y in line.get_ydata()):  # a logarithm needs one
             axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # more labels would overlap
         axes.grid(alpha=0.3, which="both")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
