@@ -6,6 +6,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -56,6 +57,11 @@ def _kind(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, whose:
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on; torch has none for some device types, "meta" for one."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def in_transforms() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def additive(query: object, key: object, score_weight: object) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnext import functional, reference
 from attnext.memory import Memory, prepare
+from attnext.steps import gathered
 
 __all__ = ["CASES", "DTYPES", "Case", "Inputs", "compare", "draw", "random_cases", "results"]
 
@@ -312,7 +313,9 @@ def _backend(case: Case, backend: str) -> Call:
             return {"scores": scores.unsqueeze(1) if case.flat else scores}
         by_key = case.op == "step" and case.mask != "slots"
         prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
-        memory = Memory(x[1], x[1] if case.shared else x[2], inputs.lengths, inputs.mask, x[3], prepared)
+        value = x[1] if case.shared else x[2]
+        steps = gathered(x[1], value) if case.op == "step" or case.flat else None
+        memory = Memory(x[1], value, inputs.lengths, inputs.mask, x[3], prepared, steps=steps)
         attend = functional.attend_by_dot if case.op == "dot" else functional.attend
         context, weights = attend(query, memory, case.scale, case.dropout_p, case.weights, backend, inputs.seed)
         if case.flat:

@@ -12,7 +12,8 @@ from torch.autograd import forward_ad
 from attnext import _checks, reference
 from attnext.backends import choose, chosen_freely
 from attnext.memory import Memory
-from attnext.ops import operators
+from attnext.ops import accumulator, operators, summing
+from attnext.steps import Steps
 
 __all__ = ["additive_attention", "additive_scores", "dot_attention"]
 
@@ -111,7 +112,8 @@ def attend(
     prepared = memory.prepared if memory.prepared is not None and memory.prepared.backend == family else None
     context, weights, _ = _call(
         operators[family].attention,
-        (query, memory.key, memory.value, memory.score_weight),
+        query,
+        (memory.key, memory.value, memory.score_weight),
         prepared.exp_key if prepared else None,
         prepared.key_limit if prepared else None,
         memory.lengths,
@@ -120,6 +122,7 @@ def attend(
         scale,
         dropout_p,
         need_weights,
+        steps=memory.steps,
     )
     return context, weights if need_weights else None
 
@@ -156,7 +159,7 @@ def additive_scores(
     if family == "reference":
         query, key, score_weight = autocast(query, key, score_weight)
         return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
-    scores: Tensor = _call(operators[family].scores, (query, key, score_weight), lengths, mask, scale)
+    scores: Tensor = _call(operators[family].scores, query, (key, score_weight), lengths, mask, scale)
     return scores
 
 
@@ -255,13 +258,15 @@ def attend_by_dot(
         )
     context, weights, _ = _call(
         operators[family].dot_attention,
-        (query, key, None if memory.shared else memory.value),
+        query,
+        (key, None if memory.shared else memory.value),
         lengths,
         mask,
         seed,
         scale,
         dropout_p,
         need_weights,
+        steps=memory.steps,
     )
     return context, weights if need_weights else None
 
@@ -276,7 +281,7 @@ def _sdpa_is_faster(query: Tensor, memory: Memory) -> bool:
     values as large as keys. Not in half types: it rounds the weights to them. Not in an exported program, whose sizes
     are open, and not under ``torch.func``, of which this project's operators take what they can.
     """
-    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and _in_transforms()):
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and _checks.in_transforms()):
         return False
     key, device_type = memory.key, query.device.type
     products = query.dim() == 3 and query.shape[1] >= _MANY_QUERIES and key.shape[1] >= _MANY_QUERIES
@@ -299,35 +304,33 @@ def dot_scores(
     """
     query, key = autocast(query, key)
     flat, dtype = query.dim() == 2, query.dtype
-    query, key = ((x.unsqueeze(1) if x.dim() == 2 else x).to(_arithmetic(dtype)) for x in (query, key))
+    query, key = ((x.unsqueeze(1) if x.dim() == 2 else x).to(accumulator(dtype)) for x in (query, key))
     off = torch.autocast(query.device.type, enabled=False) if _checks.autocasts(query.device.type) else nullcontext()
     with off:
         scores = reference.dot_scores(query, key, lengths=lengths, mask=mask, scale=scale).to(dtype)
     return scores.squeeze(1) if flat else scores
 
 
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _queries(query: Tensor) -> int:
     return 1 if query.dim() == 2 else query.shape[1]
 
 
-def _call(op: Any, inputs: tuple[Tensor | None, ...], *options: Any) -> Any:
-    """Calls an operator; where no derivative can be asked for, past autograd, which costs more than a small step."""
+def _call(op: Any, query: Tensor, others: tuple[Tensor | None, ...], *options: Any, steps: Steps | None = None) -> Any:
+    """Calls an operator; where no derivative can be asked for, past autograd, which costs more than a small step.
+
+    With the steps of a memory, where the operator can add to their sums, their key and value take the others' place.
+    """
+    inputs = (query, *others)
     if torch.compiler.is_compiling():
         return op(*inputs, *options)
-    if _in_transforms():
+    if _checks.in_transforms():
         _refuse_transforms(inputs)
     elif not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs, *options)
+    elif steps is not None and op in summing and autocast(steps.key)[0] is steps.key:  # not in a new dtype
+        return steps.attend(op, *autocast(query), *others[2:], *options)
     return op(*inputs, *options)
-
-
-def _in_transforms() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _refuse_transforms(inputs: tuple[Tensor | None, ...]) -> None:

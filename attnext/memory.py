@@ -11,6 +11,7 @@ from torch import Tensor
 from attnext import _checks
 from attnext.backends import choose
 from attnext.ops import operators
+from attnext.steps import Steps, gathered
 
 __all__ = ["Memory", "Prepared", "prepare"]
 
@@ -38,6 +39,7 @@ class Memory:
             prepared, or None.
         prepared: what the backend computed ahead of the steps, or None.
         heads: rows of the tensors for each sentence, one after another.
+        steps: the keys and values for steps, whose gradients are then summed in place, or None.
     """
 
     key: Tensor
@@ -47,6 +49,7 @@ class Memory:
     score_weight: Tensor | None
     prepared: Prepared | None
     heads: int = 1
+    steps: Steps | None = None
 
     @property
     def shared(self) -> bool:
@@ -74,13 +77,15 @@ class Memory:
             return x.index_select(0, indices)
 
         before, key = self.prepared, take(self.key)
+        value = key if self.shared else take(self.value)
         return replace(
             self,
             key=key,
-            value=key if self.shared else take(self.value),
+            value=value,
             lengths=None if self.lengths is None else take(self.lengths),
             mask=None if self.mask is None else take(self.mask),
             prepared=before and Prepared(before.backend, take(before.exp_key), take(before.key_limit)),
+            steps=self.steps and gathered(key, value),
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Memory:
@@ -99,7 +104,8 @@ class Memory:
         prepared = None if self.prepared is None else prepare(key, lengths, mask, None)
         value = key if self.shared else self.value.to(device, dtype)
         score_weight = None if self.score_weight is None else self.score_weight.to(device, dtype)
-        return Memory(key, value, lengths, mask, score_weight, prepared, self.heads)
+        steps = self.steps and gathered(key, value)
+        return Memory(key, value, lengths, mask, score_weight, prepared, self.heads, steps)
 
 
 def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:

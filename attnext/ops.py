@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-__all__ = ["FEATURE_BLOCK", "KEY_BLOCK", "Operators", "implement", "operators"]
+__all__ = ["FEATURE_BLOCK", "KEY_BLOCK", "Backward", "Operators", "accumulator", "implement", "operators", "summing"]
 
 FEATURE_BLOCK = 32
 """Features of a memory prepared by the CPU kernels are padded to a multiple of this many (``kFeatureBlock`` in C++)."""
@@ -45,6 +45,14 @@ _SCHEMAS = {
     "dot_attention": f"({_DOT_INPUTS}{_DOT_OPTIONS}, bool need_weights) -> ({_RESULTS})",
     "dot_attention_backward": f"({_INCOMING}{_DOT_INPUTS}{_DOT_OPTIONS}, {_RESULTS}) -> (Tensor, Tensor, Tensor)",
 }
+_SUMMING_SCHEMAS = {
+    "additive_attention_backward_into": f"({_INCOMING}{_INPUTS}{_OPTIONS}, {_RESULTS}, Tensor(a!) sum_key, "
+    "Tensor(b!) sum_value) -> (Tensor, Tensor)",
+    "dot_attention_backward_into": f"({_INCOMING}{_DOT_INPUTS}{_DOT_OPTIONS}, {_RESULTS}, Tensor(a!) sum_key, "
+    "Tensor(b!)? sum_value) -> Tensor",
+}
+"""Backward passes that add the gradients of keys and values to sums, (B, Tk, D) and (B, Tk, H) in float32 or float64,
+and return the others: of the CPU alone."""
 _DIFFERENTIABLE = {"additive_attention": 4, "additive_scores": 3, "dot_attention": 3}
 """How many leading tensors of an operator have a gradient, and take the dtype of autocast."""
 
@@ -59,19 +67,27 @@ class Operators:
     dot_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+class Backward(NamedTuple):
+    """The backward passes of an operator: the one that returns all gradients, and the one that adds some to sums."""
+
+    whole: Callable[..., tuple[Tensor, ...]]
+    into: Callable[..., Any]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What inputs of a dtype are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _fake_prepare_cpu(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = _accumulator(key.dtype)
+    dtype = accumulator(key.dtype)
     batch, keys, size = key.shape
     padded = (size + FEATURE_BLOCK - 1) // FEATURE_BLOCK * FEATURE_BLOCK
     return key.new_empty(batch, keys, padded, dtype=dtype), key.new_empty(batch, keys, dtype=dtype)
 
 
 def _fake_prepare_triton(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = _accumulator(key.dtype)
+    dtype = accumulator(key.dtype)
     batch, keys, size = key.shape
     padded = (max(keys, 1) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
     features = 2 * max(1, (size + 1) // 2)
@@ -83,7 +99,7 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor | None, *options: 
     need_weights: bool = options[-1]
     weights = query.new_empty((*query.shape[:-1], key.shape[1]) if need_weights else (0,))
     queries = query.shape[1] if query.dim() == 3 else 1
-    log_sum_exp = query.new_empty(query.shape[0], queries, dtype=_accumulator(query.dtype))
+    log_sum_exp = query.new_empty(query.shape[0], queries, dtype=accumulator(query.dtype))
     return query.new_empty(*query.shape[:-1], value.shape[2]), weights, log_sum_exp
 
 
@@ -95,6 +111,14 @@ def _fake_dot_attention_backward(_: Tensor | None, __: Tensor | None, *inputs: A
     return tuple(inputs[0].new_empty((0,) if x is None else x.shape) for x in inputs[:3])
 
 
+def _fake_additive_into(_: Tensor | None, __: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return inputs[0].new_empty(inputs[0].shape), inputs[3].new_empty(inputs[3].shape)
+
+
+def _fake_dot_into(_: Tensor | None, __: Tensor | None, query: Tensor, *others: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
 def _fake_scores(query: Tensor, key: Tensor, *_: Any) -> Tensor:
     return query.new_empty(*query.shape[:-1], key.shape[1])
 
@@ -104,7 +128,7 @@ def _fake_scores_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_prepare_cuda(key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = _accumulator(key.dtype)
+    dtype = accumulator(key.dtype)
     batch, keys, size = key.shape
     padded = (max(keys, 1) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
     pairs = ((max(size, 1) + 1) // 2 + PAIR_CHUNK - 1) // PAIR_CHUNK * PAIR_CHUNK
@@ -213,9 +237,22 @@ def implement(family: str, dispatch_key: str, kernel: Callable[[str], Callable[.
         _library.impl(f"{name}_{family}", kernel(name), dispatch_key)
 
 
+def _define_summing(name: str, fake: Callable[..., Any]) -> Backward:
+    _library.define(f"{name}_backward_into_cpu{_SUMMING_SCHEMAS[f'{name}_backward_into']}")
+    torch.library.register_fake(f"attnext::{name}_backward_into_cpu", fake, lib=_library)
+    ops = torch.ops.attnext
+    return Backward(getattr(ops, f"{name}_backward_cpu").default, getattr(ops, f"{name}_backward_into_cpu").default)
+
+
 operators: dict[str, Operators] = {
     "cpu": _define("cpu", "cpu"),
     "triton": _define("triton", "cuda"),
     "cuda": _define("cuda", "cuda"),
 }
 """The operators of each kernel family, by backend name."""
+
+summing: dict[Any, Backward] = {
+    operators["cpu"].attention: _define_summing("additive_attention", _fake_additive_into),
+    operators["cpu"].dot_attention: _define_summing("dot_attention", _fake_dot_into),
+}
+"""The backward passes of operators whose steps add to sums."""

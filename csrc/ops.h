@@ -24,6 +24,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     std::optional<Tensor> mask, std::optional<Tensor> seed, double scale, double dropout_p, Tensor context,
     Tensor weights, Tensor log_sum_exp);
 
+// The same, but for the gradients of keys and values, which are added to sums.
+std::tuple<Tensor, Tensor> additive_attention_backward_into(
+    std::optional<Tensor> grad_context, std::optional<Tensor> grad_weights, Tensor query, Tensor key, Tensor value,
+    Tensor score_weight, std::optional<Tensor> exp_key, std::optional<Tensor> key_limit, std::optional<Tensor> lengths,
+    std::optional<Tensor> mask, std::optional<Tensor> seed, double scale, double dropout_p, Tensor context,
+    Tensor weights, Tensor log_sum_exp, Tensor sum_key, Tensor sum_value);
+
 Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, std::optional<Tensor> lengths,
                        std::optional<Tensor> mask, double scale);
 
@@ -42,5 +49,11 @@ std::tuple<Tensor, Tensor, Tensor> dot_attention_backward(std::optional<Tensor> 
                                                           std::optional<Tensor> mask, std::optional<Tensor> seed,
                                                           double scale, double dropout_p, Tensor context,
                                                           Tensor weights, Tensor log_sum_exp);
+
+Tensor dot_attention_backward_into(std::optional<Tensor> grad_context, std::optional<Tensor> grad_weights, Tensor query,
+                                   Tensor key, std::optional<Tensor> value, std::optional<Tensor> lengths,
+                                   std::optional<Tensor> mask, std::optional<Tensor> seed, double scale,
+                                   double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp, Tensor sum_key,
+                                   std::optional<Tensor> sum_value);
 
 }  // namespace attnext::cpu

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnext import _checks, functional, reference
 from attnext.memory import Memory, prepare
+from attnext.steps import gathered
 
 __all__ = ["Attention", "context_of", "prepared_memory"]
 
@@ -79,9 +80,9 @@ class Attention(nn.Module, ABC):
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
         memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
-        if memory.score_weight is None:
-            return memory
-        return replace(memory, prepared=prepare(memory.key, memory.lengths, memory.mask, None))
+        key, additive = memory.key, memory.score_weight is not None
+        prepared = prepare(key, memory.lengths, memory.mask, None) if additive else None
+        return replace(memory, prepared=prepared, steps=gathered(key, memory.value))
 
     def forward(
         self,

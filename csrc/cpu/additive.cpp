@@ -173,8 +173,8 @@ Tensor scores_as(const Tensor& query, const Tensor& key, const Tensor& score_wei
 template <class T>
 struct AdditiveGradients : Gradients<T> {
   AdditiveGradients(AdditiveSetup<T>& setup, const Tensor& query, const Tensor& key, const Tensor* value,
-                    const Tensor& score_weight)
-      : Gradients<T>(setup, query, key, value), grad_weight(empty(Shape(score_weight), dtype_of(score_weight))) {
+                    const Tensor& score_weight, const Sums& sums)
+      : Gradients<T>(setup, query, key, value, sums), grad_weight(empty(Shape(score_weight), dtype_of(score_weight))) {
     const Problem<T>& p = setup.problem;
     T* exp_query = setup.scratch.template take<T>((p.batch * p.queries + 1) * row_of(p.padded));
     T* query_limit = setup.scratch.template take<T>(p.batch * p.queries);
@@ -230,10 +230,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_as(const Outputs& 
                                                                  const Tensor& score_weight, const Optional& exp_key,
                                                                  const Optional& key_limit, const Optional& lengths,
                                                                  const Optional& mask, const Optional& seed,
-                                                                 double scale, double dropout_p) {
+                                                                 double scale, double dropout_p, const Sums& sums) {
   AdditiveSetup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
-  AdditiveGradients<T> gradients(setup, query, key, &value, score_weight);
+  AdditiveGradients<T> gradients(setup, query, key, &value, score_weight, sums);
   gradients.take(query, outputs);
   gradients.run();
   return {gradients.grad_query, gradients.grad_key, gradients.grad_value, gradients.grad_weight};
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> scores_backward_as(const Tensor& grad, const 
                                                       const Optional& mask, double scale) {
   AdditiveSetup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
   check_shape(grad, "grad", by_query(query, setup.problem.keys));
-  AdditiveGradients<T> gradients(setup, query, key, nullptr, score_weight);
+  AdditiveGradients<T> gradients(setup, query, key, nullptr, score_weight, {});
   gradients.g.grad_weights = rows_of(grad);
   gradients.run();
   return {gradients.grad_query, gradients.grad_key, gradients.grad_weight};
@@ -271,7 +271,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp) {
   const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
   return run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, score_weight, exp_key,
-             key_limit, lengths, mask, seed, scale, dropout_p);
+             key_limit, lengths, mask, seed, scale, dropout_p, {});
+}
+
+std::tuple<Tensor, Tensor> additive_attention_backward_into(Optional grad_context, Optional grad_weights, Tensor query,
+                                                            Tensor key, Tensor value, Tensor score_weight,
+                                                            Optional exp_key, Optional key_limit, Optional lengths,
+                                                            Optional mask, Optional seed, double scale,
+                                                            double dropout_p, Tensor context, Tensor weights,
+                                                            Tensor log_sum_exp, Tensor sum_key, Tensor sum_value) {
+  const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
+  const auto grads = run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, score_weight,
+                         exp_key, key_limit, lengths, mask, seed, scale, dropout_p, {&sum_key, &sum_value});
+  return {std::get<0>(grads), std::get<3>(grads)};
 }
 
 Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional lengths, Optional mask, double scale) {

@@ -28,10 +28,10 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> attention_backward_as(const Outputs& outputs, const Tensor& query, const Tensor& key,
                                                          const Optional& value, const Optional& lengths,
                                                          const Optional& mask, const Optional& seed, double scale,
-                                                         double dropout_p) {
+                                                         double dropout_p, const Sums& sums) {
   DotSetup<T> setup(query, key, value, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
-  Gradients<T> gradients(setup, query, key, value ? &*value : nullptr);
+  Gradients<T> gradients(setup, query, key, value ? &*value : nullptr, sums);
   gradients.take(query, outputs);
   const Problem<T>& p = setup.problem;
   T* scaled = setup.scratch.template take<T>(gradients.rows() * row_of(p.padded));
@@ -61,7 +61,17 @@ std::tuple<Tensor, Tensor, Tensor> dot_attention_backward(Optional grad_context,
                                                           Tensor weights, Tensor log_sum_exp) {
   const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
   return run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, lengths, mask, seed, scale,
-             dropout_p);
+             dropout_p, {});
+}
+
+Tensor dot_attention_backward_into(Optional grad_context, Optional grad_weights, Tensor query, Tensor key,
+                                   Optional value, Optional lengths, Optional mask, Optional seed, double scale,
+                                   double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp, Tensor sum_key,
+                                   Optional sum_value) {
+  STD_TORCH_CHECK(value.has_value() == sum_value.has_value(), "attnext: sum_value goes with value");
+  const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
+  return std::get<0>(run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, lengths, mask,
+                         seed, scale, dropout_p, {&sum_key, sum_value ? &*sum_value : nullptr}));
 }
 
 }  // namespace attnext::cpu

@@ -102,6 +102,7 @@ struct Backward {
   const T* log_sum_exp;        // (B, Tq); null with from_scores
   const T* delta;              // (B, Tq): sum_j p dp; null with from_scores
   Rows grad_key, grad_value;
+  bool adds;       // to grad_key and grad_value, sums of T, instead of writing them
   T* grad_query;   // (splits, B, Tq, row_of(padded)) partial sums, not yet times the gain
   T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r), of additive scores
 };

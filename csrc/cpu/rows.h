@@ -105,6 +105,14 @@ inline void store_row(const Rows& rows, int64_t b, int64_t t, int64_t n, const T
   }
 }
 
+// The same, or added to a row of T.
+template <class T>
+inline void put_row(bool adds, const Rows& rows, int64_t b, int64_t t, int64_t n, const T* x) {
+  if (!adds) return store_row(rows, b, t, n, x);
+  T* sum = reinterpret_cast<T*>(row_address(rows, b, t));
+  for (int64_t k = 0; k < n; ++k) sum[k] += x[k];
+}
+
 template <class T>
 constexpr Type kTypeOf = sizeof(T) == 4 ? Type::kFloat : Type::kDouble;
 

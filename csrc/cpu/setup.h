@@ -88,14 +88,25 @@ struct Outputs {
   const Tensor &context, &weights, &log_sum_exp;
 };
 
+// Where the gradients of keys and values are added: arithmetic tensors of their shapes. Without a key's they are made
+// anew.
+struct Sums {
+  const Tensor *key = nullptr, *value = nullptr;
+};
+
 // The backward pass of any score: its tasks, the gradients of the inputs, and partial sums for the queries.
 template <class T>
 struct Gradients {
-  Gradients(Setup<T>& setup, const Tensor& query, const Tensor& key, const Tensor* value)
+  Gradients(Setup<T>& setup, const Tensor& query, const Tensor& key, const Tensor* value, const Sums& sums)
       : setup(setup),
         grad_query(empty(Shape(query), dtype_of(query))),
-        grad_key(empty(Shape(key), dtype_of(key))),
-        grad_value(empty(value ? Shape(*value) : Shape{0}, dtype_of(query))) {
+        grad_key(sums.key ? *sums.key : empty(Shape(key), dtype_of(key))),
+        grad_value(sums.key && value ? *sums.value : empty(value ? Shape(*value) : Shape{0}, dtype_of(query))) {
+    if (sums.key) {
+      check_sum(grad_key, "sum_key", key);
+      if (value) check_sum(grad_value, "sum_value", *value);
+      g.adds = true;
+    }
     const Problem<T>& p = setup.problem;
     g.problem = p;
     // Few batch rows are split by keys, each part with its own sums for the queries, as long as those stay small beside
@@ -109,6 +120,12 @@ struct Gradients {
     g.from_scores = true;
     g.grad_key = rows_of(grad_key);
     if (value) g.grad_value = rows_of(grad_value);
+  }
+
+  void check_sum(const Tensor& sum, const char* name, const Tensor& of) {
+    check_shape(sum, name, Shape(of));
+    STD_TORCH_CHECK(dtype_of(sum) == arithmetic_dtype<T>() && sum.is_contiguous(), "attnext: ", name,
+                    " must be contiguous, in the dtype of the arithmetic");
   }
 
   // What comes in for context and weights, as the kernels take it.
