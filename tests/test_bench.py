@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from attnext.attention.family import FAMILY
-from attnext.bench import command, machine, memory, plots, report, studies, timing
+from attnext.bench import command, machine, memory, model, plots, report, studies, timing
 from attnext.bench.cases import CASES, Case
 from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong, checked, cores, ours
 from attnext.bench.timing import Plan, measure
@@ -303,6 +303,39 @@ class TestCommand:
         assert f"{growth[0]['exponent']:.2f}" in shown
         assert bench("--cases", "threads", "--threads", "1") == 0
         assert "the study of threads was left out" in capsys.readouterr().out
+
+
+class TestModel:
+    """A training step of the reference model."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, _tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes = {"embedding_size": 6, "encoder_size": 5, "decoder_size": 8, "attention_size": 7}
+        models = {"small": ((3, 4, 5), sizes), "long, amp": ((2, 5, 4), sizes | {"amp": True})}
+        monkeypatch.setattr(model, "_MODELS", models)
+
+    @pytest.mark.parametrize("bfloat16", [True, False])
+    def test_study(self, bfloat16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": bfloat16})
+        kept = tmp_path / "model.json"
+        assert bench("--cases", "model", "--peers", "eager", "--quick", "--json", str(kept)) == 0
+        rows = json.loads(kept.read_text())["studies"]["model"]
+        assert [row["model"] for row in rows] == ["small", "long, amp"][: 1 + bfloat16]
+        for row in rows:
+            assert row["seconds"].keys() == row["shares"].keys() == {"attnext", "eager"}
+            for shares in row["shares"].values():
+                assert sum(shares.values()) == pytest.approx(1.0)
+        output = " ".join(capsys.readouterr().out.split())
+        assert "a training step, and where its time goes" in output
+        assert ("this processor does not multiply bfloat16" in output) != bfloat16
+
+    def test_a_peer_that_computes_something_else(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        right = model._eager_step
+        monkeypatch.setattr(
+            model, "_eager_step", lambda y, hidden, cell, *others: right(y, hidden, cell * 1.01, *others)
+        )
+        assert bench("--cases", "model", "--peers", "eager", "--quick") == 1
+        assert "eager and attnext differ on the model small" in capsys.readouterr().out
 
 
 def document(**seconds: list[float]) -> dict[str, Any]:
