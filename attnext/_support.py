@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["InputError", "MissingExtra", "extra", "make_writable", "writable_file", "write_atomically"]
+__all__ = ["InputError", "MissingExtra", "extra", "make_writable", "naming", "writable_file", "write_atomically"]
 
 
 class InputError(ValueError):
@@ -56,12 +56,23 @@ def writable_file(option: str, path: Path) -> None:
         raise InputError(f"{option} must be a file, got the folder {str(path)!r}")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file to an error that names none, as that of a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file by one with this content, whole or not at all, also when the machine stops halfway."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -75,6 +86,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     if os.name == "posix":  # the new name is on the disk once its folder is
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with naming(path.parent):
+                os.fsync(folder)
         finally:
             os.close(folder)

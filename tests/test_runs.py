@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -345,7 +346,8 @@ def test_full_disk(
         found += 1
         error = capsys.readouterr().err
         assert code == 1
-        assert error.splitlines()[-1] == "attnext: error: [Errno 28] No space left on device"
+        message = re.escape("attnext: error: [Errno 28] No space left on device: ")
+        assert re.fullmatch(rf"{message}'{re.escape(str(out))}.*'", error.splitlines()[-1])
         assert error.count("rror") == 1 + error.count("held-out error")
         after = records(out)
         # The folder is brought to the disk after a file's move: the move itself was done then.

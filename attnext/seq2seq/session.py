@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from attnext._support import InputError, extra, make_writable
+from attnext._support import InputError, extra, make_writable, naming
 from attnext.seq2seq.checkpoint import Checkpoint, load, read_json, read_record, save, write_record
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.data import Corpus, Pairs, Vocabulary
@@ -79,7 +79,7 @@ class Session:
         self.checkpoint = Checkpoint(self.trainer.evaluated, source, target, corpus)
         self.best: dict[str, Any] = {}
         self.interval: list[Step] = []
-        self.log_bytes = 0
+        self.log_path, self.log_bytes = folder / "log.jsonl", 0
         if self.resumed:
             self._go_on(record, tensors)
 
@@ -172,8 +172,9 @@ class Session:
         line = {"event": event, "step": progress.step, "epoch": progress.epoch, "seconds": round(progress.seconds, 3)}
         line |= values
         if self.log is not None:
-            self.log.write(json.dumps(line).encode() + b"\n")
-            self.log.flush()  # for who follows it
+            with naming(self.log_path):
+                self.log.write(json.dumps(line).encode() + b"\n")
+                self.log.flush()  # for who follows it
         return line
 
     @contextmanager
@@ -182,7 +183,7 @@ class Session:
         if not self.first:
             yield None
             return
-        path = self.folder / "log.jsonl"
+        path = self.log_path
         if not self.resumed:  # the finished run that was here, before the first of its files changes
             (self.folder / "training.json").unlink(missing_ok=True)
         with path.open("r+b" if self.resumed and path.exists() else "wb") as log:
@@ -193,7 +194,8 @@ class Session:
     def _save(self, finished: bool) -> None:
         if self.log is None:
             return
-        os.fsync(self.log.fileno())
+        with naming(self.log_path):
+            os.fsync(self.log.fileno())
         tensors, progress = self.trainer.state()
         write_record(self.folder, "training", tensors, {
             "finished": finished, "config": asdict(self.trainer.config), "data_sha256": self.digest,
@@ -207,7 +209,7 @@ class Session:
         return errors
 
     def _test_best(self) -> Errors:
-        curves(self.folder / "curves.png", self.folder / "log.jsonl", self.checkpoint.corpus.task)
+        curves(self.folder / "curves.png", self.log_path, self.checkpoint.corpus.task)
         best = load(self.folder)
         best.model.to(self.group.device)
         errors = evaluate(best, self.data.test)
