@@ -56,10 +56,13 @@ class Case:
     """Of additive scores: rows of the score weight, or 0 for one without that dimension."""
     shared: bool = False
     """Of ``dot``: the keys are the values; ``values`` has the number of features."""
+    summed: bool = False
+    """Of ``step`` and ``dot``: the gradients of keys and values are added to the sums of a memory's steps."""
 
     def __str__(self) -> str:
         sizes = f"({self.batch}, {self.queries}, {self.keys}, {self.features}, {self.values})"
-        flags = [name for name in ("lengths", "weights", "strided", "poison", "flat", "shared") if getattr(self, name)]
+        names = ("lengths", "weights", "strided", "poison", "flat", "shared", "summed")
+        flags = [name for name in names if getattr(self, name)]
         if self.mask:
             flags.append(f"mask={self.mask}")
         numbers = (
@@ -100,8 +103,10 @@ CASES: tuple[Case, ...] = (
     Case(keys=0, weights=True),
     Case(values=0, weights=True),
     Case("step", batch=5, queries=1, keys=131, features=96, values=80, lengths=True),
-    Case("step", batch=2, queries=1, keys=30, features=33, values=70, mask="keys", poison=True, weights=True),
-    Case("step", batch=3, queries=4, keys=20, features=64, values=32, magnitude=20.0, dropout_p=0.2),
+    Case(
+        "step", batch=2, queries=1, keys=30, features=33, values=70, mask="keys", poison=True, weights=True, summed=True
+    ),
+    Case("step", batch=3, queries=4, keys=20, features=64, values=32, magnitude=20.0, dropout_p=0.2, summed=True),
     Case("step", batch=3, queries=1, keys=9, features=20, values=6, lengths=True, weights=True, flat=True),
     # Longer than a few tiles, than what is kept of the pairs at a time, and both for scores and for dropped weights.
     Case(batch=4, queries=40, keys=600, features=8, values=5),
@@ -113,7 +118,7 @@ CASES: tuple[Case, ...] = (
     Case("scores", batch=2, queries=6, keys=20, features=40, mask="keys", poison=True, magnitude=50.0),
     Case("scores", keys=0),
     Case(batch=6, queries=5, keys=70, features=18, values=6, heads=3, weights=True, lengths=True),
-    Case("step", batch=4, queries=1, keys=40, features=33, values=8, heads=2, mask="keys"),
+    Case("step", batch=4, queries=1, keys=40, features=33, values=8, heads=2, mask="keys", flat=True, summed=True),
     Case("scores", batch=4, queries=3, keys=20, features=9, heads=4, magnitude=30.0),
     Case(batch=0, heads=2),
     Case("dot"),
@@ -151,6 +156,8 @@ CASES: tuple[Case, ...] = (
     Case("dot", batch=5, queries=1, keys=131, features=96, values=96, lengths=True, scale=0.1, shared=True),
     Case("dot", batch=3, queries=1, keys=150, features=20, values=6, lengths=True, weights=True, flat=True),
     Case("dot", batch=9, queries=1, keys=9, features=20, values=20, mask="keys", flat=True, shared=True, poison=True),
+    Case("dot", batch=3, queries=5, keys=140, features=20, values=6, lengths=True, poison=True, summed=True),
+    Case("dot", batch=3, queries=1, keys=9, features=12, values=12, lengths=True, shared=True, flat=True, summed=True),
     Case("dot", batch=1, queries=40, keys=200, features=4, values=3),
     Case("dot", batch=0),
     Case("dot", queries=0),
@@ -189,6 +196,8 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
             case = replace(case, scale=scale, shared=shared, values=case.features if shared else case.values)
         elif heads := draw_from.choice((0, 0, 0, 3)):
             case = replace(case, heads=heads, batch=heads * draw_from.choice((1, 2)))
+        if case.op in ("step", "dot"):
+            case = replace(case, summed=draw_from.random() < 0.5)
         yield case
 
 
@@ -314,7 +323,7 @@ def _backend(case: Case, backend: str) -> Call:
         by_key = case.op == "step" and case.mask != "slots"
         prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
         value = x[1] if case.shared else x[2]
-        steps = gathered(x[1], value) if case.op == "step" or case.flat else None
+        steps = gathered(x[1], value) if case.summed else None
         memory = Memory(x[1], value, inputs.lengths, inputs.mask, x[3], prepared, steps=steps)
         attend = functional.attend_by_dot if case.op == "dot" else functional.attend
         context, weights = attend(query, memory, case.scale, case.dropout_p, case.weights, backend, inputs.seed)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from attnext import _checks, reference
 from attnext.backends import choose, chosen_freely
 from attnext.memory import Memory
-from attnext.ops import accumulator, operators, summing
+from attnext.ops import accumulator, operators
 from attnext.steps import Steps
 
 __all__ = ["additive_attention", "additive_scores", "dot_attention"]
@@ -113,7 +113,8 @@ def attend(
     context, weights, _ = _call(
         operators[family].attention,
         query,
-        (memory.key, memory.value, memory.score_weight),
+        memory.key,
+        (memory.value, memory.score_weight),
         prepared.exp_key if prepared else None,
         prepared.key_limit if prepared else None,
         memory.lengths,
@@ -159,7 +160,7 @@ def additive_scores(
     if family == "reference":
         query, key, score_weight = autocast(query, key, score_weight)
         return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
-    scores: Tensor = _call(operators[family].scores, query, (key, score_weight), lengths, mask, scale)
+    scores: Tensor = _call(operators[family].scores, query, key, (score_weight,), lengths, mask, scale)
     return scores
 
 
@@ -259,7 +260,8 @@ def attend_by_dot(
     context, weights, _ = _call(
         operators[family].dot_attention,
         query,
-        (key, None if memory.shared else memory.value),
+        key,
+        (None if memory.shared else memory.value,),
         lengths,
         mask,
         seed,
@@ -315,12 +317,14 @@ def _queries(query: Tensor) -> int:
     return 1 if query.dim() == 2 else query.shape[1]
 
 
-def _call(op: Any, query: Tensor, others: tuple[Tensor | None, ...], *options: Any, steps: Steps | None = None) -> Any:
+def _call(
+    op: Any, query: Tensor, key: Tensor, others: tuple[Tensor | None, ...], *options: Any, steps: Steps | None = None
+) -> Any:
     """Calls an operator; where no derivative can be asked for, past autograd, which costs more than a small step.
 
-    With the steps of a memory, where the operator can add to their sums, their key and value take the others' place.
+    With the steps of a memory, their key and value are attended, where they still are those of the call.
     """
-    inputs = (query, *others)
+    inputs = (query, key, *others)
     if torch.compiler.is_compiling():
         return op(*inputs, *options)
     if _checks.in_transforms():
@@ -328,8 +332,8 @@ def _call(op: Any, query: Tensor, others: tuple[Tensor | None, ...], *options: A
     elif not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs, *options)
-    elif steps is not None and op in summing and autocast(steps.key)[0] is steps.key:  # not in a new dtype
-        return steps.attend(op, *autocast(query), *others[2:], *options)
+    elif steps is not None and steps.serve(op, key, others[0]) and autocast(key)[0] is key:  # not in a new dtype
+        return steps.attend(op, *autocast(query), *others[1:], *options)
     return op(*inputs, *options)
 
 

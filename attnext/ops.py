@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-__all__ = ["FEATURE_BLOCK", "KEY_BLOCK", "Backward", "Operators", "accumulator", "implement", "operators", "summing"]
+__all__ = ["FEATURE_BLOCK", "KEY_BLOCK", "Operators", "Summing", "accumulator", "implement", "operators", "summing"]
 
 FEATURE_BLOCK = 32
 """Features of a memory prepared by the CPU kernels are padded to a multiple of this many (``kFeatureBlock`` in C++)."""
@@ -67,7 +67,7 @@ class Operators:
     dot_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-class Backward(NamedTuple):
+class Summing(NamedTuple):
     """The backward passes of an operator: the one that returns all gradients, and the one that adds some to sums."""
 
     whole: Callable[..., tuple[Tensor, ...]]
@@ -237,11 +237,11 @@ def implement(family: str, dispatch_key: str, kernel: Callable[[str], Callable[.
         _library.impl(f"{name}_{family}", kernel(name), dispatch_key)
 
 
-def _define_summing(name: str, fake: Callable[..., Any]) -> Backward:
+def _define_summing(name: str, fake: Callable[..., Any]) -> Summing:
     _library.define(f"{name}_backward_into_cpu{_SUMMING_SCHEMAS[f'{name}_backward_into']}")
     torch.library.register_fake(f"attnext::{name}_backward_into_cpu", fake, lib=_library)
     ops = torch.ops.attnext
-    return Backward(getattr(ops, f"{name}_backward_cpu").default, getattr(ops, f"{name}_backward_into_cpu").default)
+    return Summing(getattr(ops, f"{name}_backward_cpu").default, getattr(ops, f"{name}_backward_into_cpu").default)
 
 
 operators: dict[str, Operators] = {
@@ -251,7 +251,7 @@ operators: dict[str, Operators] = {
 }
 """The operators of each kernel family, by backend name."""
 
-summing: dict[Any, Backward] = {
+summing: dict[Any, Summing] = {
     operators["cpu"].attention: _define_summing("additive_attention", _fake_additive_into),
     operators["cpu"].dot_attention: _define_summing("dot_attention", _fake_dot_into),
 }

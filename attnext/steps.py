@@ -7,7 +7,7 @@ steps. Here a step's backward pass adds to the sums of all steps, which flow on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +19,27 @@ __all__ = ["Steps", "gathered"]
 
 
 class _Sums:
-    """The gradients of keys and values in one backward pass."""
+    """The gradients of keys and values so far, in each backward pass that is under way."""
 
     def __init__(self) -> None:
-        self._pass, self._sums = -1, list[Tensor | None]()
+        self._of_pass: dict[int, list[Tensor | None]] = {}
 
     def of(self, *inputs: Tensor | None) -> list[Tensor | None]:
-        """Those of the steps so far; zero at the first of this pass, also where the last pass was broken off."""
-        if self._pass != torch._C._current_graph_task_id():
-            self._pass = torch._C._current_graph_task_id()
-            self._sums = [x if x is None else x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in inputs]
-        return self._sums
+        """Those of this pass, zero at its first step; they are dropped when it ends."""
+        current = torch._C._current_graph_task_id()
+        if current not in self._of_pass:
+            self._of_pass[current] = [
+                x if x is None else x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in inputs
+            ]
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._drop(current))
+        return self._of_pass[current]
 
     def take(self) -> list[Tensor | None]:
         """Those of all steps; empty where none of this pass has added to them."""
-        found = self._sums if self._pass == torch._C._current_graph_task_id() else []
-        self._pass, self._sums = -1, []
-        return found
+        return [] if torch.compiler.is_compiling() else self._of_pass.pop(torch._C._current_graph_task_id(), [])
+
+    def _drop(self, one: int) -> None:
+        self._of_pass.pop(one, None)
 
 
 class _Gather(torch.autograd.Function):
@@ -45,13 +49,13 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, sums: _Sums, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.sums, ctx.dtype = sums, inputs[0].dtype
         ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for x in inputs)
+        return tuple(x.detach() for x in inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The steps hand their gradients on where these may be differentiated again.
-        sums = ctx.sums.take() or [None] * len(gradients)
-        return None, *(x if total is None else total.to(ctx.dtype) for x, total in zip(gradients, sums, strict=False))
+        if not (totals := ctx.sums.take()):
+            return None, *gradients  # as the steps made them
+        return None, *(total if total is None else total.to(ctx.dtype) for total in totals[: len(gradients)])
 
 
 class _Step(torch.autograd.Function):
@@ -70,24 +74,26 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None, _: None) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors[:-3]
-        grad_weights = grad_weights if ctx.need_weights else None
+        *tensors, context, weights, log_sum_exp = ctx.saved_tensors  # read once: recomputation allows no more
+        incoming = (grad_context, grad_weights if ctx.need_weights else None)
+        arguments = (*incoming, *tensors, *ctx.options, context, weights, log_sum_exp)
         grads: list[Tensor | None] = []
-        if grad_context is not None or grad_weights is not None:
-            grads = _gradients(ctx, grad_context, grad_weights)
+        if _made_anew(incoming):
+            grads = list(summing[ctx.op].whole(*arguments))
+        elif any(grad is not None for grad in incoming):
+            found = summing[ctx.op].into(*arguments, *ctx.sums.of(*tensors[1:3]))
+            query, *others = (found,) if isinstance(found, Tensor) else found
+            grads = [query, None, None, *others]
         of_inputs = [None if x is None else grad for x, grad in zip(tensors, grads, strict=False)]
         return None, None, *of_inputs, *(None,) * (len(tensors) - len(of_inputs) + 3)
 
 
-def _gradients(ctx: Any, *incoming: Tensor | None) -> list[Tensor | None]:
-    """Those of query, key, value and score weight, without what went into the sums."""
-    *tensors, context, weights, log_sum_exp = ctx.saved_tensors
-    arguments = (*incoming, *tensors, *ctx.options, context, weights, log_sum_exp)
-    if torch.is_grad_enabled():  # they may be differentiated again
-        return list(summing[ctx.op].whole(*arguments))
-    found = summing[ctx.op].into(*arguments, *ctx.sums.of(*tensors[1:3]))
-    query, *others = (found,) if isinstance(found, Tensor) else found
-    return [query, None, None, *others]
+def _made_anew(incoming: tuple[Tensor | None, ...]) -> bool:
+    """Whether a step hands on gradients of its own: they may be differentiated again, are compiled, or are a batch."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+        return any(x is not None for x in incoming)
+    batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    return any(x is not None and any(is_batched(x) for is_batched in batched) for x in incoming)
 
 
 # As mypy sees them: torch's apply has no types.
@@ -95,24 +101,32 @@ _gather: Callable[..., tuple[Tensor, ...]] = _Gather.apply
 _step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Step.apply
 
 
-class Steps(NamedTuple):
-    """Key and value for steps; without a value the keys are the values."""
+class Steps:
+    """A key and a value for steps; without a value the keys are the values."""
 
-    key: Tensor
-    value: Tensor | None
-    sums: _Sums
+    def __init__(self, key: Tensor, value: Tensor | None) -> None:
+        self._sources = key, value
+        self._sums = _Sums()
+        inputs = _gather(self._sums, *(x for x in self._sources if x is not None))
+        self._inputs = inputs[0], None if value is None else inputs[1]
+
+    def serve(self, op: Any, key: Tensor, value: Tensor | None) -> bool:
+        """Whether they are this key and value, and the operator one that can add to sums."""
+        return op in summing and key is self._sources[0] and value is self._sources[1]
 
     def attend(self, op: Any, query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Calls an operator, one of ``ops.summing``, with these keys and values between its other arguments."""
-        return _step(op, self.sums, query, self.key, self.value, *others)
+        """Calls an operator with the key and the value between its other arguments."""
+        return _step(op, self._sums, query, *self._inputs, *others)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a memory has none: its tensors are others."""
+        return type(None), ()
 
 
 def gathered(key: Tensor, value: Tensor) -> Steps | None:
     """The key (B, Tk, D) and value (B, Tk, H) of a memory for its steps; None where they have no gradient to sum."""
     if torch.compiler.is_compiling() or _checks.in_transforms() or not torch.is_grad_enabled():
         return None
-    if not (key.requires_grad or value.requires_grad):
+    if key.device.type != "cpu" or not (key.requires_grad or value.requires_grad):
         return None
-    sums = _Sums()
-    inputs = _gather(sums, key) if value is key else _gather(sums, key, value)
-    return Steps(inputs[0], None if value is key else inputs[1], sums)
+    return Steps(key, None if value is key else value)

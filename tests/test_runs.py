@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -322,6 +323,18 @@ def test_the_best_is_kept_and_patience_ends(
 def records(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of all that the folder holds."""
     return {name: tensors(folder, name) for name in ("checkpoint", "training") if (folder / f"{name}.json").exists()}
+
+
+def test_a_log_that_does_not_fit(tmp_path: Path, words: list[str], capsys: Captured) -> None:
+    """Neither when it is written nor when it is closed; the error names it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert main(train(tmp_path, words, *OPTIONS)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"attnext: error: [Errno 27] File too large: '{tmp_path / 'log.jsonl'}'"
 
 
 def test_full_disk(

@@ -161,7 +161,7 @@ class PastAttention(BahdanauAttention):
         features = self._features(past)
         if features is None:
             return memory
-        return replace(memory, key=memory.key + features.to(memory.key.dtype), prepared=None, steps=None)
+        return replace(memory, key=memory.key + features.to(memory.key.dtype), prepared=None)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
         """The state before the first step: nothing was attended."""

@@ -95,7 +95,7 @@ def study(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[di
 def _multiplies_bfloat16() -> bool:
     """Elsewhere such products are slower than those of float32."""
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
 def _of(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:

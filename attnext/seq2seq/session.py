@@ -189,7 +189,11 @@ class Session:
         with path.open("r+b" if self.resumed and path.exists() else "wb") as log:
             log.truncate(min(self.log_bytes, log.seek(0, os.SEEK_END)))
             log.seek(0, os.SEEK_END)
-            yield log
+            try:
+                yield log
+            finally:
+                with naming(path):
+                    log.close()  # what a full disk did not take is tried once more
 
     def _save(self, finished: bool) -> None:
         if self.log is None:
