@@ -269,8 +269,9 @@ def test_training_that_diverges_names_its_step(broken: float) -> None:
 
 
 def test_a_learning_rate_that_is_far_too_large() -> None:
+    """Decay multiplies the parameters by -1e19 a step, until they are infinite. Without it, gates only saturate."""
     with pytest.raises(InputError, match=r"training diverged at step \d+: .*than 1e\+20"):
-        fit(tiny(dtype=torch.float32), epochs=50, batch_size=6, learning_rate=1e20)
+        fit(tiny(dtype=torch.float32), epochs=50, batch_size=6, learning_rate=1e20, weight_decay=0.1)
 
 
 def test_the_running_mean_is_plain_at_first_and_then_forgets() -> None:
