@@ -173,3 +173,6 @@ def test_errors_by_length_of_two_models(tmp_path: Path, figures: list[Any]) -> N
         assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in bottom.patches] == [
             (2.0, 50), (3.0, 40), (9.0, 9),
         ]  # fmt: skip
+    short = {name: {length: errors[length] for length in (2, 3)} for name, errors in models.items()}
+    plots.errors_by_length(tmp_path / "errors.png", short, "g2p")
+    assert all(tick == round(tick) for tick in figures[-1].axes[1].get_xticks())  # there are no halves of letters

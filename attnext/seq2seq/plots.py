@@ -115,6 +115,7 @@ def errors_by_length(path: Path, models: Mapping[str, Mapping[int, Errors]], tas
         ylabel="words" if task == "g2p" else "lines", yscale="log",
         xlabel=f"length of the source ({'letters' if task == 'g2p' else 'symbols'}); errors where there are 10 or more",
     )  # fmt: skip
+    bottom.locator_params(axis="x", integer=True)
     _write(figure, path)
 
 
