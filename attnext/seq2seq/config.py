@@ -74,7 +74,7 @@ class Config:
     weight_decay: float = _field(0.0, _SHARE, "decoupled from the gradient (AdamW)")
     clip: float = _field(1.0, _POSITIVE, "largest norm of a step's gradient")
     average: float = _field(
-        0.0, _SHARE, "decay of a running mean of the parameters, which is evaluated and kept; 0: none"
+        0.0, _SHARE, "decay of the running mean of the parameters that is evaluated, early a shorter one; 0: none"
     )
     patience: int = _field(20, _COUNT, "stop after so many epochs in which the error on held-out data did not fall")
     epochs: int | None = _field(None, _COUNT, "times through the data")

@@ -162,10 +162,10 @@ class Trainer:
         return Step(mean, norm, rate)
 
     def _average(self) -> None:
-        """A mean of all steps at first, then one that forgets."""
+        """The mean is of about the last ninth of the steps made, or of as many as its decay keeps if they are fewer."""
         if self.evaluated is self.model:
             return
-        share = max(1.0 - self.config.average, 1.0 / (self.progress.step + 1))
+        share = max(1.0 - self.config.average, 9.0 / (self.progress.step + 10))
         for mean, x in zip(self.evaluated.parameters(), self.model.parameters(), strict=True):
             mean.data.lerp_(x.data, share)
 
