@@ -305,4 +305,4 @@ class _Display:
         best = ", the best so far" if line["best"] else ""
         if self.session.first:
             text = f"epoch {line['epoch']}: loss {self.loss:.3f}, held-out {line['text']}{best}"
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(text, highlight=False, soft_wrap=True)
