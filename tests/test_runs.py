@@ -325,6 +325,19 @@ def records(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {name: tensors(folder, name) for name in ("checkpoint", "training") if (folder / f"{name}.json").exists()}
 
 
+def test_what_the_screen_says(tmp_path: Path, words: list[str], capsys: Captured) -> None:
+    """A line for every epoch, however narrow the window; what is shown last is the last."""
+    assert main(train(tmp_path / "run", words, *OPTIONS, "--epochs", "2")) == 0
+    shown = capsys.readouterr().err.splitlines()
+    dev = [line for line in log(tmp_path / "run") if line["event"] == "dev"]
+    for line in dev:
+        best = ", the best so far" if line["best"] else ""
+        (found,) = [one for one in shown if one.startswith(f"epoch {line['epoch']}: loss ")]
+        assert found.endswith(f", held-out {line['text']}{best}")
+    assert len({line["text"] for line in dev}) == 2
+    assert f"  held-out error {dev[-1]['symbol_errors']:.1%} " in shown[-1]
+
+
 def test_a_log_that_does_not_fit(tmp_path: Path, words: list[str], capsys: Captured) -> None:
     """Neither when it is written nor when it is closed; the error names it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

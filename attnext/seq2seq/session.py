@@ -296,13 +296,17 @@ class _Display:
         self.bar.stop()
 
     def step(self, line: Mapping[str, Any]) -> None:
-        text = f"loss {line['loss']:.3f}  {line['words_per_second']:,.0f} words/s{self.error}"
-        self.bar.update(self.task, completed=self.session.trainer.progress.done, description=text)
-        self.loss = line["loss"]
+        self.loss, self.speed = line["loss"], line["words_per_second"]
+        self._update()
 
     def epoch(self, line: Mapping[str, Any]) -> None:
         self.error = f"  held-out error {line['symbol_errors']:.1%}"
+        self._update()
         best = ", the best so far" if line["best"] else ""
         if self.session.first:
             text = f"epoch {line['epoch']}: loss {self.loss:.3f}, held-out {line['text']}{best}"
             self.bar.console.print(text, highlight=False, soft_wrap=True)
+
+    def _update(self) -> None:
+        text = f"loss {self.loss:.3f}  {self.speed:,.0f} words/s{self.error}"
+        self.bar.update(self.task, completed=self.session.trainer.progress.done, description=text)
