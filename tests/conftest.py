@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from attnext import _extension
+
+_registry: Any = importlib.import_module("attnext.backends")  # attnext.backends is the function of that name
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +23,14 @@ def _poisoned_memory() -> Iterator[None]:
         module.set_poison(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_remembered() -> Iterator[None]:
+    """A choice of backend warns once in a process: which test was the first must not matter."""
+    _registry._resolved.cache_clear()
+    yield
+    _registry._resolved.cache_clear()
 
 
 @pytest.fixture(autouse=True)

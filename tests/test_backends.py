@@ -7,7 +7,7 @@ import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,9 @@ MISSING = [name for name, backend in attnext.backends().items() if not backend.a
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No backend is forced, no choice remembered."""
+def _free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend is forced."""
     monkeypatch.setattr(registry, "_forced", None)
-    registry._resolved.cache_clear()
-    yield
-    registry._resolved.cache_clear()
 
 
 @pytest.fixture
