@@ -299,6 +299,9 @@ def test_evaluate_on_other_words(trained: Path, capsys: Captured) -> None:
     missing = str(trained.parent / "none.txt")
     assert main(["evaluate", str(trained), "--test-lexicon", missing]) == 2
     assert error_line(capsys) == f"can't read {missing!r}: No such file or directory"
+    (trained.parent / "empty.txt").touch()
+    assert main(["evaluate", str(trained), "--test-lexicon", str(trained.parent / "empty.txt")]) == 2
+    assert error_line(capsys) == "there is nothing in the test data"
 
 
 @pytest.mark.parametrize("unit", ["words", "characters"])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,21 +202,25 @@ def test_a_resumed_run_keeps_its_configuration(whole: Path, tmp_path: Path, word
 
 def test_what_is_refused_of_an_unfinished_run(whole: Path, tmp_path: Path, words: list[str], capsys: Captured) -> None:
     """Every refusal is one line, and leaves the folder as it was."""
+    own = tmp_path / "own"
+    shutil.copy(words[1], own)
+    words = ["--lexicon", str(own), *words[2:]]
     out = stopped(tmp_path / "run", words, step=8)
     before = contents(out)
     other = tmp_path / "other"
-    text = Path(words[1]).read_text()
+    text = own.read_text()
     other.write_text(text.replace("IY", "EE"))  # the same numbers, other symbols
     shorter = tmp_path / "shorter"
     shorter.write_text("".join(Path(words[3]).read_text().splitlines(keepends=True)[:-1]))
+    begun = f"was begun with other data: train {own}, dev {words[3]}, test {words[5]}"
     capsys.readouterr()
     for arguments, message in (
         (train(out, words, *OPTIONS), "has an unfinished run: go on with it by --resume, name another --out, or"),
         (train(out, words, *OPTIONS, "--resume", "--decoder-size", "8"),
          "decoder_size can't change in a resumed run: it is 9, got 8"),
         (train(out, words, *OPTIONS, "--resume", "--seed", "1"), "seed can't change in a resumed run: it is 0, got 1"),
-        (train(out, [*words, "--lexicon", str(other)], "--resume"), "was begun with other data"),
-        (train(out, [*words, "--dev-lexicon", str(shorter)], "--resume"), "was begun with other data"),
+        (train(out, [*words, "--lexicon", str(other)], "--resume"), begun + "\n"),
+        (train(out, [*words, "--dev-lexicon", str(shorter)], "--resume"), begun + "\n"),
     ):  # fmt: skip
         assert main(arguments) == 2
         error = capsys.readouterr().err
@@ -223,6 +228,10 @@ def test_what_is_refused_of_an_unfinished_run(whole: Path, tmp_path: Path, words
         assert error.count("\n") == 1
         assert message in error
         assert contents(out) == before
+    shutil.copy(other, own)
+    assert main(train(out, words, "--resume")) == 2
+    assert begun + ", changed since\n" in capsys.readouterr().err
+    own.write_text(text)
     assert main(train(out, words, *OPTIONS, "--resume")) == 0
     assert_same_run(out, whole)
 

@@ -204,7 +204,12 @@ def _corpus(args: argparse.Namespace) -> Corpus:
 
 def _test_entries(checkpoint: Checkpoint, args: argparse.Namespace) -> Sequence[Entry]:
     files = _files(args, checkpoint.corpus.task, "test")
-    return checkpoint.corpus.entries(files) if files else checkpoint.corpus.split().test
+    if not files:
+        return checkpoint.corpus.split().test
+    entries = checkpoint.corpus.entries(files)
+    if not entries:  # no errors of none would read as a perfect model
+        raise InputError("there is nothing in the test data")
+    return entries
 
 
 def _outputs(checkpoint: Checkpoint, sources: Sequence[str], args: argparse.Namespace, name: str) -> list[Output]:

@@ -143,6 +143,11 @@ class Corpus:
     test: tuple[str, ...] = ()
     units: tuple[str, str] = ("characters", "words")
 
+    def describe(self) -> str:
+        """Its files, for people."""
+        files = {"train": self.train or ("the CMU dictionary",), "dev": self.dev, "test": self.test}
+        return ", ".join(f"{part} {' and '.join(names)}" for part, names in files.items() if names)
+
     def split(self) -> Split:
         """The three parts.
 

@@ -101,7 +101,9 @@ class Session:
     def _go_on(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Takes up the folder's run."""
         if record.get("data_sha256") != self.digest:
-            raise InputError(f"the run in {str(self.folder)!r} was begun with other data")
+            files = record.get("corpus")
+            changed = ", changed since" if files == self.checkpoint.corpus.describe() else ""
+            raise InputError(f"the run in {str(self.folder)!r} was begun with other data: {files}{changed}")
         try:
             self.best, self.log_bytes = dict(record["best"]), int(record["log_bytes"])
             self.interval = [Step(*step) for step in record["interval"]]
@@ -202,8 +204,9 @@ class Session:
             os.fsync(self.log.fileno())
         tensors, progress = self.trainer.state()
         write_record(self.folder, "training", tensors, {
-            "finished": finished, "config": asdict(self.trainer.config), "data_sha256": self.digest,
-            "progress": progress, "best": self.best, "interval": self.interval, "log_bytes": self.log.tell(),
+            "finished": finished, "config": asdict(self.trainer.config), "corpus": self.checkpoint.corpus.describe(),
+            "data_sha256": self.digest, "progress": progress, "best": self.best, "interval": self.interval,
+            "log_bytes": self.log.tell(),
         })  # fmt: skip
 
     def _test(self) -> Errors | None:
