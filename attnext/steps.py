@@ -7,7 +7,7 @@ steps. Here a step's backward pass adds to the sums of all steps, which flow on 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,31 +15,36 @@ from torch import Tensor
 from attnext import _checks
 from attnext.ops import accumulator, summing
 
-__all__ = ["Steps", "gathered"]
+__all__ = ["PerPass", "Steps", "gathered", "made_anew"]
 
 
-class _Sums:
-    """The gradients of keys and values so far, in each backward pass that is under way."""
+T = TypeVar("T")
+
+
+class PerPass(Generic[T]):
+    """What the steps of one sequence gather, apart for each backward pass that is under way."""
 
     def __init__(self) -> None:
-        self._of_pass: dict[int, list[Tensor | None]] = {}
+        self._of_pass: dict[int, T] = {}
 
-    def of(self, *inputs: Tensor | None) -> list[Tensor | None]:
-        """Those of this pass, zero at its first step; they are dropped when it ends."""
+    def of(self, make: Callable[[], T]) -> T:
+        """That of this pass, made at its first step; it is dropped when the pass ends."""
         current = torch._C._current_graph_task_id()
         if current not in self._of_pass:
-            self._of_pass[current] = [
-                x if x is None else x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in inputs
-            ]
+            self._of_pass[current] = make()
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._drop(current))
         return self._of_pass[current]
 
-    def take(self) -> list[Tensor | None]:
-        """Those of all steps; empty where none of this pass has added to them."""
-        return [] if torch.compiler.is_compiling() else self._of_pass.pop(torch._C._current_graph_task_id(), [])
+    def take(self) -> T | None:
+        """That of all steps; None where none of this pass has made it."""
+        return None if torch.compiler.is_compiling() else self._of_pass.pop(torch._C._current_graph_task_id(), None)
 
     def _drop(self, one: int) -> None:
         self._of_pass.pop(one, None)
+
+
+_Sums = PerPass[list[Tensor | None]]
+"""The gradients of keys and values so far."""
 
 
 class _Gather(torch.autograd.Function):
@@ -53,9 +58,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not (totals := ctx.sums.take()):
+        totals = ctx.sums.take()
+        if totals is None:
             return None, *gradients  # as the steps made them
-        return None, *(total if total is None else total.to(ctx.dtype) for total in totals[: len(gradients)])
+        found = (total if total is None else total.to(ctx.dtype) for total in totals[: len(gradients)])
+        # Some steps may have made theirs, where the gradients of a pass are a batch for some and not for all.
+        return None, *(b if a is None else a if b is None else a + b for a, b in zip(gradients, found, strict=True))
 
 
 class _Step(torch.autograd.Function):
@@ -78,17 +86,21 @@ class _Step(torch.autograd.Function):
         incoming = (grad_context, grad_weights if ctx.need_weights else None)
         arguments = (*incoming, *tensors, *ctx.options, context, weights, log_sum_exp)
         grads: list[Tensor | None] = []
-        if _made_anew(incoming):
+        if made_anew(*incoming):
             grads = list(summing[ctx.op].whole(*arguments))
         elif any(grad is not None for grad in incoming):
-            found = summing[ctx.op].into(*arguments, *ctx.sums.of(*tensors[1:3]))
+            found = summing[ctx.op].into(*arguments, *ctx.sums.of(lambda: _zeros(tensors[1:3])))
             query, *others = (found,) if isinstance(found, Tensor) else found
             grads = [query, None, None, *others]
         of_inputs = [None if x is None else grad for x, grad in zip(tensors, grads, strict=False)]
         return None, None, *of_inputs, *(None,) * (len(tensors) - len(of_inputs) + 3)
 
 
-def _made_anew(incoming: tuple[Tensor | None, ...]) -> bool:
+def _zeros(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [x if x is None else x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in inputs]
+
+
+def made_anew(*incoming: Tensor | None) -> bool:
     """Whether a step hands on gradients of its own: they may be differentiated again, are compiled, or are a batch."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
         return any(x is not None for x in incoming)
@@ -106,7 +118,7 @@ class Steps:
 
     def __init__(self, key: Tensor, value: Tensor | None) -> None:
         self._sources = key, value
-        self._sums = _Sums()
+        self._sums: _Sums = PerPass()
         inputs = _gather(self._sums, *(x for x in self._sources if x is not None))
         self._inputs = inputs[0], None if value is None else inputs[1]
 

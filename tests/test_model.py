@@ -119,11 +119,57 @@ def test_over_steps_without_gradients() -> None:
     assert not any(x.requires_grad for x in found)
 
 
-def test_over_steps_has_no_second_derivatives() -> None:
-    chain = Chain(3)
-    (grad,) = torch.autograd.grad(chain.total(over_steps), chain.first, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_over_steps_has_second_derivatives() -> None:
+    chain, found = Chain(3), []
+    for of in (over_steps, plain):
+        value = chain.total(of)
+        grads = torch.autograd.grad(value, [chain.weight, chain.first], create_graph=True)
+        penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
+        found.append(torch.autograd.grad(value + penalty, chain.leaves))
+    close(*found)
+
+
+def test_over_steps_after_a_pass_that_was_broken_off() -> None:
+    chain, breaks = Chain(3), [True]
+    (expected,) = torch.autograd.grad(chain.total(plain), chain.weight)
+    outputs = chain.outputs(over_steps)
+
+    def broken(gradient: Tensor) -> None:
+        if breaks:
+            raise OSError("broken")
+
+    outputs[0].register_hook(broken)
+    value = torch.stack([(x.cos() * (place + 1)).sum() for place, x in enumerate(outputs)]).sum()
+    with pytest.raises(OSError, match="broken"):
+        torch.autograd.grad(value, chain.weight, retain_graph=True)
+    breaks.clear()
+    close(torch.autograd.grad(value, chain.weight)[0], expected)
+
+
+def test_over_steps_of_a_pass_within_a_pass() -> None:
+    chain, inner = Chain(3), []
+    (expected,) = torch.autograd.grad(chain.total(plain), chain.weight)
+    outputs = chain.outputs(over_steps)
+    value = torch.stack([(x.cos() * (place + 1)).sum() for place, x in enumerate(outputs)]).sum()
+
+    def again(gradient: Tensor) -> None:
+        if not inner:
+            inner.append(gradient)  # once
+            inner[0] = torch.autograd.grad(value, chain.weight, retain_graph=True)[0]
+
+    outputs[0].register_hook(again)
+    (outer,) = torch.autograd.grad(value, chain.weight, retain_graph=True)
+    close(outer, expected)
+    close(inner[0], expected)
+
+
+def test_over_steps_with_a_batch_of_gradients() -> None:
+    chain, many = Chain(3), torch.randn(5, 3, 4, dtype=torch.float64)
+    found = [
+        torch.autograd.grad(chain.outputs(of)[-1], chain.leaves[:3], many, is_grads_batched=True)
+        for of in (over_steps, plain)
+    ]
+    close(*found)
 
 
 def test_over_steps_under_autocast() -> None:
@@ -143,6 +189,7 @@ def test_over_steps_under_autocast() -> None:
     assert F.cosine_similarity(grads[0].flatten(), expected.flatten(), 0) > 0.999  # bfloat16 has 8 bits
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert over_steps(weight)(torch.ones(3, 6), bias.expand(3, 4)).dtype == torch.bfloat16
+        assert over_steps(chain.weight)(torch.ones(3, 6), bias.expand(3, 4)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])

@@ -14,23 +14,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attnext import _checks
+from attnext.steps import PerPass, made_anew
 
 __all__ = ["CELLS", "Cell", "Product", "over_steps"]
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """(x, base) to base + x W^T, for x (..., I) and base (..., O)."""
 
-_Factors = list[tuple[Tensor, Tensor]]
+_Factors = PerPass[list[tuple[Tensor, Tensor]]]
+"""The inputs of a matrix and the gradients of its outputs, of the steps so far."""
 
 
 def over_steps(weight: Tensor) -> Product:
-    """The product with a matrix (O, I) for the steps of one sequence.
-
-    Its first derivatives are those of a linear layer; there are no second ones.
-    """
-    if _checks.autocasts(weight.device.type):  # once, not at every step
+    """The product with a matrix (O, I) for the steps of one sequence; its derivatives are those of a linear layer."""
+    if _checks.autocasts(weight.device.type) and weight.dtype != torch.float64:  # once, not at every step
         weight = weight.to(torch.get_autocast_dtype(weight.device.type))
-    factors: _Factors = []
+    factors: _Factors = PerPass()
     waits = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     shared = _gathered(weight, factors) if waits else weight
 
@@ -55,13 +54,13 @@ class _Gathered(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: None) -> tuple[Tensor | None, None]:
-        if not ctx.factors:
-            return None, None
-        inputs, gradients = (torch.cat(factor) for factor in zip(*ctx.factors, strict=True))
-        ctx.factors.clear()
-        return gradients.t() @ inputs, None
+    def backward(ctx: Any, made: Tensor | None) -> tuple[Tensor | None, None]:
+        factors = ctx.factors.take()
+        if factors is None:
+            return made, None  # as the steps made it
+        inputs, gradients = (torch.cat(factor) for factor in zip(*factors, strict=True))
+        total = gradients.t() @ inputs
+        return total if made is None else made + total, None
 
 
 class _Step(torch.autograd.Function):
@@ -72,13 +71,15 @@ class _Step(torch.autograd.Function):
         return _product(x, base, weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        of_weight, rows = None, (x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+        if made_anew(gradient):
+            of_weight = rows[1].t() @ rows[0] if ctx.needs_input_grad[2] else None
         # Not where other gradients alone were asked for: nobody would take the factors.
-        if ctx.needs_input_grad[2] and torch._C._will_engine_execute_node(ctx.next_functions[2][0]):
-            ctx.factors.append((x.flatten(0, -2), gradient.flatten(0, -2)))
-        return gradient @ weight if ctx.needs_input_grad[0] else None, gradient, None, None
+        elif ctx.needs_input_grad[2] and torch._C._will_engine_execute_node(ctx.next_functions[2][0]):
+            ctx.factors.of(list).append(rows)
+        return gradient @ weight if ctx.needs_input_grad[0] else None, gradient, of_weight, None
 
 
 class _LSTM(torch.autograd.Function):
