@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["InputError", "MissingExtra", "extra", "make_writable", "naming", "writable_file", "write_atomically"]
+__all__ = [
+    "InputError", "MissingExtra", "extra", "make_writable", "naming", "only_writer", "writable_file",
+    "write_atomically",
+]  # fmt: skip
 
 
 class InputError(ValueError):
@@ -45,6 +49,33 @@ def make_writable(folder: Path) -> None:
         raise InputError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from error
 
 
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Makes the folder if need be, and keeps other processes that ask for the same out of it while the block runs.
+
+    Raises:
+        InputError: it can't be written to, or another process is in it.
+    """
+    make_writable(folder)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"another process is at work in the folder {str(folder)!r}") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def writable_file(option: str, path: Path) -> None:
     """Makes sure, before long work, that the file of an option can be written; makes its folder if need be.
 
@@ -54,6 +85,8 @@ def writable_file(option: str, path: Path) -> None:
     make_writable(path.parent)
     if path.is_dir():
         raise InputError(f"{option} must be a file, got the folder {str(path)!r}")
+    if path.exists() and not path.is_file():  # a pipe or a device would be replaced
+        raise InputError(f"{option} must be an ordinary file, got {str(path)!r}")
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class Checkpoint:
         target: the vocabulary of its outputs.
         corpus: the data it was made with.
         metrics: anything JSON can say of its training.
+        longest: symbols of the longest output it was trained on, the end mark included.
     """
 
     model: Seq2Seq
@@ -44,6 +45,7 @@ class Checkpoint:
     target: Vocabulary
     corpus: Corpus = field(default_factory=Corpus)
     metrics: dict[str, Any] = field(default_factory=dict)
+    longest: int = 0
 
     def description(self) -> dict[str, Any]:
         """All but the tensors, as JSON."""
@@ -52,6 +54,7 @@ class Checkpoint:
             "source": asdict(self.source),
             "target": asdict(self.target),
             "corpus": asdict(self.corpus),
+            "longest": self.longest,
             "metrics": self.metrics,
         }
 
@@ -64,7 +67,8 @@ class Checkpoint:
         """
         source, target = (Vocabulary(**_tuples(record[side])) for side in ("source", "target"))
         model = Seq2Seq(Config(**record["config"]), len(source), len(target))
-        return cls(model, source, target, Corpus(**_tuples(record["corpus"])), dict(record["metrics"]))
+        corpus, longest = Corpus(**_tuples(record["corpus"])), int(record.get("longest", 0))
+        return cls(model, source, target, corpus, dict(record["metrics"]), longest)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -89,8 +93,11 @@ def load(folder: Path) -> Checkpoint:
     record, tensors = read_record(folder, "checkpoint")
     try:
         checkpoint = Checkpoint.described(record)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{str(folder / 'checkpoint.json')!r} is damaged: {error!r}") from error
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # Runtime: sizes beyond memory
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"{str(folder / 'checkpoint.json')!r} is damaged: {reason}") from error
+    if {x.dtype for x in tensors.values()} == {torch.float64}:
+        checkpoint.model.double()
     fill(tensors_of(checkpoint.model), tensors, folder)
     checkpoint.model.eval()
     return checkpoint
@@ -131,12 +138,17 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def read_record(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The folder's record of this name and its tensors; see :func:`load` for the errors."""
-    record = read_json(folder, name)
-    digest = record.get("tensors_sha256")
-    if not isinstance(digest, str):
-        file = str(folder / f"{name}.json")
-        raise InputError(f"{file!r} is damaged: it should name its tensors, got {digest!r}")
-    return record, _read_tensors(_tensor_file(folder, name, digest), digest)
+    while True:
+        record = read_json(folder, name)
+        digest = record.get("tensors_sha256")
+        if not isinstance(digest, str):
+            file = str(folder / f"{name}.json")
+            raise InputError(f"{file!r} is damaged: it should name its tensors, got {digest!r}")
+        try:
+            return record, _read_tensors(_tensor_file(folder, name, digest), digest)
+        except InputError:
+            if read_json(folder, name).get("tensors_sha256") == digest:
+                raise  # else it was replaced in the meantime
 
 
 def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:

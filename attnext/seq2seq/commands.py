@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import attnext
-from attnext._support import InputError, extra, writable_file, write_atomically
+from attnext._support import InputError, extra, only_writer, writable_file, write_atomically
 from attnext.cli import finite, positive, require_backend
 from attnext.seq2seq import config
 from attnext.seq2seq.checkpoint import Checkpoint, load
@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> int:
     """Trains a model in a folder, keeps the one that does best on held-out data, and prints its errors on test data."""
     out = args.out or Path(f"{args.task}-model")
     corpus = _corpus(args)
-    with _computing(args) as group:
+    with _computing(args) as group, only_writer(out) if group.rank == 0 else nullcontext():
         session = Session(out, corpus, config.given(args), args.resume, group)
         if args.resume and session.first:
             begun = session.trainer.progress
@@ -148,7 +148,7 @@ def predict(args: argparse.Namespace) -> int:
         checkpoint.model.to(group.device)
         if args.alignment is not None and checkpoint.model.config.attention == "none":
             raise InputError("--alignment: a model without attention has no weights to draw")
-        words = args.words or [line.strip() for line in sys.stdin if line.strip()]
+        words = args.words or _words_of_input()
         for word in words:
             if checkpoint.corpus.task == "g2p" or not word.strip():
                 checkpoint.source.require(word)
@@ -167,6 +167,13 @@ def predict(args: argparse.Namespace) -> int:
         alignment(args.alignment, outputs, checkpoint.source.unit)
         print(f"alignment in {args.alignment}", file=sys.stderr)
     return 0
+
+
+def _words_of_input() -> list[str]:
+    try:
+        return [line.strip() for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not text: {error}") from error
 
 
 def _option(part: str, file: str) -> str:
@@ -216,13 +223,16 @@ def _outputs(checkpoint: Checkpoint, sources: Sequence[str], args: argparse.Name
     """The outputs of all sources, under a progress bar on stderr; then it says how long the search took."""
     with extra("demo"):
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import Progress
     console, started = Console(stderr=True), time.perf_counter()
     with Progress(console=console, transient=True) as bar:
-        advance = partial(bar.advance, bar.add_task(name, total=len(sources)))
+        advance = partial(bar.advance, bar.add_task(escape(name), total=len(sources)))
         outputs = translate(checkpoint, sources, beam=args.beam, length_power=args.length_power, advance=advance)
     seconds = time.perf_counter() - started
-    console.print(f"{name}: beam of {args.beam}, {len(sources)} sources in {seconds:.1f} s", highlight=False)
+    console.print(
+        f"{name}: beam of {args.beam}, {len(sources)} sources in {seconds:.1f} s", highlight=False, markup=False
+    )
     return outputs
 
 
@@ -235,13 +245,14 @@ def _print_by_length(models: dict[str, dict[int, Errors]], task: str) -> None:
     with extra("demo"):
         from rich import box
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
     symbol, source = ("PER", "WER") if task == "g2p" else ("symbol errors", "line errors")
     table = Table(box=box.SIMPLE, title="by the length of the source", title_justify="left")
     table.add_column("length", justify="right")
     table.add_column("sources", justify="right")
     for name in models:
-        table.add_column(f"{symbol}, {name}", justify="right")
+        table.add_column(f"{symbol}, {escape(name)}", justify="right")
         table.add_column(source, justify="right")
     first = next(iter(models.values()))
     for length in first:

@@ -67,13 +67,14 @@ def joined(device: str | None) -> Iterator[Group]:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here")
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    started = "RANK" in os.environ  # by torchrun, or as it does
+    size, local = (int(os.environ.get(name, "0")) if started else 0 for name in ("WORLD_SIZE", "LOCAL_RANK"))
     if kind == "cuda" and local >= torch.cuda.device_count():
         raise InputError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
     place = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(place)
-    if size == 1:
+    if size <= 1:
         yield Group(0, 1, place)
         return
     distributed.init_process_group("nccl" if kind == "cuda" else "gloo")

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ def curves(path: Path, log: Path, task: str) -> None:
     """
     with extra("demo"):
         from matplotlib.ticker import LogLocator
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = []
+    for line in log.read_text(errors="replace").splitlines():
+        with suppress(ValueError):  # one that someone has cut
+            lines.append(json.loads(line))
     steps, dev = ([line for line in lines if line["event"] == event] for event in ("steps", "dev"))
     unit, over = (60.0, "minutes") if lines and lines[-1]["seconds"] > 180 else (1.0, "seconds")
     figure = _figure(7.0, 7.0)

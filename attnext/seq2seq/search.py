@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnext._support import InputError
 from attnext.seq2seq.checkpoint import Checkpoint
 from attnext.seq2seq.data import END, START, pad
 from attnext.seq2seq.model import Seq2Seq
 
 __all__ = ["Hypothesis", "Output", "search", "translate"]
+
+
+_MOST_POWER = 16
+"""Of a length: beyond, scores would overflow."""
 
 
 class Hypothesis(NamedTuple):
@@ -40,6 +44,7 @@ def search(
     length_power: float = 1.0,
     need_weights: bool = False,
     max_steps: int | None = None,
+    longest: int = 0,
 ) -> list[list[Hypothesis]]:
     """The best outputs of each source of a batch, from the best, at most as many as the beam is wide.
 
@@ -53,25 +58,27 @@ def search(
         beam: hypotheses that are kept at every step; 1 is greedy search.
         length_power: what a longer output has in its favour: 0 nothing, 1 the mean over its symbols is compared.
         need_weights: also return the attention weights.
-        max_steps: cuts outputs that have not ended by then; by default twice their source's length and ten.
+        max_steps: cuts outputs that have not ended by then; by default twice their source's length and ten, or
+            ``longest`` and ten if that is more.
+        longest: symbols of the longest output the model was trained on.
 
     Raises:
-        ValueError: beam is below 1, length_power is not finite, max_steps is negative, weights are wanted of a model
+        ValueError: beam is below 1, length_power is beyond 16, max_steps is negative, weights are wanted of a model
             without attention, or the model's logits are not finite.
     """
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
-    if not math.isfinite(length_power):
-        raise ValueError(f"length_power must be finite, got {length_power}")
+    if not abs(length_power) <= _MOST_POWER:
+        raise InputError(f"length_power must be from -{_MOST_POWER} to {_MOST_POWER}, got {length_power}")
     if max_steps is not None and max_steps < 0:
         raise ValueError(f"max_steps must not be negative, got {max_steps}")
     if need_weights and model.config.attention == "none":
         raise ValueError("need_weights must be False for a model without attention")
-    limits = (2 * lengths + 10 if max_steps is None else torch.full_like(lengths, max_steps)).to(source.device)
+    limits = (2 * lengths).clamp(min=longest) + 10 if max_steps is None else torch.full_like(lengths, max_steps)
     if max_steps == 0:
         nothing = torch.empty(0, source.shape[1], device=source.device) if need_weights else None
         return [[Hypothesis([], 0.0, nothing)] for _ in lengths]
-    return _Search(model, source, lengths, limits, beam, length_power, need_weights).run()
+    return _Search(model, source, lengths, limits.to(source.device), beam, length_power, need_weights).run()
 
 
 class _Search:
@@ -112,7 +119,7 @@ class _Search:
             self._extend(logits[..., END:].float().log_softmax(-1))
             self._leave()
         if not all(self.ended):
-            raise ValueError("the model's logits are not finite: its parameters are damaged, or training diverged")
+            raise InputError("the model's logits are not finite: its parameters are damaged, or training diverged")
         return [sorted(found, key=lambda one: -one.score)[: self.beam] for found in self.ended]
 
     def _extend(self, log_probabilities: Tensor) -> None:
@@ -210,7 +217,10 @@ def translate(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         source, lengths = (x.to(device) for x in pad([numbers[row] for row in rows]))
-        found = search(model, source, lengths, beam=beam, length_power=length_power, need_weights=need_weights)
+        found = search(
+            model, source, lengths, beam=beam, length_power=length_power, need_weights=need_weights,
+            longest=checkpoint.longest,
+        )  # fmt: skip
         for row, hypotheses in zip(rows, found, strict=True):
             weights = [one.weights[:, : len(numbers[row])].cpu() for one in hypotheses if one.weights is not None]
             symbols = [checkpoint.target.decode(one.symbols) for one in hypotheses]

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from attnext._support import InputError, extra, make_writable, naming
+from attnext._support import InputError, extra, naming
 from attnext.seq2seq.checkpoint import Checkpoint, load, read_json, read_record, save, write_record
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.data import Corpus, Pairs, Vocabulary
@@ -47,14 +47,14 @@ class Session:
     """Trains a model in a folder.
 
     Args:
-        folder: of the run.
+        folder: of the run; there, and nobody else's (``only_writer``).
         corpus: its data.
         given: fields of the configuration that were set; the others are by default or, resumed, as they were.
         resume: go on with the run in the folder, if there is one.
         group: the processes that train.
 
     Raises:
-        InputError: the folder can't be written to or read, holds an unfinished run that was not to be resumed, or one
+        InputError: the folder can't be read, holds an unfinished run that was not to be resumed, or one
             of other data or another configuration; or the data can't be read.
     """
 
@@ -76,8 +76,11 @@ class Session:
         data = (source.symbols, target.symbols, pairs.sources, pairs.outputs, self.data.dev)
         self.digest = hashlib.sha256(repr(data).encode()).hexdigest()
         self.trainer = Trainer(model, pairs, group)
-        self.checkpoint = Checkpoint(self.trainer.evaluated, source, target, corpus)
+        self.checkpoint = Checkpoint(
+            self.trainer.evaluated, source, target, corpus, longest=int(pairs.output_lengths.max())
+        )
         self.best: dict[str, Any] = {}
+        self.finished = bool(record.get("finished"))
         self.interval: list[Step] = []
         self.log_path, self.log_bytes = folder / "log.jsonl", 0
         if self.resumed:
@@ -86,8 +89,6 @@ class Session:
     def _is_saved(self, resume: bool) -> bool:
         """Whether the folder has a run, which must be finished if it is not to be resumed."""
         folder = self.folder
-        if self.first:
-            make_writable(folder)
         saved = (folder / "training.json").exists()
         if self.group.of_first(float(saved)) != saved:
             raise InputError(f"every process must see the folder {str(folder)!r} of the first: put it on a shared disk")
@@ -123,7 +124,10 @@ class Session:
         """
         with self._open_log() as self.log, _Display(self) as display, _asked_to_stop() as asked:
             saved_at = time.perf_counter()
-            for step in () if self._stale else self.trainer.steps():
+            over = self.trainer.progress.done >= 1.0 or self._stale
+            if over and not self.finished:
+                self._end_early(display)
+            for step in () if over else self.trainer.steps():
                 self.interval.append(step)
                 progress = self.trainer.progress
                 pause = progress.batch == 0 or progress.done >= 1.0
@@ -141,6 +145,14 @@ class Session:
                 if stop:
                     raise Interrupted
         return self._test()
+
+    def _end_early(self, display: _Display) -> None:
+        """Ends a run whose limits, changed as it was resumed, are over already."""
+        if self.interval:
+            display.step(self._log_interval())
+        if self.trainer.progress.batch:  # steps were made since the last evaluation
+            display.epoch(self._evaluate())
+        self._save(True)
 
     @property
     def _stale(self) -> bool:
@@ -188,8 +200,9 @@ class Session:
         path = self.log_path
         if not self.resumed:  # the finished run that was here, before the first of its files changes
             (self.folder / "training.json").unlink(missing_ok=True)
-        with path.open("r+b" if self.resumed and path.exists() else "wb") as log:
-            log.truncate(min(self.log_bytes, log.seek(0, os.SEEK_END)))
+        with path.open("r+b" if self.resumed and path.exists() else "w+b") as log:
+            kept = log.read(self.log_bytes)
+            log.truncate(kept.rfind(b"\n") + 1)  # whole lines, should someone have cut it
             log.seek(0, os.SEEK_END)
             try:
                 yield log
@@ -216,11 +229,11 @@ class Session:
         return errors
 
     def _test_best(self) -> Errors:
-        curves(self.folder / "curves.png", self.log_path, self.checkpoint.corpus.task)
         best = load(self.folder)
         best.model.to(self.group.device)
         errors = evaluate(best, self.data.test)
         save(self.folder, replace(best, metrics=best.metrics | {"test": errors.record()}))
+        curves(self.folder / "curves.png", self.log_path, self.checkpoint.corpus.task)
         return errors
 
 
@@ -289,7 +302,7 @@ class _Display:
         self.bar = Progress(*columns, console=Console(stderr=True), disable=not session.first)
         self.task = self.bar.add_task("training", total=1.0)
         self.bar.update(self.task, completed=session.trainer.progress.done)
-        self.error = ""
+        self.loss, self.speed, self.error = float("nan"), 0.0, ""
 
     def __enter__(self) -> _Display:
         self.bar.start()
