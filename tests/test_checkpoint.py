@@ -22,7 +22,7 @@ from seq2seq_cases import (
 )
 from torch import Tensor
 
-from attnext.seq2seq import InputError
+from attnext.seq2seq import InputError, checkpoint
 from attnext.seq2seq.checkpoint import Checkpoint, load, save, tensors_of
 from attnext.seq2seq.data import (
     Corpus,
@@ -44,6 +44,26 @@ def test_checkpoint_comes_back(tmp_path: Path) -> None:
     assert not after.model.training
     assert equal(after.model, model)
     assert after.model.decoder.output.weight is after.model.decoder.embedding.weight
+
+
+def test_a_checkpoint_of_float64(tmp_path: Path) -> None:
+    save(tmp_path, checkpoint_of(tiny()))
+    assert load(tmp_path).model.decoder.output.weight.dtype == torch.float64
+    assert equal(load(tmp_path).model, tiny())
+
+
+def test_a_checkpoint_that_is_replaced_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, checkpoint_of(tiny("gru", torch.float32)))
+    read = checkpoint.read_json
+
+    def then_replaced(folder: Path, name: str) -> dict[str, Any]:
+        monkeypatch.undo()
+        record = read(folder, name)
+        save(folder, checkpoint_of(tiny("lstm", torch.float32)))
+        return record
+
+    monkeypatch.setattr(checkpoint, "read_json", then_replaced)
+    assert load(tmp_path).model.config.cell == "lstm"
 
 
 def test_a_new_checkpoint_replaces_the_old(tmp_path: Path) -> None:
@@ -172,6 +192,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "sizes that don't fit": (
         change_json(lambda record: record["config"].update(attention="dot")),
         "is damaged: .*query_size must be memory_size",
+    ),
+    "sizes beyond memory": (
+        change_json(lambda record: record["config"].update(encoder_size=7 * 10**11)),
+        "damaged: RuntimeError",
     ),
     "config is a list": (change_json(lambda record: record.update(config=[1])), "is damaged"),
     "vocabulary is a list": (change_json(lambda record: record.update(source=[1])), "is damaged"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -290,6 +291,36 @@ def test_too_many_words_to_draw(trained: Path, capsys: Captured) -> None:
     assert main(["predict", str(trained), *["word"] * 61, "--alignment", str(picture)]) == 2
     assert error_line(capsys) == "--alignment: at most 60 words can be drawn, got 61"
     assert not picture.exists()
+
+
+def test_a_folder_whose_name_is_markup(tmp_path: Path, capsys: Captured) -> None:
+    folder, words = untrained(tmp_path / "m[" / "run]"), lexicon(tmp_path / "words.txt", WORDS[:3])
+    assert main(["evaluate", str(folder), "--test-lexicon", words]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("(3 words)")
+
+
+def test_scores_and_files_that_can_t_be(trained: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["predict", str(trained), "box", "--length-power", "1000"]) == 2
+    assert error_line(capsys) == "length_power must be from -16 to 16, got 1000.0"
+    pipe = trained.parent / "pipe"
+    os.mkfifo(pipe)
+    assert main(["evaluate", str(trained), "--json", str(pipe)]) == 2
+    assert error_line(capsys) == f"--json must be an ordinary file, got {str(pipe)!r}"
+    assert pipe.is_fifo()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"box\xff\n"), encoding="utf-8"))
+    assert main(["predict", str(trained)]) == 2
+    assert error_line(capsys).startswith("standard input is not text: ")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of some scheduler, without a rank
+    assert main(["predict", str(trained), "box"]) == 0
+
+
+def test_a_damaged_model_is_said_in_a_line(trained: Path, capsys: Captured) -> None:
+    checkpoint = load(trained)
+    with torch.no_grad():
+        checkpoint.model.decoder.output.bias.fill_(float("nan"))
+    save(trained, checkpoint)
+    assert main(["predict", str(trained), "box"]) == 2
+    assert "the model's logits are not finite" in error_line(capsys)
 
 
 def test_evaluate_on_other_words(trained: Path, capsys: Captured) -> None:

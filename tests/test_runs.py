@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnext._support import only_writer
 from attnext.cli import main
 from attnext.seq2seq import session
 from attnext.seq2seq.checkpoint import load, read_record, tensors_of
@@ -185,6 +186,44 @@ def test_a_run_is_gone_on_with_where_it_was_saved(
             assert main(train(out, words, *OPTIONS, "--resume")) == 0
         assert len(steps) == STEPS - made
         assert f"going on in {out} from epoch 1, step {made}\n" in capsys.readouterr().err
+
+
+def test_a_folder_has_one_run_at_a_time(whole: Path, tmp_path: Path, words: list[str], capsys: Captured) -> None:
+    out = stopped(tmp_path / "run", words, step=8)
+    before = contents(out)
+    with only_writer(out):
+        assert main(train(out, words, *OPTIONS, "--resume")) == 2
+    assert f"another process is at work in the folder {str(out)!r}" in capsys.readouterr().err
+    assert contents(out) == before
+    assert main(train(out, words, *OPTIONS, "--resume")) == 0
+    assert_same_run(out, whole)
+
+
+def test_a_limit_that_is_over_as_the_run_is_resumed(tmp_path: Path, words: list[str]) -> None:
+    """The steps since the last evaluation count: without them there may be no model at all."""
+    out = tmp_path / "run"
+    assert main(train(out, words, *OPTIONS)) == 0  # another model, which must not pass for this one
+    for step, limit in ((4, ["--minutes", "1e-6"]), (8, ["--epochs", "1"])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(session, "_SAVE_SECONDS", 0.0)
+            stopped(out, words, "--cell", "gru", step=step + 1)
+        assert main(train(out, words, "--resume", *limit)) == 0
+        record, best = read_record(out, "training")[0], load(out)
+        assert record["finished"]
+        assert best.model.config.cell == "gru"
+        assert [line["step"] for line in log(out) if line["event"] == "dev"][-1] == step
+        assert "test" in best.metrics
+        assert main(train(out, words, "--resume", *limit)) == 0
+        assert read_record(out, "training")[0]["progress"] == record["progress"]
+
+
+def test_a_log_that_someone_cut(whole: Path, tmp_path: Path, words: list[str]) -> None:
+    out = stopped(tmp_path / "run", words, step=14)
+    path = out / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert main(train(out, words, *OPTIONS, "--resume")) == 0
+    assert equal(tensors(out), tensors(whole))
+    assert [line["step"] for line in log(out)] == [6, 6, 12, 18, 18]  # each of its lines is whole
 
 
 def test_resume_with_nothing_there_begins(whole: Path, tmp_path: Path, words: list[str], capsys: Captured) -> None:

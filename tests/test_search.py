@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from seq2seq_cases import (
 )
 
 from attnext.seq2seq import Seq2Seq
+from attnext.seq2seq.checkpoint import load, save
 from attnext.seq2seq.config import ATTENTIONS
 from attnext.seq2seq.data import (
     END,
@@ -186,6 +189,17 @@ def test_weights_are_those_of_their_hypothesis() -> None:
             assert one.weights is not None
             expected = torch.stack(rows) if rows else torch.empty(0, len(word))
             torch.testing.assert_close(one.weights[:, : len(word)], expected)
+
+
+def test_outputs_may_be_as_long_as_those_of_training(tmp_path: Path) -> None:
+    """A word without an end: cut after twice its length and ten symbols, or after the longest of training and ten."""
+    model = tiny()
+    with torch.no_grad():
+        model.decoder.output.bias[END] = -1e9
+    for longest, cut in ((0, 16), (6, 16), (40, 50)):
+        save(tmp_path, dataclasses.replace(checkpoint_of(model), longest=longest))
+        assert load(tmp_path).longest == longest
+        assert len(translate(load(tmp_path), ["box"])[0].best) == cut
 
 
 def test_search_says_when_a_model_is_damaged() -> None:
