@@ -28,7 +28,7 @@ class PerPass(Generic[T]):
         self._of_pass: dict[int, T] = {}
 
     def of(self, make: Callable[[], T]) -> T:
-        """That of this pass, made at its first step; it is dropped when the pass ends."""
+        """That of this pass, made at its first step; dropped when it ends, or with this if an exception ends it."""
         current = torch._C._current_graph_task_id()
         if current not in self._of_pass:
             self._of_pass[current] = make()

@@ -188,6 +188,15 @@ def test_a_run_is_gone_on_with_where_it_was_saved(
         assert f"going on in {out} from epoch 1, step {made}\n" in capsys.readouterr().err
 
 
+def test_the_second_signal_ends_at_once() -> None:
+    with session._asked_to_stop() as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_folder_has_one_run_at_a_time(whole: Path, tmp_path: Path, words: list[str], capsys: Captured) -> None:
     out = stopped(tmp_path / "run", words, step=8)
     before = contents(out)
