@@ -24,14 +24,17 @@ __all__ = ["CASES", "DTYPES", "Case", "Inputs", "compare", "draw", "random_cases
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INPUTS = ("query", "key", "value", "score_weight")
+PAST_INPUTS = ("filters", "projection", "past", "second_past", "previous", "transition")
+"""What a step that sees its past takes beside them, where it has it; the last four are in the arithmetic's dtype."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One call to verify: its sizes and what is special about its inputs."""
 
-    op: Literal["attention", "step", "scores", "dot"] = "attention"
-    """``step`` attends a prepared memory; ``dot`` is attention by dot products, the others are additive."""
+    op: Literal["attention", "step", "scores", "dot", "past"] = "attention"
+    """``step`` attends a prepared memory; ``dot`` is attention by dot products, the others are additive; ``past`` is a
+    step that sees its past, whose queries are the hypotheses of a beam."""
     batch: int = 2
     queries: int = 3
     keys: int = 7
@@ -57,17 +60,29 @@ class Case:
     shared: bool = False
     """Of ``dot``: the keys are the values; ``values`` has the number of features."""
     summed: bool = False
-    """Of ``step`` and ``dot``: the gradients of keys and values are added to the sums of a memory's steps."""
+    """Of ``step``, ``dot`` and ``past``: the gradients of keys and values are added to the sums of a memory's steps."""
+    channels: int = 0
+    """Of ``past``, as all below: how many pasts the filters see, 0 for none."""
+    filters: int = 0
+    """How many, or 0 for one a feature, without a projection."""
+    width: int = 1
+    rule: Literal["softmax", "sigmoid", "forward"] = "softmax"
+    agent: bool = False
+    """Forward attention with a transition for each query."""
+    window: bool = False
+    """Only keys near a place may be attended, another one for each query."""
 
     def __str__(self) -> str:
         sizes = f"({self.batch}, {self.queries}, {self.keys}, {self.features}, {self.values})"
-        names = ("lengths", "weights", "strided", "poison", "flat", "shared", "summed")
+        names = ("lengths", "weights", "strided", "poison", "flat", "shared", "summed", "agent", "window")
         flags = [name for name in names if getattr(self, name)]
         if self.mask:
             flags.append(f"mask={self.mask}")
+        if self.rule != "softmax":
+            flags.append(self.rule)
         numbers = (
             f"{name}={getattr(self, name):g}"
-            for name in ("scale", "dropout_p", "magnitude", "heads")
+            for name in ("scale", "dropout_p", "magnitude", "heads", "channels", "filters", "width")
             if getattr(self, name) != getattr(Case, name)
         )
         return " ".join([self.op, sizes, str(self.dtype).removeprefix("torch."), *flags, *numbers])
@@ -164,7 +179,31 @@ CASES: tuple[Case, ...] = (
     Case("dot", keys=0, weights=True),
     Case("dot", keys=0, features=12, values=12, shared=True),
     Case("dot", values=0, weights=True),
-)
+    # One query without a past; then with one, of the sizes of Tacotron 2 and of the recognisers in small.
+    Case("past", queries=1, flat=True, weights=True),
+    Case("past", batch=1, queries=1, keys=1, features=1, values=1, channels=1, filters=1, flat=True, weights=True),
+    Case("past", queries=1, keys=70, features=33, values=17, channels=2, filters=32, width=31, flat=True, weights=True,
+         lengths=True),
+    Case("past", batch=3, queries=1, keys=131, features=64, values=40, channels=1, filters=10, width=201, flat=True,
+         weights=True, mask="keys", poison=True, summed=True),
+    Case("past", batch=2, queries=1, keys=50, features=40, values=24, channels=1, flat=True, lengths=True, weights=True,
+         strided=True, scale=0.5),
+    Case("past", batch=2, queries=5, keys=41, features=20, values=9, channels=2, filters=3, width=5, lengths=True,
+         mask="keys", poison=True, weights=True, window=True, summed=True),
+    Case("past", batch=2, queries=3, keys=30, features=70, values=20, channels=1, filters=5, width=7, magnitude=8.0,
+         dropout_p=0.3, weights=True),
+    Case("past", batch=2, queries=2, keys=20, features=16, values=8, channels=1, width=3, magnitude=1e3),
+    Case("past", batch=2, queries=3, keys=33, features=12, values=10, channels=2, filters=4, width=3, rule="sigmoid",
+         lengths=True, weights=True),
+    Case("past", batch=3, queries=1, keys=37, features=12, values=10, channels=2, filters=4, width=9, rule="forward",
+         flat=True, lengths=True, weights=True, summed=True),
+    Case("past", batch=2, queries=4, keys=21, features=12, values=10, rule="forward", agent=True, mask="keys",
+         poison=True, weights=True, window=True, strided=True),
+    Case("past", batch=0, channels=1, filters=2, width=3, weights=True),
+    Case("past", queries=0, channels=1, width=3),
+    Case("past", keys=0, channels=2, filters=2, width=3, weights=True),
+    Case("past", values=0, channels=1, filters=2, width=3, weights=True),
+)  # fmt: skip
 """The fixed table; every backend runs it in every dtype."""
 
 
@@ -174,7 +213,7 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
     sizes = (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 65, 100, 129)
     for _ in range(count):
         case = Case(
-            op=draw_from.choice(("attention", "attention", "step", "scores", "dot", "dot")),
+            op=draw_from.choice(("attention", "attention", "step", "scores", "dot", "dot", "past", "past")),
             batch=draw_from.choice((1, 1, 2, 3, 5)),
             queries=draw_from.choice(sizes[:11]),
             keys=draw_from.choice((*sizes, 200)),
@@ -194,11 +233,28 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
             scale = draw_from.choice((1.0, 1.0, 0.1, 10.0)) / (case.magnitude**2 * case.features**0.5)
             shared = draw_from.random() < 0.5
             case = replace(case, scale=scale, shared=shared, values=case.features if shared else case.values)
+        elif case.op == "past":
+            case = _with_past(case, draw_from)
         elif heads := draw_from.choice((0, 0, 0, 3)):
             case = replace(case, heads=heads, batch=heads * draw_from.choice((1, 2)))
-        if case.op in ("step", "dot"):
+        if case.op in ("step", "dot", "past"):
             case = replace(case, summed=draw_from.random() < 0.5)
         yield case
+
+
+def _with_past(case: Case, draw_from: random.Random) -> Case:
+    rule: Any = draw_from.choice(("softmax", "softmax", "sigmoid", "forward"))
+    return replace(
+        case,
+        queries=draw_from.choice((1, 1, 2, 5)),
+        mask="keys" if case.mask else "",
+        channels=draw_from.choice((0, 1, 1, 2)),
+        filters=draw_from.choice((0, 1, 3, 10, 32)),
+        width=draw_from.choice((1, 3, 7, 31, 201)),
+        rule=rule,
+        agent=rule == "forward" and draw_from.random() < 0.5,
+        window=draw_from.random() < 0.3,
+    )
 
 
 @dataclass
@@ -213,6 +269,17 @@ class Inputs:
     mask: Tensor | None
     seed: Tensor
     grads: dict[str, Tensor]
+    filters: Tensor | None = None
+    projection: Tensor | None = None
+    past: Tensor | None = None
+    second_past: Tensor | None = None
+    previous: Tensor | None = None
+    transition: Tensor | None = None
+    window: Tensor | None = None
+
+    @property
+    def pasts(self) -> list[Tensor]:
+        return [x for x in (self.past, self.second_past) if x is not None]
 
 
 def draw(case: Case, seed: int, device: str = "cpu") -> Inputs:
@@ -247,9 +314,47 @@ def draw(case: Case, seed: int, device: str = "cpu") -> Inputs:
         torch.randint(2**62, (), generator=rng).to(device),
         {
             name: (grad[:1, :1].expand(grad.shape) if case.strided else grad)
-            for name, grad in ((name, grad.to(case.dtype).to(device)) for name, grad in grads.items())
+            for name, grad in ((name, grad.to(_dtype_of(case, name)).to(device)) for name, grad in grads.items())
         },
+        **{name: x.to(_dtype_of(case, name)).to(device) for name, x in _draw_past(case, rng).items()},
     )
+
+
+def _draw_past(case: Case, rng: torch.Generator) -> dict[str, Tensor]:
+    """The inputs of a step that sees its past; in hidden slots it is NaN where keys are."""
+    if case.op != "past":
+        return {}
+    rows = (case.batch, case.queries, case.keys)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    found = {}
+    if case.channels:
+        count = case.filters or case.features
+        found["filters"] = normal(count, case.channels, case.width)
+        if case.filters:
+            found["projection"] = normal(case.features, count) / count**0.5
+        for name in ("past", "second_past")[: case.channels]:
+            found[name] = torch.rand(rows, generator=rng, dtype=torch.float64)
+    if case.rule == "forward":
+        found["previous"] = torch.rand(rows, generator=rng, dtype=torch.float64)
+    if case.agent:
+        found["transition"] = torch.rand(*rows[:2], 1, generator=rng, dtype=torch.float64)
+    if case.window:
+        first = torch.randint(-2, case.keys + 1, (*rows[:2], 1), generator=rng)
+        found["window"] = torch.cat(
+            [first, first + torch.randint(0, 2 + case.keys // 2, first.shape, generator=rng)], -1
+        )
+    return found
+
+
+def _dtype_of(case: Case, name: str) -> torch.dtype:
+    """That of a tensor of a case: of a step that sees its past, weights and what becomes of them are not rounded."""
+    if name == "window":
+        return torch.int64
+    wide = case.op == "past" and name.removeprefix("grad ") in ("weights", *PAST_INPUTS[2:])
+    return _arithmetic(case) if wide else case.dtype
 
 
 def _draw_mask(case: Case, rng: torch.Generator) -> Tensor | None:
@@ -281,7 +386,7 @@ def compare(case: Case, backend: str, seed: int, device: str = "cpu") -> dict[st
     expected = _run(case, inputs, torch.float64, _reference(case))
     actual = results(case, inputs, backend)
     bounds = tolerances(case, inputs, expected)
-    return {name: _worst(actual.get(name), expected[name], bounds[name], case.dtype) for name in expected}
+    return {name: _worst(actual.get(name), expected[name], bounds[name], _dtype_of(case, name)) for name in expected}
 
 
 def _worst(actual: Tensor | None, expected: Tensor, bound: Tensor, dtype: torch.dtype) -> float:
@@ -294,15 +399,20 @@ def _worst(actual: Tensor | None, expected: Tensor, bound: Tensor, dtype: torch.
     return float(error.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
-Call = Callable[[Inputs, list[Tensor]], Mapping[str, Tensor | None]]
+Call = Callable[[Inputs, list[Any]], Mapping[str, Tensor | None]]
 
 
 def _reference(case: Case) -> Call:
-    def call(inputs: Inputs, x: list[Tensor]) -> Mapping[str, Tensor | None]:
+    def call(inputs: Inputs, x: list[Any]) -> Mapping[str, Tensor | None]:
         options: dict[str, Any] = {"lengths": inputs.lengths, "mask": inputs.mask, "scale": case.scale}
         if case.op == "scores":
             return {"scores": reference.additive_scores(x[0], x[1], x[3], **options)}
-        options |= {"dropout_p": case.dropout_p, "need_weights": case.weights, "seed": inputs.seed}
+        options |= {"dropout_p": case.dropout_p, "seed": inputs.seed}
+        if case.op == "past":
+            context, weights = reference.additive_step(*x[:6], [y for y in x[6:8] if y is not None], **options,
+                rule=case.rule, previous=x[8], transition=x[9], window=inputs.window)  # fmt: skip
+            return {"context": context, "weights": weights}
+        options["need_weights"] = case.weights
         if case.op == "dot":
             context, weights = reference.dot_attention(x[0], x[1], None if case.shared else x[2], **options)
         else:
@@ -313,7 +423,7 @@ def _reference(case: Case) -> Call:
 
 
 def _backend(case: Case, backend: str) -> Call:
-    def call(inputs: Inputs, x: list[Tensor]) -> Mapping[str, Tensor | None]:
+    def call(inputs: Inputs, x: list[Any]) -> Mapping[str, Tensor | None]:
         query = x[0].squeeze(1) if case.flat else x[0]
         if case.op == "scores":
             scores = functional.additive_scores(
@@ -325,6 +435,8 @@ def _backend(case: Case, backend: str) -> Call:
         value = x[1] if case.shared else x[2]
         steps = gathered(x[1], value) if case.summed else None
         memory = Memory(x[1], value, inputs.lengths, inputs.mask, x[3], prepared, steps=steps)
+        if case.op == "past":
+            return _step(case, inputs, query, memory, x, backend)
         attend = functional.attend_by_dot if case.op == "dot" else functional.attend
         context, weights = attend(query, memory, case.scale, case.dropout_p, case.weights, backend, inputs.seed)
         if case.flat:
@@ -334,6 +446,20 @@ def _backend(case: Case, backend: str) -> Call:
     return call
 
 
+def _step(
+    case: Case, inputs: Inputs, query: Tensor, memory: Memory, x: list[Any], backend: str
+) -> Mapping[str, Tensor | None]:
+    past, second_past, previous, transition, window = (
+        None if y is None else y.squeeze(1) if case.flat else y for y in (*x[6:], inputs.window)
+    )
+    context, weights = functional.attend_step(
+        query, memory, x[4], x[5], [y for y in (past, second_past) if y is not None], rule=case.rule,
+        previous=previous, transition=transition, window=window, scale=case.scale, dropout_p=case.dropout_p,
+        seed=inputs.seed, backend=backend,
+    )  # fmt: skip
+    return {name: y.unsqueeze(1) if case.flat else y for name, y in (("context", context), ("weights", weights))}
+
+
 def results(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
     """A backend's results and the gradients of its inputs, by name."""
     return _run(case, inputs, case.dtype, _backend(case, backend))
@@ -341,8 +467,12 @@ def results(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
 
 def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str, Tensor]:
     """Results of a call in ``dtype`` and the gradients of its inputs, by name."""
-    names = _differentiable(case)
-    x = {name: getattr(inputs, name).to(dtype).detach().requires_grad_() for name in INPUTS}
+    names = _differentiable(case, inputs)
+    x = dict.fromkeys((*INPUTS, *PAST_INPUTS)) | {
+        name: tensor.to(torch.promote_types(dtype, _dtype_of(case, name))).detach().requires_grad_()
+        for name in (*INPUTS, *PAST_INPUTS)
+        if (tensor := getattr(inputs, name)) is not None
+    }
     results = {name: y for name, y in call(inputs, list(x.values())).items() if y is not None}
     found = {name: y.detach() for name, y in results.items()}
     outputs = {name: y for name, y in results.items() if name in inputs.grads}
@@ -351,25 +481,27 @@ def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str
     grads = torch.autograd.grad(
         list(outputs.values()),
         [x[name] for name in names],
-        [inputs.grads[name].to(dtype) for name in outputs],
+        [inputs.grads[name].to(y.dtype) for name, y in outputs.items()],
+        materialize_grads=True,
     )
     return found | {f"grad {name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
-def _differentiable(case: Case) -> list[str]:
+def _differentiable(case: Case, inputs: Inputs) -> list[str]:
     """The inputs that the case's op reads."""
     unread = {"scores": ["value"], "dot": ["score_weight"] + ["value"] * case.shared}.get(case.op, [])
-    return [name for name in INPUTS if name not in unread]
+    return [name for name in (*INPUTS, *PAST_INPUTS) if getattr(inputs, name) is not None and name not in unread]
 
 
 def tolerances(case: Case, inputs: Inputs, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """How far each result may lie from the exact one: the error of the arithmetic, and the rounding to its dtype."""
-    info = torch.finfo(case.dtype)
-    bounds = _arithmetic_tolerances(case, inputs)
-    return {
-        name: bounds[name] + x.nan_to_num(neginf=0.0).abs() * info.eps / 2 + info.smallest_normal * info.eps
-        for name, x in exact.items()
-    }
+    bounds = _step_tolerances(case, inputs, exact) if case.op == "past" else _arithmetic_tolerances(case, inputs)
+
+    def rounded(name: str, x: Tensor) -> Tensor:
+        info = torch.finfo(_dtype_of(case, name))
+        return bounds[name] + x.nan_to_num(neginf=0.0).abs() * info.eps / 2 + info.smallest_normal * info.eps
+
+    return {name: rounded(name, x) for name, x in exact.items()}
 
 
 def _arithmetic_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -420,6 +552,96 @@ def _additive_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         "grad query": through_slope("bijd,bij->bid", root_keys),
         "grad key": through_slope("bijd,bij->bjd", root_queries),
         "grad score_weight": of_weight if case.heads else of_weight[0],
+    }
+
+
+def _step_tolerances(case: Case, inputs: Inputs, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the additive score, and what the roundings of features and of the sum inside the tanh add.
+
+    An error is carried from sum to sum by absolute values. The backward pass of the linear features does so for those
+    of their gradients, taken of the absolute values of what they are made of.
+    """
+    u = _roundoff(case)
+    query, key, value, v = (getattr(inputs, name).double().nan_to_num() for name in INPUTS)
+    visible = reference.valid_slots(query, key, inputs.lengths, inputs.mask)
+    pasts = [x.double().masked_fill(~visible, 0.0) for x in inputs.pasts]
+    linear = [x.double() for x in (inputs.filters, inputs.projection) if x is not None]
+    roots = 16 + sum(n**0.5 for n in (case.keys, case.features, case.values, case.filters, case.width))
+
+    def features(seen: list[Tensor], weights: list[Tensor]) -> Tensor | float:
+        if not weights:
+            return 0.0
+        return reference._filtered(torch.stack(seen, 2), weights[0], weights[1] if len(weights) > 1 else None)
+
+    sizes = [[x.abs().requires_grad_() for x in of] for of in (pasts, linear)]
+    feature_sizes = features(*sizes)
+    size = feature_sizes.detach() if isinstance(feature_sizes, Tensor) else 0.0
+    total = query.unsqueeze(2) + key.unsqueeze(1) + features(pasts, linear)
+    inner = u * (2 * (query.abs().unsqueeze(2) + key.abs().unsqueeze(1)) + roots * size)  # error of the sum
+    tanh = total.tanh()
+    slope = 1 - tanh.square()
+    score_error = abs(case.scale) * (u * (36 * v.norm() + 4 * v.abs().sum()) + (slope * inner) @ v.abs())
+    score_error = score_error.masked_fill(~visible, 0.0)
+
+    # The weights: the logarithm of each, by any of the rules, moves no more than the scores do.
+    weights = exact["weights"]
+    p_error = score_error + (weights * score_error).sum(-1, keepdim=True) + roots * u
+    dropped = reference.dropout_keep(inputs.seed, weights.shape, case.dropout_p).double() / (1 - case.dropout_p)
+    vanishing = 8 * torch.finfo(_arithmetic(case)).smallest_normal
+    error = weights * p_error + vanishing
+    grad = inputs.grads["context"].double()
+    incoming, product = dropped * (grad @ value.mT), dropped * (grad.abs() @ value.abs().mT)
+    if case.weights:
+        incoming, product = (
+            incoming + inputs.grads["weights"].double(),
+            product + inputs.grads["weights"].double().abs(),
+        )
+    delta = (weights * incoming).sum(-1, keepdim=True)
+    delta_error = ((error + roots * u * weights) * product).sum(-1, keepdim=True)
+    ds = (weights * (incoming - delta)).abs()
+    ds_error = p_error * ds + vanishing * product + weights * (roots * u * product + delta_error)
+    results = {
+        "context": (dropped * (error + roots * u * weights)) @ value.abs(),
+        "weights": error,
+        "grad value": (dropped * (error + roots * u * weights)).mT @ grad.abs(),
+    }
+    if case.rule == "forward":
+        results |= _forward_tolerances(inputs, exact, ds_error + 8 * u * ds)
+    if case.rule == "sigmoid":  # times 1 - sigmoid, whose error is at most a quarter of the score's
+        ds_error = ds_error + ds * (score_error + 4 * u)
+    ds, ds_error = ds * abs(case.scale), ds_error * abs(case.scale)
+    of_sum = v.abs() * (  # the gradient of the sum inside the tanh
+        slope * (ds_error + roots * u * ds).unsqueeze(-1) + ds.unsqueeze(-1) * (24 * u + 2 * slope * inner)
+    )
+    of_tanh = ds_error.unsqueeze(-1) * tanh.abs() + ds.unsqueeze(-1) * ((12 + roots) * u + slope * inner)
+    results |= {
+        "grad query": of_sum.sum(2),
+        "grad key": of_sum.sum(1),
+        "grad score_weight": of_tanh.sum((0, 1, 2)),
+    }
+    if isinstance(feature_sizes, Tensor):
+        terms = case.batch * case.queries * case.keys
+        of_features = of_sum + (roots + terms**0.5) * u * v.abs() * slope * ds.unsqueeze(-1)
+        leaves = [*sizes[1], *sizes[0]]
+        found = torch.autograd.grad(feature_sizes, leaves, of_features, materialize_grads=True)
+        names = ["filters", "projection"][: len(linear)] + ["past", "second_past"][: len(pasts)]
+        results |= {f"grad {name}": x for name, x in zip(names, found, strict=True)}
+    return results
+
+
+def _forward_tolerances(inputs: Inputs, exact: Mapping[str, Tensor], ds_error: Tensor) -> dict[str, Tensor]:
+    """Of the gradients of the last weights and the transition: ds over what the rule multiplies y by."""
+    visible = reference.valid_slots(inputs.query, inputs.key, inputs.lengths, inputs.mask)
+    assert inputs.previous is not None
+    before = inputs.previous.double().masked_fill(~visible, 0.0)
+    move = torch.ones_like(before[..., :1]) if inputs.transition is None else inputs.transition.double()
+    stay = 1 - move if inputs.transition is not None else move
+    moved = torch.cat([torch.zeros_like(before[..., :1]), before[..., :-1]], -1) if before.numel() else before
+    of_mix = torch.where(exact["weights"] > 0, ds_error / (stay * before + move * moved), 0.0)
+    of_next = torch.cat([of_mix[..., 1:], torch.zeros_like(of_mix[..., :1])], -1)
+    return {
+        "grad previous": stay * of_mix + move * of_next,
+        "grad transition": (of_mix * (before + moved)).sum(-1, keepdim=True),
     }
 
 

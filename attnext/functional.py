@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 from attnext import _checks, reference
 from attnext.backends import choose, chosen_freely
 from attnext.memory import Memory
-from attnext.ops import accumulator, operators
+from attnext.ops import RULES, accumulator, operators
 from attnext.steps import Steps
 
 __all__ = ["additive_attention", "additive_scores", "dot_attention"]
@@ -126,6 +127,63 @@ def attend(
         steps=memory.steps,
     )
     return context, weights if need_weights else None
+
+
+def attend_step(
+    query: Tensor,
+    memory: Memory,
+    filters: Tensor | None,
+    projection: Tensor | None,
+    past: Sequence[Tensor],
+    *,
+    rule: str,
+    previous: Tensor | None = None,
+    transition: Tensor | None = None,
+    window: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A step that sees its past, of checked arguments; the weights are in the dtype of the arithmetic."""
+    assert memory.score_weight is not None
+    family = choose(backend, query.device.type, query.dtype)
+    if dropout_p > 0.0 and seed is None:
+        seed = torch.randint(2**62, (), device=query.device)
+    linear = (memory.score_weight, filters, projection)
+    if family == "reference":
+        query, key, value, *others = autocast_some(query, memory.key, memory.value, *linear)
+        wide = accumulator(query.dtype)
+        context, weights = reference.additive_step(
+            *(None if x is None else x.to(wide) for x in (query, key, value, *others)),
+            past,
+            rule=rule,
+            previous=previous,
+            transition=transition,
+            lengths=memory.lengths,
+            mask=memory.mask,
+            window=window,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+        return context.to(query.dtype), weights
+    first, second = (*past, None, None)[:2]
+    context, weights = _call(
+        operators[family].step,
+        query,
+        memory.key,
+        (memory.value, *linear, first, second, previous, transition),
+        memory.lengths,
+        memory.mask,
+        window,
+        seed,
+        scale,
+        dropout_p,
+        RULES.index(rule),
+        steps=memory.steps,
+    )
+    return context, weights
 
 
 def additive_scores(
@@ -347,6 +405,12 @@ def _refuse_transforms(inputs: tuple[Tensor | None, ...]) -> None:
             "attnext's kernels have no forward-mode derivative and none for torch.func.grad: call the op with "
             "backend='reference', or take the gradient with torch.autograd"
         )
+
+
+def autocast_some(*inputs: Any) -> tuple[Any, ...]:
+    """The same of inputs of which some may be None."""
+    present = iter(autocast(*(x for x in inputs if x is not None)))
+    return tuple(None if x is None else next(present) for x in inputs)
 
 
 def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:

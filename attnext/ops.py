@@ -6,6 +6,13 @@ and score_weight (D,), or (heads, D) where row b has vector b % heads, in one dt
 arguments (:mod:`attnext.functional`). For a query of (B, D), context, weights and scores are without Tq too;
 log_sum_exp is always (B, Tq). Of dot products, no value means that the keys are the values: the gradient of both is the
 keys', and the value's has no elements.
+
+``additive_step`` is one query, or the hypotheses of a beam, each with a past of its own: ``past``, ``second_past`` and
+``previous`` are (B, Tk) for a query of (B, D), else (B, Tq, Tk), ``transition`` likewise with 1 in the last place and
+``window`` with 2: the first key and the one after the last, int64. These but for the window, and the weights that come
+back, are in the dtype of the arithmetic (:func:`accumulator`). ``filters`` are (F, C, width), C the number of pasts,
+``projection`` (D, F), or None where F is D; the score weight is (D,) and the mask (B, Tk). ``rule`` is the place in
+:data:`RULES`. The gradient of a tensor that isn't there has no elements.
 """
 
 from __future__ import annotations
@@ -17,7 +24,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-__all__ = ["FEATURE_BLOCK", "KEY_BLOCK", "Operators", "Summing", "accumulator", "implement", "operators", "summing"]
+__all__ = [
+    "FEATURE_BLOCK",
+    "KEY_BLOCK",
+    "RULES",
+    "Operators",
+    "Summing",
+    "accumulator",
+    "implement",
+    "operators",
+    "summing",
+]
 
 FEATURE_BLOCK = 32
 """Features of a memory prepared by the CPU kernels are padded to a multiple of this many (``kFeatureBlock`` in C++)."""
@@ -25,6 +42,9 @@ KEY_BLOCK = 128
 """Keys of a memory prepared for a GPU are padded to a multiple of this many (``kernels/tiles.py``, ``kKeyBlock``)."""
 PAIR_CHUNK = 8
 """Pairs of features of a memory prepared by the CUDA kernels, likewise (``kPairChunk``)."""
+
+RULES = ("softmax", "sigmoid", "forward")
+"""What makes weights of the scores of a step: see :func:`attnext.normalize` and :func:`attnext.forward_weights`."""
 
 _library = torch.library.Library("attnext", "DEF")
 
@@ -35,6 +55,11 @@ _SLOTS = "Tensor? lengths, Tensor? mask, "
 _DOT_OPTIONS = _SLOTS + "Tensor? seed, float scale, float dropout_p"
 _OPTIONS = "Tensor? exp_key, Tensor? key_limit, " + _DOT_OPTIONS
 _INCOMING = "Tensor? grad_context, Tensor? grad_weights, "
+_STEP_INPUTS = (
+    _INPUTS + "Tensor? filters, Tensor? projection, Tensor? past, Tensor? second_past, Tensor? previous, "
+    "Tensor? transition, "
+)
+_STEP_OPTIONS = _SLOTS + "Tensor? window, Tensor? seed, float scale, float dropout_p, int rule"
 _RESULTS = "Tensor context, Tensor weights, Tensor log_sum_exp"
 _SCHEMAS = {
     "additive_prepare": "(Tensor key, Tensor? lengths, Tensor? mask) -> (Tensor exp_key, Tensor key_limit)",
@@ -44,6 +69,9 @@ _SCHEMAS = {
     "additive_scores_backward": f"(Tensor grad, {_SCORE_INPUTS}{_SLOTS}float scale) -> (Tensor, Tensor, Tensor)",
     "dot_attention": f"({_DOT_INPUTS}{_DOT_OPTIONS}, bool need_weights) -> ({_RESULTS})",
     "dot_attention_backward": f"({_INCOMING}{_DOT_INPUTS}{_DOT_OPTIONS}, {_RESULTS}) -> (Tensor, Tensor, Tensor)",
+    "additive_step": f"({_STEP_INPUTS}{_STEP_OPTIONS}) -> (Tensor context, Tensor weights)",
+    "additive_step_backward": f"({_INCOMING}{_STEP_INPUTS}{_STEP_OPTIONS}, Tensor weights) -> "
+    f"({', '.join(['Tensor'] * 10)})",
 }
 _SUMMING_SCHEMAS = {
     "additive_attention_backward_into": f"({_INCOMING}{_INPUTS}{_OPTIONS}, {_RESULTS}, Tensor(a!) sum_key, "
@@ -53,8 +81,10 @@ _SUMMING_SCHEMAS = {
 }
 """Backward passes that add the gradients of keys and values to sums, (B, Tk, D) and (B, Tk, H) in float32 or float64,
 and return the others: of the CPU alone."""
-_DIFFERENTIABLE = {"additive_attention": 4, "additive_scores": 3, "dot_attention": 3}
-"""How many leading tensors of an operator have a gradient, and take the dtype of autocast."""
+_DIFFERENTIABLE = {"additive_attention": 4, "additive_scores": 3, "dot_attention": 3, "additive_step": 10}
+"""How many leading tensors of an operator have a gradient; they take the dtype of autocast."""
+_PAST = 6
+"""The first of the leading tensors of ``additive_step`` that are in the dtype of the arithmetic, as its weights are."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +95,7 @@ class Operators:
     attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
     scores: Callable[..., Tensor]
     dot_attention: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    step: Callable[..., tuple[Tensor, Tensor]]
 
 
 class Summing(NamedTuple):
@@ -123,6 +154,17 @@ def _fake_scores(query: Tensor, key: Tensor, *_: Any) -> Tensor:
     return query.new_empty(*query.shape[:-1], key.shape[1])
 
 
+def _fake_step(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    leading = query.shape[:-1]
+    weights = query.new_empty(*leading, key.shape[1], dtype=accumulator(query.dtype))
+    return query.new_empty(*leading, value.shape[2]), weights
+
+
+def _fake_step_backward(_: Tensor | None, __: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    query = inputs[0]
+    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:10])
+
+
 def _fake_scores_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in inputs[:3])
 
@@ -145,6 +187,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "additive_attention_backward": _fake_attention_backward,
     "additive_scores": _fake_scores,
     "additive_scores_backward": _fake_scores_backward,
+    "additive_step": _fake_step,
+    "additive_step_backward": _fake_step_backward,
     "dot_attention": _fake_attention,
     "dot_attention_backward": _fake_dot_attention_backward,
 }
@@ -187,6 +231,27 @@ def _scores_autograd(family: str) -> None:
     torch.library.register_autograd(f"attnext::additive_scores_{family}", backward, setup_context=save, lib=_library)
 
 
+def _step_autograd(family: str) -> None:
+    backward_op = getattr(torch.ops.attnext, f"additive_step_backward_{family}").default
+    differentiable = _DIFFERENTIABLE["additive_step"]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, scale, dropout_p, rule = inputs
+        ctx.options = (scale, dropout_p, rule)
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None) -> tuple[Any, ...]:
+        *tensors, weights = ctx.saved_tensors
+        if grad_context is None and grad_weights is None:
+            return (None,) * (len(tensors) + 3)
+        grads = backward_op(grad_context, grad_weights, *tensors, *ctx.options, weights)
+        of_inputs = (None if x is None else grad for x, grad in zip(tensors, grads, strict=False))
+        return (*of_inputs, *(None,) * (len(tensors) - differentiable + 3))
+
+    torch.library.register_autograd(f"attnext::additive_step_{family}", backward, setup_context=save, lib=_library)
+
+
 def _refuse_second_derivative(name: str) -> None:
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(
@@ -204,7 +269,11 @@ def _cast_under_autocast(name: str, family: str, device_type: str) -> None:
 
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        cast = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in args[:tensors])
+        wanted = [dtype] * min(tensors, _PAST) + [accumulator(dtype)] * (tensors - _PAST)
+        cast = (
+            x if x is None or x.dtype == torch.float64 else x.to(to)
+            for x, to in zip(args[:tensors], wanted, strict=True)
+        )
         with torch.autocast(device_type, enabled=False):
             return op(*cast, *args[tensors:])
 
@@ -219,6 +288,7 @@ def _define(family: str, device_type: str) -> Operators:
     _attention_autograd("additive_attention", family)
     _attention_autograd("dot_attention", family)
     _scores_autograd(family)
+    _step_autograd(family)
     for name in _DIFFERENTIABLE:
         _refuse_second_derivative(f"{name}_backward_{family}")
         _cast_under_autocast(name, family, device_type)
@@ -228,6 +298,7 @@ def _define(family: str, device_type: str) -> Operators:
         attention=getattr(ops, f"additive_attention_{family}").default,
         scores=getattr(ops, f"additive_scores_{family}").default,
         dot_attention=getattr(ops, f"dot_attention_{family}").default,
+        step=getattr(ops, f"additive_step_{family}").default,
     )
 
 

@@ -7,12 +7,15 @@ H value size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 __all__ = [
     "additive_attention",
     "additive_scores",
+    "additive_step",
     "dot_attention",
     "dot_scores",
     "dropout_keep",
@@ -74,6 +77,69 @@ def additive_scores(
     v = v.repeat(query.shape[0] // v.shape[0], 1) if len(v) > 1 else v
     scores = scale * (total.tanh() @ v[:, None, :, None]).squeeze(-1)
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+
+
+def additive_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    filters: Tensor | None = None,
+    projection: Tensor | None = None,
+    past: Sequence[Tensor] = (),
+    *,
+    rule: str = "softmax",
+    previous: Tensor | None = None,
+    transition: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    window: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of additive attention that sees its past: ``v . tanh(q + k_j + L f_j)``, f the filtered past weights.
+
+    See :func:`attnext.additive_step`; ``seed`` as above. What the past has in hidden slots counts as 0. A window hides
+    keys from this step alone: the past is seen everywhere. Returns the context and the weights before dropout.
+    """
+    if query.dim() == 2:
+        by_step = {name: None if x is None else x.unsqueeze(1) for name, x in
+                   {"previous": previous, "transition": transition, "window": window}.items()}  # fmt: skip
+        context, weights = additive_step(
+            query.unsqueeze(1), key, value, score_weight, filters, projection, [x.unsqueeze(1) for x in past],
+            rule=rule, lengths=lengths, mask=mask, scale=scale, dropout_p=dropout_p, seed=seed, **by_step,
+        )  # fmt: skip
+        return context.squeeze(1), weights.squeeze(1)
+    valid = valid_slots(query, key, lengths, mask)
+    key, value = (x.masked_fill(~valid.transpose(1, 2), 0.0) for x in (key, value))
+    total = query.unsqueeze(2) + key.unsqueeze(1)
+    if filters is not None:
+        seen = torch.stack([x.masked_fill(~valid, 0.0) for x in past], 2)  # (B, Tq, C, Tk)
+        total = total + _filtered(seen, filters, projection)
+    slots = torch.arange(key.shape[1], device=key.device)
+    inside = valid if window is None else valid & (slots >= window[..., :1]) & (slots < window[..., 1:])
+    scores = (scale * (total.tanh() @ score_weight)).masked_fill(~inside, -torch.inf)
+    if rule == "forward":
+        assert previous is not None
+        weights = forward_weights(scores, previous.masked_fill(~valid, 0.0), transition)
+    else:
+        weights = normalize(scores, rule)
+    kept = weights
+    if dropout_p > 0.0:
+        seed = torch.randint(2**62, (), device=scores.device) if seed is None else seed
+        keep = dropout_keep(seed, weights.shape, dropout_p)
+        kept = weights * keep / (1.0 - dropout_p) if dropout_p < 1.0 else weights * 0.0
+    return kept @ value, weights
+
+
+def _filtered(past: Tensor, filters: Tensor, projection: Tensor | None) -> Tensor:
+    """(B, Tq, Tk, D) of past weights (B, Tq, C, Tk): each filter around each key, projected."""
+    reach, width = filters.shape[2] // 2, filters.shape[2]
+    # Padded by one more than the filters reach, as without a key nothing else would be wide enough.
+    around = torch.nn.functional.pad(past, (reach, reach + 1)).unfold(-1, width, 1)[..., :-1, :]
+    features = torch.einsum("bqcjo,fco->bqjf", around, filters)  # of (B, Tq, C, Tk, width)
+    return features if projection is None else features @ projection.T
 
 
 def dot_attention(
