@@ -56,4 +56,35 @@ Tensor dot_attention_backward_into(std::optional<Tensor> grad_context, std::opti
                                    double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp, Tensor sum_key,
                                    std::optional<Tensor> sum_value);
 
+// A step that sees its past. Gradients are in the order of the tensors; of what isn't there they have no elements.
+using StepResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The same without those of key, which is added to a sum, and value, of which the last result says what each context
+// took: without dropout the weights, and then it has no elements.
+using StepResultsInto = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+std::tuple<Tensor, Tensor> additive_step(Tensor query, Tensor key, Tensor value, Tensor score_weight,
+                                         std::optional<Tensor> filters, std::optional<Tensor> projection,
+                                         std::optional<Tensor> past, std::optional<Tensor> second_past,
+                                         std::optional<Tensor> previous, std::optional<Tensor> transition,
+                                         std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                                         std::optional<Tensor> window, std::optional<Tensor> seed, double scale,
+                                         double dropout_p, int64_t rule);
+
+StepResults additive_step_backward(std::optional<Tensor> grad_context, std::optional<Tensor> grad_weights, Tensor query,
+                                   Tensor key, Tensor value, Tensor score_weight, std::optional<Tensor> filters,
+                                   std::optional<Tensor> projection, std::optional<Tensor> past,
+                                   std::optional<Tensor> second_past, std::optional<Tensor> previous,
+                                   std::optional<Tensor> transition, std::optional<Tensor> lengths,
+                                   std::optional<Tensor> mask, std::optional<Tensor> window, std::optional<Tensor> seed,
+                                   double scale, double dropout_p, int64_t rule, Tensor weights);
+
+StepResultsInto additive_step_backward_into(std::optional<Tensor> grad_context, std::optional<Tensor> grad_weights,
+                                            Tensor query, Tensor key, Tensor value, Tensor score_weight,
+                                            std::optional<Tensor> filters, std::optional<Tensor> projection,
+                                            std::optional<Tensor> past, std::optional<Tensor> second_past,
+                                            std::optional<Tensor> previous, std::optional<Tensor> transition,
+                                            std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                                            std::optional<Tensor> window, std::optional<Tensor> seed, double scale,
+                                            double dropout_p, int64_t rule, Tensor weights, Tensor sum_key);
+
 }  // namespace attnext::cpu

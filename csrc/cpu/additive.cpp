@@ -1,74 +1,12 @@
 // The CPU operators of additive attention.
-#include <cmath>
-#include <limits>
 #include <tuple>
 
+#include "cpu/score_weight.h"
 #include "cpu/setup.h"
 #include "ops.h"
 
 namespace attnext::cpu {
 namespace {
-
-// Row h of the score weight, v itself where it has one dimension, as padded rows of T.
-template <class T>
-struct ScoreWeightRows {
-  ScoreWeightRows(Scratch& scratch, const Tensor& score_weight, int64_t head, double scale, int64_t padded)
-      : weight(scratch.take<T>(padded)),
-        gain(scratch.take<T>(padded)),
-        fold(scratch.take<T>(padded)),
-        offset(scratch.take<T>(padded)) {
-    read(score_weight, head);
-    std::fill(weight + score_weight.size(-1), weight + padded, T(0));
-    double total = 0;
-    for (int64_t d = 0; d < padded; ++d) {
-      const double v = scale * double(weight[d]);
-      total += v;
-      const T w = T(-2 * v);
-      weight[d] = std::isfinite(w) ? w : std::numeric_limits<T>::quiet_NaN();  // not the score of a hidden slot
-      gain[d] = T(4 * v);
-      size += std::abs(weight[d]);
-      if (!(std::abs(weight[d]) <= limit) && !std::isnan(limit)) limit = std::abs(weight[d]);  // a NaN stays
-    }
-    constant = T(total);
-    fold_features(padded);
-  }
-
-  // Weights that together could not move the sum by its rounding become a constant of 1 / unit, which is 0 beside it.
-  void fold_features(int64_t padded) {
-    constexpr T unit = T(sizeof(T) == 4 ? 0x1p-31 : 0x1p-255);
-    const T least = limit / T(padded) * std::numeric_limits<T>::epsilon() / 8;
-    T smallest = limit;
-    for (int64_t d = 0; d < padded; ++d) {
-      const T w = weight[d];
-      const bool counts = std::abs(w) > least;
-      if (counts) smallest = std::min(smallest, std::abs(w));
-      fold[d] = counts ? unit * (limit / w) : T(0);
-      offset[d] = counts ? fold[d] : 1 / unit;
-    }
-    const T bits = T(sizeof(T) == 4 ? 61.5 : 509.);
-    plain_limit = limit > 0 ? (bits - std::log2(limit / smallest)) * T(0.34657) : bits * T(0.34657);
-  }
-
-  void read(const Tensor& x, int64_t head) {
-    const Type type = type_of(x);
-    if (type == Type::kFloat) return read_as<float>(x, head);
-    if (type == Type::kDouble) return read_as<double>(x, head);
-    if (type == Type::kHalf) return read_as<torch::headeronly::Half>(x, head);
-    read_as<torch::headeronly::BFloat16>(x, head);
-  }
-
-  template <class Stored>
-  void read_as(const Tensor& x, int64_t head) {
-    const int64_t n = x.size(-1), stride = x.stride(-1);
-    const Stored* data = static_cast<const Stored*>(x.data_ptr()) + (x.dim() == 2 ? head * x.stride(0) : 0);
-    for (int64_t d = 0; d < n; ++d) weight[d] = T(data[d * stride]);
-  }
-
-  ScoreWeight<T> addresses() const { return {weight, gain, fold, offset, limit, size, constant, plain_limit}; }
-
-  T *weight, *gain, *fold, *offset;
-  T limit = 0, size = 0, constant, plain_limit;
-};
 
 template <class T>
 void exponentials(const Rows& input, int64_t batch, int64_t rows, int64_t features, int64_t padded,
@@ -86,21 +24,8 @@ struct AdditiveSetup : Setup<T> {
                 const Optional& exp_key, const Optional& key_limit, const Optional& lengths, const Optional& mask,
                 double scale)
       : Setup<T>(query, key, value, lengths, mask, scale, kFeatureBlock) {
-    take_score_weight(score_weight, query, scale);
+    take_score_weight<T>(*this, score_weight, query, scale);
     take_exponentials(exp_key, key_limit);
-  }
-
-  void take_score_weight(const Tensor& score_weight, const Tensor& query, double scale) {
-    const bool one = score_weight.dim() == 1;
-    const int64_t count = one ? 1 : score_weight.size(0);
-    check_shape(score_weight, "score_weight", one ? Shape{problem.features} : Shape{count, problem.features});
-    check_dtype(score_weight, query);
-    STD_TORCH_CHECK(count > 0 && problem.batch % count == 0, "attnext: score_weight has ", count,
-                    " rows, of which the batch, ", problem.batch, ", must be a multiple");
-    ScoreWeight<T>* heads = scratch.template take<ScoreWeight<T>>(count);
-    for (int64_t h = 0; h < count; ++h)
-      heads[h] = ScoreWeightRows<T>(scratch, score_weight, h, scale, problem.padded).addresses();
-    problem.heads = heads, problem.head_count = count;
   }
 
   // F as it was prepared, or made now.
@@ -192,32 +117,17 @@ struct AdditiveGradients : Gradients<T> {
   // Adds the tasks' sums in their order, those of the rows that share a score weight.
   void finish_weight() {
     const Problem<T>& p = g.problem;
-    for (int64_t h = 0; h < p.head_count; ++h)
-      for (int64_t d = 0; d < p.features; ++d) {
-        double sum = 0;
-        for (int64_t b = h; b < p.batch; b += p.head_count)
-          for (int64_t split = 0; split < g.splits; ++split)
-            sum += double(g.grad_weight[(b * g.splits + split) * p.padded + d]);
-        store(h * p.features + d, sum * double(p.scale));
-      }
-  }
-
-  void store(int64_t at, double x) {
-    void* data = grad_weight.data_ptr();
-    switch (grad_weight.scalar_type()) {
-      case ScalarType::Float:
-        static_cast<float*>(data)[at] = float(x);
-        break;
-      case ScalarType::Double:
-        static_cast<double*>(data)[at] = x;
-        break;
-      case ScalarType::Half:
-        static_cast<torch::headeronly::Half*>(data)[at] = float(x);
-        break;
-      default:
-        static_cast<torch::headeronly::BFloat16*>(data)[at] = float(x);
-        break;
-    }
+    with_type(type_of(grad_weight), [&](auto stored) {
+      auto* result = static_cast<decltype(stored)*>(grad_weight.data_ptr());
+      for (int64_t h = 0; h < p.head_count; ++h)
+        for (int64_t d = 0; d < p.features; ++d) {
+          double sum = 0;
+          for (int64_t b = h; b < p.batch; b += p.head_count)
+            for (int64_t split = 0; split < g.splits; ++split)
+              sum += double(g.grad_weight[(b * g.splits + split) * p.padded + d]);
+          result[h * p.features + d] = rounded<decltype(stored)>(sum * double(p.scale));
+        }
+    });
   }
 
   using Gradients<T>::g;

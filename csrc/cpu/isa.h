@@ -41,12 +41,13 @@ constexpr int kVectorBytes = ATTNEXT_VECTOR_BYTES, kRegisters = ATTNEXT_REGISTER
 #include "cpu/kernels.h"
 #include "cpu/gradients.h"
 #include "cpu/dot.h"
+#include "cpu/step.h"
 // clang-format on
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {exponentials<T>, forward<T>,     scores<T>,       backward<T>,   delta<T>,
-          finish_query<T>, dot_forward<T>, dot_backward<T>, dot_queries<T>};
+  return {exponentials<T>, forward<T>,      scores<T>,      backward<T>, delta<T>,        finish_query<T>,
+          dot_forward<T>,  dot_backward<T>, dot_queries<T>, step<T>,     step_backward<T>};
 }
 
 bool supported() {

@@ -19,6 +19,9 @@ constexpr int64_t kGradQueries = 32;  // queries and keys of one step of a backw
 constexpr int64_t kGradKeyTile = 32;
 // Pairs whose r a backward task keeps: two queries, and as many keys as the widest vector has lanes.
 constexpr int64_t kKept = 32;
+// Filters of up to so many places are laid on the past one by one, in the backward pass of a step.
+constexpr int64_t kFewPlaces = 4;
+constexpr int64_t kStepKeys = 24;  // keys of a step whose sums are in the cache at a time: whole tiles of the products
 // Two ways to a score differ by some roundings of sum |w|, by which p is then off. Up to this sum that is a few ulps.
 constexpr int kSmallWeights = 32;
 
@@ -107,6 +110,47 @@ struct Backward {
   T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r), of additive scores
 };
 
+// What makes weights of the scores of a step, as RULES in ops.py counts them.
+enum class Rule : int64_t { kSoftmax, kSigmoid, kForward };
+
+// Additive attention of one query, or of the hypotheses of a beam, each with past weights that filters see: the sum
+// inside the tanh is q + k_j + L f_j. Without filters, or without L, which is then 1.
+template <class T>
+struct Step {
+  Problem<T> problem;
+  Rule rule;
+  int64_t channels, width;               // of the filters; no channel is no filter
+  int64_t filter_count, padded_filters;  // without L as many as features
+  int64_t padded_width;                  // of a channel, in filters_by_count
+  const T* filters;                      // (channels, width, padded_filters)
+  const T* filters_by_count;             // (channels, filter_count, padded_width), for the backward pass
+  const T* projection;                   // (filter_count, padded): L; null without
+  const T* projection_by_feature;        // (padded, padded_filters), for the backward pass
+  Rows past[2], previous, transition;    // (B, Tq, Tk), and (B, Tq, 1); of T
+  const int64_t* window;                 // (B, Tq, 2): the first key and the one after the last; may be null
+};
+
+template <class T>
+struct StepForward {
+  Step<T> step;
+  Rows context;
+  T* weights;  // (B, Tq, Tk)
+};
+
+// A task of the backward pass is a few batch rows.
+template <class T>
+struct StepBackward {
+  Step<T> step;
+  int64_t tasks;
+  const T* weights;                       // (B, Tq, Tk)
+  Rows grad_context, grad_weights;        // data may be null
+  Rows grad_query, grad_key, grad_value;  // data of the value's may be null
+  bool adds;                              // to grad_key, a sum of T, instead of writing it
+  T* kept;                                // (B, Tq, Tk): what the value's gradient takes of each context's; may be null
+  T *grad_weight, *grad_filters, *grad_projection;  // (tasks, ...) sums: (padded), as filters, as projection
+  Rows grad_past[2], grad_previous, grad_transition;
+};
+
 // The rows [begin, end) of a (B, T, n) tensor, counted over B and T, made into exponentials; hidden rows
 // become 0.
 template <class T>
@@ -134,6 +178,8 @@ struct Kernels {
   void (*dot_backward)(const Backward<T>&, int64_t task, T* scratch);
   // The queries [begin, end), counted over B and Tq, times the scale: (B, Tq, row_of(padded)), zero-padded.
   void (*dot_queries)(const Problem<T>&, int64_t begin, int64_t end, T* scaled);
+  void (*step)(const StepForward<T>&, int64_t task, T* scratch);  // a task is a query
+  void (*step_backward)(const StepBackward<T>&, int64_t task, T* scratch);
 };
 
 // Elements of T that one task needs as scratch.
@@ -148,6 +194,46 @@ template <class T>
 int64_t backward_scratch(const Problem<T>& p) {
   return kGradQueries * (row_of(p.padded) + 4 * kGradKeyTile) +
          kGradKeyTile * (row_of(p.padded) + 2 * row_of(p.padded_values)) + 4 * p.padded + kKept * p.padded;
+}
+
+// A row of past weights with zeros on both sides: filters look beyond the ends, and a tile takes whole vectors.
+template <class T>
+int64_t past_row(const Step<T>& s) {
+  return round_up(s.problem.keys + s.padded_width + kStepKeys, kValueBlock);
+}
+// A row of scores or weights, with room for whole tiles and vectors.
+template <class T>
+int64_t slots_row(const Problem<T>& p) {
+  return round_up(p.keys, kKeyTile) + kKeyTile;
+}
+// A row of the product of features' gradients and filters, or a tile of those with one place.
+template <class T>
+int64_t spread_row(const Step<T>& s) {
+  return s.padded_width > kValueBlock ? s.padded_width : kValueBlock;
+}
+// Of a tile of keys: its sums, its features, its values.
+template <class T>
+int64_t step_tile_scratch(const Step<T>& s) {
+  const Problem<T>& p = s.problem;
+  return kStepKeys * (row_of(p.padded) + s.padded_filters) + kKeyTile * row_of(p.padded_values);
+}
+template <class T>
+int64_t step_scratch(const Step<T>& s) {
+  const Problem<T>& p = s.problem;
+  return step_tile_scratch(s) + p.padded + s.channels * past_row(s) + 2 * slots_row(p) + row_of(p.padded_values);
+}
+// Of a query in the backward pass.
+template <class T>
+int64_t step_query_scratch(const Step<T>& s) {
+  const Problem<T>& p = s.problem;
+  return 2 * p.padded + 2 * s.channels * past_row(s) + 3 * slots_row(p) + row_of(p.padded_values);
+}
+template <class T>
+int64_t step_backward_scratch(const Step<T>& s) {
+  const Problem<T>& p = s.problem;
+  const int64_t by_tile = kStepKeys * (row_of(p.padded) + s.padded_filters + spread_row(s));
+  return step_tile_scratch(s) + by_tile + kKeyTile * row_of(p.padded_values) + p.padded +
+         p.queries * step_query_scratch(s) + 2 * slots_row(p);
 }
 
 struct InstructionSet {

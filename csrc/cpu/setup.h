@@ -94,6 +94,13 @@ struct Sums {
   const Tensor *key = nullptr, *value = nullptr;
 };
 
+template <class T>
+void check_sum(const Tensor& sum, const char* name, const Tensor& of) {
+  check_shape(sum, name, Shape(of));
+  STD_TORCH_CHECK(dtype_of(sum) == arithmetic_dtype<T>() && sum.is_contiguous(), "attnext: ", name,
+                  " must be contiguous, in the dtype of the arithmetic");
+}
+
 // The backward pass of any score: its tasks, the gradients of the inputs, and partial sums for the queries.
 template <class T>
 struct Gradients {
@@ -103,8 +110,8 @@ struct Gradients {
         grad_key(sums.key ? *sums.key : empty(Shape(key), dtype_of(key))),
         grad_value(sums.key && value ? *sums.value : empty(value ? Shape(*value) : Shape{0}, dtype_of(query))) {
     if (sums.key) {
-      check_sum(grad_key, "sum_key", key);
-      if (value) check_sum(grad_value, "sum_value", *value);
+      check_sum<T>(grad_key, "sum_key", key);
+      if (value) check_sum<T>(grad_value, "sum_value", *value);
       g.adds = true;
     }
     const Problem<T>& p = setup.problem;
@@ -120,12 +127,6 @@ struct Gradients {
     g.from_scores = true;
     g.grad_key = rows_of(grad_key);
     if (value) g.grad_value = rows_of(grad_value);
-  }
-
-  void check_sum(const Tensor& sum, const char* name, const Tensor& of) {
-    check_shape(sum, name, Shape(of));
-    STD_TORCH_CHECK(dtype_of(sum) == arithmetic_dtype<T>() && sum.is_contiguous(), "attnext: ", name,
-                    " must be contiguous, in the dtype of the arithmetic");
   }
 
   // What comes in for context and weights, as the kernels take it.

@@ -48,6 +48,27 @@ inline Type type_of(const Tensor& x) {
   return Type::kBFloat16;
 }
 
+// Calls f with a number of the type that is stored.
+template <class F>
+void with_type(Type type, const F& f) {
+  switch (type) {
+    case Type::kFloat:
+      return f(float());
+    case Type::kDouble:
+      return f(double());
+    case Type::kHalf:
+      return f(torch::headeronly::Half());
+    case Type::kBFloat16:
+      return f(torch::headeronly::BFloat16());
+  }
+}
+
+template <class Stored>
+Stored rounded(double x) {
+  if constexpr (sizeof(Stored) == 8) return x;
+  return Stored(float(x));
+}
+
 // Up to three sizes.
 struct Shape {
   Shape(std::initializer_list<int64_t> list) : rank(int64_t(list.size())) {

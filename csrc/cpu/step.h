@@ -1,0 +1,563 @@
+// A step of additive attention that sees its past, for one instruction set; included after kernels.h and gradients.h.
+// The sums q + k_j + L f_j of a few keys lie in the cache, made by two products: filters over past weights, then L.
+// exp is taken of the sum itself, which saturates on both sides, so that every finite input has one way.
+
+// 2^x for |x| <= 1/2 by a polynomial, to less than an ulp.
+template <class T, int K>
+inline Vec<T> power_series(Vec<T> x) {
+  // Of float, the best of degree 5 (Remez); of double, the Taylor series.
+  constexpr float best[] = {0x1.000002p0f,  0x1.62e428p-1f, 0x1.ebf918p-3f,
+                            0x1.c6b6e6p-5f, 0x1.3d0c52p-7f, 0x1.5c08e2p-10f};
+  constexpr int last = sizeof(T) == 4 ? 5 : 13;
+  constexpr double ln2 = 0x1.62e42fefa39efp-1;
+  constexpr auto power = [](double base, int n) {
+    double result = 1;
+    for (int k = 0; k < n; ++k) result *= base;
+    return result;
+  };
+  constexpr T coefficient = sizeof(T) == 4 ? T(best[K < 6 ? K : 0]) : T(power(ln2, K) * inverse_factorial(K));
+  if constexpr (K == last) {
+    return Vec<T>{} + coefficient;
+  } else {
+    return power_series<T, K + 1>(x) * x + coefficient;
+  }
+}
+
+// x = 1 + exp(2 s), up to the cap of a pair of features; NaN for NaN.
+template <class T>
+inline Vec<T> one_plus_exp(Vec<T> s) {
+  using L = Limits<T>;
+  using Bits = typename VecOf<T>::bits;
+  constexpr T high = sizeof(T) == 4 ? T(60) : T(500), low = sizeof(T) == 4 ? T(-125) : T(-1020);
+  Vec<T> t = s * T(2.8853900817779268);  // 2 / ln 2
+  t = Vec<T>{} + high < t ? Vec<T>{} + high : t;
+  t = Vec<T>{} + low > t ? Vec<T>{} + low : t;
+  const Vec<T> shifted = t + L::magic, rest = t - (shifted - L::magic);
+  return (Vec<T>)((Bits)power_series<T, 0>(rest) + ((Bits)shifted << L::mantissa)) + T(1);
+}
+
+// What a task keeps for query i of row b.
+template <class T>
+struct StepQuery {
+  StepQuery(const Step<T>& s, int64_t b, int64_t i, T*& memory) : b(b), i(i) {
+    const Problem<T>& p = s.problem;
+    last = length_of(p, b);
+    if (s.window) {
+      const int64_t* window = s.window + 2 * (b * p.queries + i);
+      first = window[0] < 0 ? 0 : window[0] < last ? window[0] : last;
+      last = window[1] < first ? first : window[1] < last ? window[1] : last;
+    }
+    query = memory, memory += p.padded;
+    for (int64_t c = 0; c < s.channels; ++c) past[c] = memory, memory += past_row(s);
+  }
+
+  int64_t b, i, first = 0, last;  // the keys it may attend are in [first, last)
+  T* query;                       // (padded)
+  T* past[2];                     // past_row: with the reach of the filters before the first key
+};
+
+// Scratch of a tile of keys.
+template <class T>
+struct StepTile {
+  StepTile(const Step<T>& s, T*& memory)
+      : sums(memory),
+        features(sums + kStepKeys * row_of(s.problem.padded)),
+        values(features + kStepKeys * s.padded_filters) {
+    memory = values + kKeyTile * row_of(s.problem.padded_values);
+  }
+  T* sums;      // (kStepKeys, row_of(padded)); in backward, then their gradients
+  T* features;  // (kStepKeys, padded_filters)
+  T* values;    // (kKeyTile, row_of(padded_values))
+};
+
+// Fills in the query and its past, which is 0 in hidden slots and beyond the ends.
+template <class T>
+inline void load_query(const Step<T>& s, const StepQuery<T>& q) {
+  const Problem<T>& p = s.problem;
+  load_row(p.query, q.b, q.i, p.features, p.padded, q.query);
+  const int64_t length = length_of(p, q.b), reach = s.width / 2;
+  for (int64_t c = 0; c < s.channels; ++c) {
+    T* past = q.past[c];
+    zero(past, reach);
+    load_row(s.past[c], q.b, q.i, length, past_row(s) - reach, past + reach);
+    for (int64_t j = 0; j < length && p.mask.data; ++j)
+      if (!visible(p.mask, q.b, 0, j)) past[reach + j] = 0;
+  }
+}
+
+// sums[j] = q + k_j + L f_j of keys [j0, j0 + nj). A masked key counts as 0: its score is hidden later.
+template <class T>
+inline void sum_tile(const Step<T>& s, const StepTile<T>& m, const StepQuery<T>& q, int64_t j0, int64_t nj) {
+  constexpr int W = kLanes<T>;
+  const Problem<T>& p = s.problem;
+  const int64_t row = row_of(p.padded), padded = p.padded;
+  const bool whole = p.key.type == kTypeOf<T> && p.key.element == 1 && p.features == padded;
+  for (int64_t j = 0; j < nj; ++j) {
+    T* sum = m.sums + j * row;
+    if (!visible(p.mask, q.b, 0, j0 + j)) {
+      for (int64_t d = 0; d < padded; d += W) store<T>(sum + d, load(q.query + d));
+      continue;
+    }
+    if (!whole) load_row(p.key, q.b, j0 + j, p.features, padded, sum);
+    const T* key = whole ? reinterpret_cast<const T*>(row_address(p.key, q.b, j0 + j)) : sum;
+    for (int64_t d = 0; d < padded; d += W) store<T>(sum + d, load(key + d) + load(q.query + d));
+  }
+  if (s.channels == 0) return;
+  T* features = s.projection ? m.features : m.sums;
+  const int64_t features_row = s.projection ? s.padded_filters : row;
+  if (s.projection) zero(features, nj * s.padded_filters);
+  for (int64_t c = 0; c < s.channels; ++c)
+    product<T>({features, features_row, q.past[c] + j0, 1, 1, s.filters + c * s.width * s.padded_filters,
+                s.padded_filters, s.width},
+               0, nj, s.padded_filters);
+  if (s.projection)
+    product<T>({m.sums, row, features, s.padded_filters, 1, s.projection, padded, s.filter_count}, 0, nj, padded);
+}
+
+// w0 r0 + w1 r1 of a pair of vectors of features, by one division where weights are not too large for that.
+template <class T, bool Paired>
+inline Vec<T> weighted_r(Vec<T> w0, Vec<T> w1, Vec<T> x0, Vec<T> x1) {
+  if constexpr (Paired) return (w0 * x1 + w1 * x0) / (x0 * x1);
+  return w0 / x0 + w1 / x1;
+}
+
+// Scores less their constant; out has room for whole vectors.
+template <class T, bool Paired>
+inline void scores_of_sums(const Problem<T>& p, const T* sums, int64_t nj, T* out) {
+  constexpr int W = kLanes<T>;
+  const int64_t padded = p.padded, row = row_of(padded);
+  const T* weight = p.v.weight;
+  for (int64_t j = 0; j < nj; j += W) {
+    Vec<T> sum[W];
+    for (int k = 0; k < W; ++k) sum[k] = Vec<T>{};
+    for (int64_t k = 0; k < W && j + k < nj; ++k) {
+      const T* x = sums + (j + k) * row;
+      Vec<T> total = {};
+      for (int64_t d = 0; d < padded; d += 2 * W)
+        total += weighted_r<T, Paired>(load(weight + d), load(weight + d + W), one_plus_exp<T>(load(x + d)),
+                                       one_plus_exp<T>(load(x + d + W)));
+      sum[k] = total;
+    }
+    store<T>(out + j, lane_sums<T>(sum));
+  }
+}
+
+template <class T>
+inline void step_scores(const Step<T>& s, const StepTile<T>& m, const StepQuery<T>& q, T* scores) {
+  const Problem<T>& p = s.problem;
+  for (int64_t j0 = q.first; j0 < q.last; j0 += kStepKeys) {
+    const int64_t nj = q.last - j0 < kStepKeys ? q.last - j0 : kStepKeys;
+    sum_tile(s, m, q, j0, nj);
+    if (p.v.limit <= Limits<T>::max_weight) {
+      scores_of_sums<T, true>(p, m.sums, nj, scores + j0);
+    } else {
+      scores_of_sums<T, false>(p, m.sums, nj, scores + j0);
+    }
+  }
+  for (int64_t j = q.first; j < q.last && p.mask.data; ++j)
+    if (!visible(p.mask, q.b, 0, j)) scores[j] = kHidden<T>;
+}
+
+// ---------------------------------------------------------------------------------------------------- rules
+
+// What forward attention multiplies y by: the last weights of a key and of the one before it, which are not visible
+// where the key is hidden. A key is reached where the gradient, which divides by that, fits the type.
+template <class T>
+struct Mixture {
+  Mixture(const Step<T>& s, const StepQuery<T>& q, T* scratch) : before(scratch), mask(s.problem.mask), b(q.b) {
+    load_row(s.previous, q.b, q.i, length_of(s.problem, q.b), slots_row(s.problem), before);
+    for (int64_t j = 0; j < q.last && mask.data; ++j)
+      if (!visible(mask, b, 0, j)) before[j] = 0;
+    if (s.transition.data) load_row(s.transition, q.b, q.i, 1, 1, &move), stay = 1 - move;
+  }
+
+  T moved(int64_t j) const { return j > 0 ? before[j - 1] : T(0); }
+  T operator()(int64_t j) const { return stay * before[j] + move * moved(j); }
+  bool reaches(int64_t j) const { return visible(mask, b, 0, j) && (*this)(j) > least; }
+
+  static constexpr T least = T(sizeof(T) == 4 ? 0x1p-103 : 0x1p-970);  // the smallest normal number over epsilon
+  T* before;
+  T stay = 1, move = 1;
+  const Mask& mask;
+  int64_t b;
+};
+
+// x[j] / sum x, or 0 where all are.
+template <class T>
+inline void normalise(T* x, int64_t first, int64_t last) {
+  T total = 0;
+  for (int64_t j = first; j < last; ++j) total += x[j];
+  for (int64_t j = first; j < last; ++j) x[j] = total == 0 ? T(0) : x[j] / total;
+}
+
+// The largest of the scores, 0 where there is none.
+template <class T>
+inline T top_score(const T* x, int64_t first, int64_t last) {
+  T top = kHidden<T>;
+  for (int64_t j = first; j < last; ++j) top = x[j] > top ? x[j] : top;
+  return top == kHidden<T> ? T(0) : top;
+}
+
+// x = exp(x - shift) of the slots from first up to a whole vector beyond last.
+template <class T>
+inline void exponentiate(T* x, int64_t first, int64_t last, T shift) {
+  for (int64_t j = first; j < last; j += kLanes<T>) store<T>(x + j, exp<T>(load(x + j) - shift));
+}
+
+template <class T>
+inline void softmax_rule(T* x, int64_t first, int64_t last) {
+  exponentiate(x, first, last, top_score(x, first, last));
+  normalise(x, first, last);
+}
+
+// sigmoid(s) / sum sigmoid(s). Where all scores are far below 0 their sigmoids would vanish: exp(s - top) / (1 +
+// exp(s)).
+template <class T>
+inline void sigmoid_rule(T* x, int64_t first, int64_t last, T constant, T* scratch) {
+  for (int64_t j = first; j < last; ++j) scratch[j] = -__builtin_fabs(x[j] += constant);
+  const T top = top_score(x, first, last), shift = top < 0 ? top : T(0);
+  for (int64_t j = first; j < last; ++j) x[j] = x[j] > 0 ? T(0) : x[j] - shift;
+  exponentiate(x, first, last, T(0));
+  exponentiate(scratch, first, last, T(0));
+  for (int64_t j = first; j < last; ++j) x[j] /= 1 + scratch[j];
+  normalise(x, first, last);
+}
+
+// Stays where it is, in the visible slots, where no key is reached.
+template <class T>
+inline void forward_rule(const Step<T>& s, const StepQuery<T>& q, T* x, T* scratch) {
+  const Mixture<T> mix(s, q, scratch);
+  bool any = false;
+  for (int64_t j = q.first; j < q.last; ++j) {
+    const bool reached = mix.reaches(j);
+    any |= reached;
+    if (!reached) x[j] = kHidden<T>;
+  }
+  if (!any) {
+    for (int64_t j = q.first; j < q.last; ++j) x[j] = mix.before[j];
+    return;
+  }
+  exponentiate(x, q.first, q.last, top_score(x, q.first, q.last));
+  for (int64_t j = q.first; j < q.last; ++j) x[j] = x[j] == 0 ? T(0) : x[j] * mix(j);
+  normalise(x, q.first, q.last);
+}
+
+// Scores of the slots [first, last) become weights, and the others 0.
+template <class T>
+inline void apply_rule(const Step<T>& s, const StepQuery<T>& q, T* x, T* scratch) {
+  for (int64_t j = q.last; j < q.last + kLanes<T>; ++j) x[j] = kHidden<T>, scratch[j] = 0;
+  switch (s.rule) {
+    case Rule::kSoftmax:
+      softmax_rule(x, q.first, q.last);
+      break;
+    case Rule::kSigmoid:
+      sigmoid_rule(x, q.first, q.last, s.problem.v.constant, scratch);
+      break;
+    case Rule::kForward:
+      forward_rule(s, q, x, scratch);
+      break;
+  }
+  zero(x, q.first < s.problem.keys ? q.first : s.problem.keys);
+  for (int64_t j = q.last > q.first ? q.last : q.first; j < s.problem.keys; ++j) x[j] = 0;
+}
+
+// --------------------------------------------------------------------------------------------------- forward
+
+template <class T>
+void step(const StepForward<T>& f, int64_t task, T* memory) {
+  const Step<T>& s = f.step;
+  const Problem<T>& p = s.problem;
+  const StepTile<T> m(s, memory);
+  const StepQuery<T> q(s, task / p.queries, task % p.queries, memory);
+  load_query(s, q);
+  T *x = memory, *scratch = x + slots_row(p), *context = scratch + slots_row(p);
+  step_scores(s, m, q, x);
+  apply_rule(s, q, x, scratch);
+  __builtin_memcpy(f.weights + task * p.keys, x, size_t(p.keys) * sizeof(T));
+  if (p.keep_threshold && q.first < q.last) drop(p, q.b, q.i, q.first, q.last - q.first, x + q.first);
+  zero(context, p.padded_values);
+  for (int64_t j0 = q.first; j0 < q.last; j0 += kKeyTile) {
+    const int64_t nj = q.last - j0 < kKeyTile ? q.last - j0 : kKeyTile;
+    const RowTile<T> value = value_tile(p, q.b, j0, nj, m.values);
+    product_row<T>({context, 0, x + j0, 0, 1, value.data, value.row, nj}, 0, p.padded_values);
+  }
+  store_row(f.context, q.b, q.i, p.values, context);
+}
+
+// -------------------------------------------------------------------------------------------------- backward
+
+// What a backward task keeps for one query; its scratch is the same at each call.
+template <class T>
+struct StepGradients : StepQuery<T> {
+  StepGradients(const Step<T>& s, int64_t b, int64_t i, T* scratch) : StepGradients(s, b, i, &scratch) {}
+
+  T *grad_query, *grad_context, *ds, *kept, *dp;
+  T* grad_past[2];  // as past
+
+ private:
+  StepGradients(const Step<T>& s, int64_t b, int64_t i, T** memory) : StepQuery<T>(s, b, i, *memory) {
+    const Problem<T>& p = s.problem;
+    for (int64_t c = 0; c < s.channels; ++c) grad_past[c] = *memory, *memory += past_row(s);
+    grad_query = *memory, grad_context = grad_query + p.padded;
+    ds = grad_context + row_of(p.padded_values), kept = ds + slots_row(p), dp = kept + slots_row(p);
+  }
+};
+
+// dp_j = keep_j dC . h_j + dA_j, and in kept what the values' gradient takes of dC. A row that attends nothing has no
+// part in any gradient.
+template <class T>
+inline void weight_gradients(const StepBackward<T>& g, const StepTile<T>& m, const StepGradients<T>& q,
+                             const T* weights) {
+  const Problem<T>& p = g.step.problem;
+  const int64_t n = q.last - q.first;
+  zero(q.grad_context, p.padded_values);
+  bool empty = true;
+  for (int64_t j = q.first; j < q.last; ++j) empty &= weights[j] == 0;
+  zero(q.kept, slots_row(p)), zero(q.dp, slots_row(p));
+  if (n <= 0 || (empty && g.step.rule != Rule::kForward)) return;
+  if (g.grad_context.data) load_row(g.grad_context, q.b, q.i, p.values, p.padded_values, q.grad_context);
+  for (int64_t j = q.first; j < q.last; ++j) q.kept[j] = 1;
+  if (p.keep_threshold) drop(p, q.b, q.i, q.first, n, q.kept + q.first);
+  for (int64_t j0 = q.first; j0 < q.last && g.grad_context.data; j0 += kKeyTile) {
+    const int64_t nj = q.last - j0 < kKeyTile ? q.last - j0 : kKeyTile;
+    const RowTile<T> value = value_tile(p, q.b, j0, nj, m.values);
+    row_dots(q.grad_context, value.data, value.row, nj, p.padded_values, q.dp + j0);
+  }
+  if (g.grad_weights.data) load_row(g.grad_weights, q.b, q.i, p.keys, p.keys, q.ds);
+  for (int64_t j = q.first; j < q.last; ++j) {
+    q.dp[j] = q.kept[j] == 0 ? T(0) : q.kept[j] * q.dp[j];
+    if (g.grad_weights.data) q.dp[j] += q.ds[j];
+    q.kept[j] *= weights[j];
+  }
+}
+
+// Of forward attention: what the last weights and the transition get, of ds and (where the reader stayed) of dp.
+template <class T>
+inline void mixture_gradients(const StepBackward<T>& g, const StepGradients<T>& q, T* scratch, T* grad) {
+  const Step<T>& s = g.step;
+  const Mixture<T> mix(s, q, scratch);
+  zero(grad, slots_row(s.problem));
+  T move = 0;
+  bool any = false;
+  for (int64_t j = q.first; j < q.last; ++j) {
+    if (!mix.reaches(j)) continue;
+    any = true;
+    const T of_mix = q.ds[j] / mix(j);
+    grad[j] += mix.stay * of_mix;
+    if (j > 0) grad[j - 1] += mix.move * of_mix;
+    move += of_mix * (mix.moved(j) - mix.before[j]);
+  }
+  for (int64_t j = q.first; j < q.last; ++j) {
+    if (!any) grad[j] = visible(s.problem.mask, q.b, 0, j) ? q.dp[j] : T(0), q.ds[j] = 0;
+  }
+  for (int64_t j = 0; j < q.last && s.problem.mask.data; ++j)
+    if (!visible(s.problem.mask, q.b, 0, j)) grad[j] = 0;
+  store_row(g.grad_previous, q.b, q.i, s.problem.keys, grad);
+  if (s.transition.data) store_row(g.grad_transition, q.b, q.i, 1, &move);
+}
+
+// ds of a query, of the sigmoid less its factor 1 - sigmoid(s), which comes with the score.
+template <class T>
+inline void score_row_gradients(const StepBackward<T>& g, const StepTile<T>& m, const StepGradients<T>& q, T* scratch) {
+  const Problem<T>& p = g.step.problem;
+  const int64_t at = (q.b * p.queries + q.i) * p.keys;
+  const T* weights = g.weights + at;
+  weight_gradients(g, m, q, weights);
+  T delta = 0;
+  for (int64_t j = q.first; j < q.last; ++j) delta += weights[j] == 0 ? T(0) : weights[j] * q.dp[j];
+  zero(q.ds, slots_row(p));
+  for (int64_t j = q.first; j < q.last; ++j) q.ds[j] = weights[j] == 0 ? T(0) : weights[j] * (q.dp[j] - delta);
+  if (g.step.rule == Rule::kForward) mixture_gradients(g, q, scratch, scratch + slots_row(p));
+  if (g.kept) __builtin_memcpy(g.kept + at, q.kept, size_t(p.keys) * sizeof(T));
+}
+
+// From the sums of a tile their gradients u = 4 scale v ds r (1 - r), in their place, and added to the query's; ds r is
+// added to the score weight's. Of the sigmoid the score comes first.
+template <class T>
+inline void gradients_of_sums(const Step<T>& s, T* sums, int64_t nj, const T* ds, T* grad_query, T* grad_weight,
+                              T& ds_sum) {
+  constexpr int W = kLanes<T>;
+  const Problem<T>& p = s.problem;
+  const int64_t padded = p.padded;
+  const T* gain = p.v.gain;
+  for (int64_t j = 0; j < nj; ++j) {
+    T* x = sums + j * row_of(padded);
+    T slot = ds[j];
+    if (slot == 0) {  // also of a hidden key
+      zero(x, padded);
+      continue;
+    }
+    if (s.rule == Rule::kSigmoid) {
+      alignas(kVectorBytes) T score[W];
+      scores_of_sums<T, false>(p, x, 1, score);
+      slot /= 1 + T(__builtin_exp(score[0] + p.v.constant));
+    }
+    ds_sum += slot;
+    for (int64_t d = 0; d < padded; d += 2 * W) {
+      const Vec<T> x0 = one_plus_exp<T>(load(x + d)), x1 = one_plus_exp<T>(load(x + d + W));
+      const Vec<T> inverse = T(1) / (x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
+      const Vec<T> t0 = slot * r0, t1 = slot * r1;
+      const Vec<T> u0 = (t0 - t0 * r0) * load(gain + d), u1 = (t1 - t1 * r1) * load(gain + d + W);
+      store<T>(x + d, u0);
+      store<T>(x + d + W, u1);
+      add_to<T>(grad_query + d, u0);
+      add_to<T>(grad_query + d + W, u1);
+      add_to<T>(grad_weight + d, t0);
+      add_to<T>(grad_weight + d + W, t1);
+    }
+  }
+}
+
+// Scratch of a backward tile, and the sums of a task.
+template <class T>
+struct StepSums {
+  T *grad_features, *spread, *grad_key, *grad_value;
+  T *weight, *filters, *projection, *tile_weight;
+};
+
+// What a tile gives to the past weights: its features' gradients times the filters, each place of those on the weight
+// that it was laid on. A few places take a product each; many take one for all, whose rows are then added in steps.
+template <class T>
+inline void past_gradients(const Step<T>& s, const StepSums<T>& sums, const StepGradients<T>& q, const T* of_features,
+                           int64_t row, int64_t j0, int64_t nj) {
+  constexpr int W = kLanes<T>;
+  const int64_t padded_width = s.padded_width;
+  for (int64_t c = 0; c < s.channels; ++c) {
+    T* grad = q.grad_past[c] + j0;
+    const T* filters = s.filters + c * s.width * s.padded_filters;
+    for (int64_t o = 0; o < s.width && s.width <= kFewPlaces; ++o) {
+      row_dots(filters + o * s.padded_filters, of_features, row, nj, s.padded_filters, sums.spread);
+      for (int64_t j = 0; j < nj; ++j) grad[j + o] += sums.spread[j];
+    }
+    if (s.width <= kFewPlaces) continue;
+    zero(sums.spread, nj * padded_width);
+    product<T>({sums.spread, padded_width, of_features, row, 1, s.filters_by_count + c * s.filter_count * padded_width,
+                padded_width, s.filter_count},
+               0, nj, padded_width);
+    for (int64_t j = 0; j < nj; ++j)
+      for (int64_t o = 0; o < padded_width; o += W) add_to<T>(grad + j + o, load(sums.spread + j * padded_width + o));
+  }
+}
+
+// From the gradients of a tile's sums: those of L, the filters and the past.
+template <class T>
+inline void feature_gradients(const Step<T>& s, const StepTile<T>& m, const StepSums<T>& sums,
+                              const StepGradients<T>& q, int64_t j0, int64_t nj) {
+  const Problem<T>& p = s.problem;
+  const int64_t sums_row = row_of(p.padded), filters = s.padded_filters;
+  const T* of_features = m.sums;
+  int64_t row = sums_row;
+  if (s.projection) {
+    of_features = sums.grad_features, row = filters;
+    zero(sums.grad_features, nj * filters);
+    product<T>({sums.grad_features, filters, m.sums, sums_row, 1, s.projection_by_feature, filters, p.padded}, 0, nj,
+               filters);
+    product<T>({sums.projection, p.padded, m.features, 1, filters, m.sums, sums_row, nj}, 0, s.filter_count, p.padded);
+  }
+  for (int64_t c = 0; c < s.channels; ++c)
+    product<T>({sums.filters + c * s.width * filters, filters, q.past[c] + j0, 1, 1, of_features, row, nj}, 0, s.width,
+               filters);
+  past_gradients(s, sums, q, of_features, row, j0, nj);
+}
+
+// What the query gets from keys [lo, hi) of a tile, and gives to its other sums.
+template <class T>
+inline void backward_step_tile(const StepBackward<T>& g, const StepTile<T>& m, const StepSums<T>& sums,
+                               const StepGradients<T>& q, int64_t lo, int64_t hi, T* grad_key, T& ds_sum) {
+  const Step<T>& s = g.step;
+  const Problem<T>& p = s.problem;
+  const int64_t row = row_of(p.padded), nj = hi - lo;
+  sum_tile(s, m, q, lo, nj);
+  zero(sums.tile_weight, p.padded);
+  gradients_of_sums(s, m.sums, nj, q.ds + lo, q.grad_query, sums.tile_weight, ds_sum);
+  for (int64_t d = 0; d < p.padded; d += kLanes<T>) add_to<T>(sums.weight + d, load(sums.tile_weight + d));
+  if (s.channels > 0) feature_gradients(s, m, sums, q, lo, nj);
+  for (int64_t j = 0; j < nj; ++j)
+    for (int64_t d = 0; d < p.padded; d += kLanes<T>) add_to<T>(grad_key + j * row + d, load(m.sums + j * row + d));
+}
+
+// Gradients of the values of row b: sum_i kept_ij dC_i.
+template <class T>
+inline void step_value_gradients(const StepBackward<T>& g, const StepSums<T>& sums, int64_t b, T* memory) {
+  const Problem<T>& p = g.step.problem;
+  const int64_t row = row_of(p.padded_values);
+  for (int64_t j0 = 0; j0 < p.keys; j0 += kKeyTile) {
+    const int64_t nj = p.keys - j0 < kKeyTile ? p.keys - j0 : kKeyTile;
+    zero(sums.grad_value, nj * row);
+    for (int64_t i = 0; i < p.queries; ++i) {
+      const StepGradients<T> q(g.step, b, i, memory + i * step_query_scratch(g.step));
+      const bool finite = magnitude(q.grad_context, p.padded_values) <= Limits<T>::largest;
+      add_rows<T>({sums.grad_value, row, q.kept + j0, 1, 0, q.grad_context, 0, 1}, nj, p.padded_values, finite);
+    }
+    for (int64_t j = 0; j < nj; ++j) store_row(g.grad_value, b, j0 + j, p.values, sums.grad_value + j * row);
+  }
+}
+
+template <class T>
+inline void store_step_gradients(const StepBackward<T>& g, const StepGradients<T>& q) {
+  const Step<T>& s = g.step;
+  const Problem<T>& p = s.problem;
+  const int64_t length = length_of(p, q.b), reach = s.width / 2;
+  store_row(g.grad_query, q.b, q.i, p.features, q.grad_query);
+  for (int64_t c = 0; c < s.channels; ++c) {
+    T* grad = q.grad_past[c] + reach;
+    for (int64_t j = 0; j < p.keys; ++j)
+      if (j >= length || !visible(p.mask, q.b, 0, j)) grad[j] = 0;
+    store_row(g.grad_past[c], q.b, q.i, p.keys, grad);
+  }
+}
+
+// Row b: its queries' ds first, then tile by tile of its keys what each of them gives and gets.
+template <class T>
+inline void backward_step_row(const StepBackward<T>& g, const StepTile<T>& m, const StepSums<T>& sums, int64_t b,
+                              T* memory, T& ds_sum) {
+  const Step<T>& s = g.step;
+  const Problem<T>& p = s.problem;
+  const int64_t row = row_of(p.padded), by_query = step_query_scratch(s);
+  for (int64_t i = 0; i < p.queries; ++i) {
+    const StepGradients<T> q(s, b, i, memory + i * by_query);
+    load_query(s, q);
+    zero(q.grad_query, p.padded);
+    for (int64_t c = 0; c < s.channels; ++c) zero(q.grad_past[c], past_row(s));
+    score_row_gradients(g, m, q, memory + p.queries * by_query);
+  }
+  if (g.grad_value.data) step_value_gradients(g, sums, b, memory);
+  for (int64_t j0 = 0; j0 < p.keys; j0 += kStepKeys) {
+    const int64_t j1 = p.keys - j0 < kStepKeys ? p.keys : j0 + kStepKeys;
+    bool any = false;
+    zero(sums.grad_key, (j1 - j0) * row);
+    for (int64_t i = 0; i < p.queries; ++i) {
+      const StepGradients<T> q(s, b, i, memory + i * by_query);
+      const int64_t lo = q.first > j0 ? q.first : j0, hi = q.last < j1 ? q.last : j1;
+      if (lo >= hi) continue;
+      any = true;
+      backward_step_tile(g, m, sums, q, lo, hi, sums.grad_key + (lo - j0) * row, ds_sum);
+    }
+    for (int64_t j = j0; j < j1 && (any || !g.adds); ++j)
+      put_row(g.adds, g.grad_key, b, j, p.features, sums.grad_key + (j - j0) * row);
+  }
+  for (int64_t i = 0; i < p.queries; ++i) store_step_gradients(g, StepGradients<T>(s, b, i, memory + i * by_query));
+}
+
+template <class T>
+void step_backward(const StepBackward<T>& g, int64_t task, T* memory) {
+  const Step<T>& s = g.step;
+  const Problem<T>& p = s.problem;
+  const int64_t filters = s.channels * s.width * s.padded_filters;
+  const int64_t projection = s.projection ? s.filter_count * p.padded : 0;
+  const StepTile<T> m(s, memory);
+  StepSums<T> sums;
+  sums.grad_features = memory;
+  sums.spread = sums.grad_features + kStepKeys * s.padded_filters;
+  sums.grad_key = sums.spread + kStepKeys * spread_row(s);
+  sums.grad_value = sums.grad_key + kStepKeys * row_of(p.padded);
+  sums.tile_weight = sums.grad_value + kKeyTile * row_of(p.padded_values);
+  memory = sums.tile_weight + p.padded;
+  sums.weight = g.grad_weight + task * p.padded;
+  sums.filters = g.grad_filters + task * filters, sums.projection = g.grad_projection + task * projection;
+  zero(sums.weight, p.padded), zero(sums.filters, filters), zero(sums.projection, projection);
+  T ds_sum = 0;
+  const int64_t begin = task * p.batch / g.tasks, end = (task + 1) * p.batch / g.tasks;
+  for (int64_t b = begin; b < end; ++b) backward_step_row(g, m, sums, b, memory, ds_sum);
+  for (int64_t d = 0; d < p.padded; ++d) sums.weight[d] = ds_sum - 2 * sums.weight[d];
+}
