@@ -416,7 +416,7 @@ def _reference(case: Case) -> Call:
         if case.op == "dot":
             context, weights = reference.dot_attention(x[0], x[1], None if case.shared else x[2], **options)
         else:
-            context, weights = reference.additive_attention(*x, **options)
+            context, weights = reference.additive_attention(*x[:4], **options)
         return {"context": context, "weights": weights}
 
     return call
@@ -433,7 +433,7 @@ def _backend(case: Case, backend: str) -> Call:
         by_key = case.op == "step" and case.mask != "slots"
         prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
         value = x[1] if case.shared else x[2]
-        steps = gathered(x[1], value) if case.summed else None
+        steps = gathered(x[1], value, None if case.op == "dot" else x[3]) if case.summed else None
         memory = Memory(x[1], value, inputs.lengths, inputs.mask, x[3], prepared, steps=steps)
         if case.op == "past":
             return _step(case, inputs, query, memory, x, backend)

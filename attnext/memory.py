@@ -85,7 +85,7 @@ class Memory:
             lengths=None if self.lengths is None else take(self.lengths),
             mask=None if self.mask is None else take(self.mask),
             prepared=before and Prepared(before.backend, take(before.exp_key), take(before.key_limit)),
-            steps=self.steps and gathered(key, value),
+            steps=self.steps and gathered(key, value, self.score_weight),
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Memory:
@@ -104,7 +104,7 @@ class Memory:
         prepared = None if self.prepared is None else prepare(key, lengths, mask, None)
         value = key if self.shared else self.value.to(device, dtype)
         score_weight = None if self.score_weight is None else self.score_weight.to(device, dtype)
-        steps = self.steps and gathered(key, value)
+        steps = self.steps and gathered(key, value, score_weight)
         return Memory(key, value, lengths, mask, score_weight, prepared, self.heads, steps)
 
 

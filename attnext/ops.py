@@ -28,12 +28,12 @@ __all__ = [
     "FEATURE_BLOCK",
     "KEY_BLOCK",
     "RULES",
+    "OfSteps",
     "Operators",
-    "Summing",
     "accumulator",
     "implement",
+    "of_steps",
     "operators",
-    "summing",
 ]
 
 FEATURE_BLOCK = 32
@@ -61,6 +61,7 @@ _STEP_INPUTS = (
 )
 _STEP_OPTIONS = _SLOTS + "Tensor? window, Tensor? seed, float scale, float dropout_p, int rule"
 _RESULTS = "Tensor context, Tensor weights, Tensor log_sum_exp"
+_OF_QUERY = "Tensor grad_query, Tensor grad_scores, Tensor kept"
 _SCHEMAS = {
     "additive_prepare": "(Tensor key, Tensor? lengths, Tensor? mask) -> (Tensor exp_key, Tensor key_limit)",
     "additive_attention": f"({_INPUTS}{_OPTIONS}, bool need_weights) -> ({_RESULTS})",
@@ -73,14 +74,18 @@ _SCHEMAS = {
     "additive_step_backward": f"({_INCOMING}{_STEP_INPUTS}{_STEP_OPTIONS}, Tensor weights) -> "
     f"({', '.join(['Tensor'] * 10)})",
 }
-_SUMMING_SCHEMAS = {
-    "additive_attention_backward_into": f"({_INCOMING}{_INPUTS}{_OPTIONS}, {_RESULTS}, Tensor(a!) sum_key, "
-    "Tensor(b!) sum_value) -> (Tensor, Tensor)",
-    "dot_attention_backward_into": f"({_INCOMING}{_DOT_INPUTS}{_DOT_OPTIONS}, {_RESULTS}, Tensor(a!) sum_key, "
-    "Tensor(b!)? sum_value) -> Tensor",
+_OF_STEPS_SCHEMAS = {
+    "additive_attention_wide": f"({_INPUTS}{_OPTIONS}, bool need_weights) -> ({_RESULTS}, Tensor wide)",
+    "additive_attention_backward_query": f"({_INCOMING}{_INPUTS}{_OPTIONS}, Tensor wide) -> ({_OF_QUERY})",
+    "dot_attention_wide": f"({_DOT_INPUTS}{_DOT_OPTIONS}, bool need_weights) -> ({_RESULTS}, Tensor wide)",
+    "dot_attention_backward_query": f"({_INCOMING}{_DOT_INPUTS}{_DOT_OPTIONS}, Tensor wide) -> ({_OF_QUERY})",
+    "additive_step_backward_into": f"({_INCOMING}{_STEP_INPUTS}{_STEP_OPTIONS}, Tensor weights, Tensor(a!) sum_key) -> "
+    f"({', '.join(['Tensor'] * 9)})",
 }
-"""Backward passes that add the gradients of keys and values to sums, (B, Tk, D) and (B, Tk, H) in float32 or float64,
-and return the others: of the CPU alone."""
+"""For the steps of one memory (:mod:`attnext.steps`), of the CPU alone. ``wide`` are the weights in the dtype of the
+arithmetic, before dropout. Backward passes that give the gradient of the query and of its scores, and the weights that
+values have in the context; of ``additive_step`` all but the key's, which is added to a sum (B, Tk, D), and the
+value's, for which the last result are those weights (without elements where there is no dropout)."""
 _DIFFERENTIABLE = {"additive_attention": 4, "additive_scores": 3, "dot_attention": 3, "additive_step": 10}
 """How many leading tensors of an operator have a gradient; they take the dtype of autocast."""
 _PAST = 6
@@ -98,11 +103,18 @@ class Operators:
     step: Callable[..., tuple[Tensor, Tensor]]
 
 
-class Summing(NamedTuple):
-    """The backward passes of an operator: the one that returns all gradients, and the one that adds some to sums."""
+class OfSteps(NamedTuple):
+    """An operator for the steps of one memory.
 
+    Attributes:
+        forward: its last result are weights in the dtype of the arithmetic, before dropout.
+        whole: the backward pass that returns all gradients.
+        part: the one that leaves those of keys and values to the end of all steps.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
     whole: Callable[..., tuple[Tensor, ...]]
-    into: Callable[..., Any]
+    part: Callable[..., tuple[Tensor, ...]]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -142,12 +154,20 @@ def _fake_dot_attention_backward(_: Tensor | None, __: Tensor | None, *inputs: A
     return tuple(inputs[0].new_empty((0,) if x is None else x.shape) for x in inputs[:3])
 
 
-def _fake_additive_into(_: Tensor | None, __: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor]:
-    return inputs[0].new_empty(inputs[0].shape), inputs[3].new_empty(inputs[3].shape)
+def _fake_wide(query: Tensor, key: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    wide = query.new_empty(*query.shape[:-1], key.shape[1], dtype=accumulator(query.dtype))
+    return *_fake_attention(query, key, *others), wide
 
 
-def _fake_dot_into(_: Tensor | None, __: Tensor | None, query: Tensor, *others: Any) -> Tensor:
-    return query.new_empty(query.shape)
+def _fake_backward_query(_: Tensor | None, __: Tensor | None, query: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    weights = others[-1]
+    return query.new_empty(query.shape), weights.new_empty(weights.shape), weights.new_empty(weights.shape)
+
+
+def _fake_step_into(_: Tensor | None, __: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    query, _key, _value, *others = _fake_step_backward(_, __, *inputs)
+    weights, dropout_p = inputs[-2], inputs[15]
+    return query, *others, weights.new_empty(weights.shape if dropout_p > 0.0 else 0)
 
 
 def _fake_scores(query: Tensor, key: Tensor, *_: Any) -> Tensor:
@@ -308,11 +328,19 @@ def implement(family: str, dispatch_key: str, kernel: Callable[[str], Callable[.
         _library.impl(f"{name}_{family}", kernel(name), dispatch_key)
 
 
-def _define_summing(name: str, fake: Callable[..., Any]) -> Summing:
-    _library.define(f"{name}_backward_into_cpu{_SUMMING_SCHEMAS[f'{name}_backward_into']}")
-    torch.library.register_fake(f"attnext::{name}_backward_into_cpu", fake, lib=_library)
-    ops = torch.ops.attnext
-    return Summing(getattr(ops, f"{name}_backward_cpu").default, getattr(ops, f"{name}_backward_into_cpu").default)
+def _define_of_steps(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    _library.define(f"{name}_cpu{_OF_STEPS_SCHEMAS[name]}")
+    torch.library.register_fake(f"attnext::{name}_cpu", fake, lib=_library)
+    op: Callable[..., Any] = getattr(torch.ops.attnext, f"{name}_cpu").default
+    return op
+
+
+def _attention_of_steps(name: str) -> OfSteps:
+    return OfSteps(
+        forward=_define_of_steps(f"{name}_wide", _fake_wide),
+        whole=getattr(torch.ops.attnext, f"{name}_backward_cpu").default,
+        part=_define_of_steps(f"{name}_backward_query", _fake_backward_query),
+    )
 
 
 operators: dict[str, Operators] = {
@@ -322,8 +350,13 @@ operators: dict[str, Operators] = {
 }
 """The operators of each kernel family, by backend name."""
 
-summing: dict[Any, Summing] = {
-    operators["cpu"].attention: _define_summing("additive_attention", _fake_additive_into),
-    operators["cpu"].dot_attention: _define_summing("dot_attention", _fake_dot_into),
+of_steps: dict[Any, OfSteps] = {
+    operators["cpu"].attention: _attention_of_steps("additive_attention"),
+    operators["cpu"].dot_attention: _attention_of_steps("dot_attention"),
+    operators["cpu"].step: OfSteps(
+        forward=operators["cpu"].step,
+        whole=torch.ops.attnext.additive_step_backward_cpu.default,
+        part=_define_of_steps("additive_step_backward_into", _fake_step_into),
+    ),
 }
-"""The backward passes of operators whose steps add to sums."""
+"""The operators that can leave the gradients of keys and values to the end of all steps."""

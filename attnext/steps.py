@@ -1,22 +1,28 @@
-"""The keys and values of a memory as its steps attend them: their gradients are summed in place.
+"""The keys and values of a memory as its steps attend them: their gradients are made at the end of all steps.
 
 Automatic differentiation makes the gradients of keys and values anew at every step, and adds them to those of the other
-steps. Here a step's backward pass adds to the sums of all steps, which flow on after the last.
+steps. Here a step's backward pass gives the query's alone, and keeps what is small: the gradients of its scores, its
+weights and what came in for its context. Of a block of steps the others are then made at once, as of one call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from contextlib import nullcontext
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from attnext import _checks
-from attnext.ops import accumulator, summing
+from attnext.ops import accumulator, of_steps, operators
 
 __all__ = ["PerPass", "Steps", "gathered", "made_anew"]
 
+_BLOCK = 64
+"""Queries whose gradients of keys and values are made together."""
+_FEW_QUERIES = 8
+"""Of a call up to which it is a step: of more, the gradients of keys and values are as well made with the queries'."""
 
 T = TypeVar("T")
 
@@ -43,61 +49,192 @@ class PerPass(Generic[T]):
         self._of_pass.pop(one, None)
 
 
-_Sums = PerPass[list[Tensor | None]]
-"""The gradients of keys and values so far."""
+class _Call(NamedTuple):
+    """An operator and what its steps share beside key, value and score weight."""
+
+    op: Any
+    lengths: Tensor | None
+    mask: Tensor | None
+    scale: float
+
+
+class _Kept(NamedTuple):
+    """Of one step, (B, Tq, ...), without Tq for a query of (B, D). With no ``grad_scores`` the key has its gradient."""
+
+    query: Tensor
+    grad_scores: Tensor | None
+    weights: Tensor
+    grad_context: Tensor
+
+
+class _Collected:
+    """The gradients of key, value and score weight so far, and the steps that have not yet given theirs."""
+
+    def __init__(self, key: Tensor, value: Tensor | None, score_weight: Tensor | None) -> None:
+        self._inputs = key, value, score_weight
+        self._sums: list[Tensor | None] = [None, None, None]
+        self._call: _Call | None = None
+        self._waiting: list[_Kept] = []
+        self._queries = 0
+
+    def key_sum(self) -> Tensor:
+        """The sum of the key's gradients, to be added to."""
+        if self._sums[0] is None:
+            key = self._inputs[0]
+            self._sums[0] = key.new_zeros(key.shape, dtype=accumulator(key.dtype))
+        return self._sums[0]
+
+    def add(self, call: _Call, kept: _Kept) -> None:
+        if self._call is not None and (self._queries >= _BLOCK or not _same(self._call, call)):
+            self._make()
+        self._call = call
+        self._waiting.append(kept)
+        self._queries += kept.query.shape[1] if kept.query.dim() == 3 else 1
+
+    def finish(self) -> list[Tensor | None]:
+        if self._waiting:
+            self._make()
+        return self._sums
+
+    def _make(self) -> None:
+        """The gradients of the steps that wait, in the dtype of the arithmetic."""
+        assert self._call is not None
+        call, (key, value, score_weight) = self._call, self._inputs
+        dtype = accumulator(key.dtype)
+        query, grad_scores, weights, grad_context = (_joined(x, dtype) for x in zip(*self._waiting, strict=True))
+        self._waiting, self._queries = [], 0
+        with torch.autocast("cpu", enabled=False) if _checks.autocasts("cpu") else nullcontext():
+            of_value = weights.mT @ grad_context
+            if call.lengths is not None or call.mask is not None:  # 0 times what came in may be NaN
+                of_value.masked_fill_(~_visible(key, call.lengths, call.mask), 0.0)
+            self._add(0 if value is None else 1, of_value)
+            if grad_scores is None:
+                return
+            if call.op is _OPERATORS.dot_attention:
+                self._add(0, (grad_scores * call.scale).mT @ query)
+                return
+            assert score_weight is not None
+            inputs = (query, key.to(dtype), score_weight.to(dtype), call.lengths, call.mask)
+            _, of_key, of_score_weight = _scores_backward(grad_scores, *inputs, call.scale)
+            self._add(0, of_key)
+            self._add(2, of_score_weight)
+
+    def _add(self, place: int, gradient: Tensor) -> None:
+        total = self._sums[place]
+        self._sums[place] = gradient if total is None else total.add_(gradient)
+
+
+def _same(a: _Call, b: _Call) -> bool:
+    return a.op is b.op and a.lengths is b.lengths and a.mask is b.mask and a.scale == b.scale
+
+
+def _joined(tensors: tuple[Any, ...], dtype: torch.dtype) -> Any:
+    """Those of the steps one after another, (B, T, ...)."""
+    if tensors[0] is None:
+        return None
+    return torch.cat([x if x.dim() == 3 else x.unsqueeze(1) for x in tensors], 1).to(dtype)
+
+
+def _visible(key: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The slots that some query may attend, (B, Tk, 1)."""
+    visible = torch.ones(key.shape[:2], dtype=torch.bool, device=key.device)
+    if lengths is not None:
+        visible &= torch.arange(key.shape[1], device=key.device) < lengths.unsqueeze(1)
+    if mask is not None:
+        visible &= mask if mask.dim() == 2 else mask.any(1)
+    return visible.unsqueeze(-1)
 
 
 class _Gather(torch.autograd.Function):
-    """The keys and values themselves; its backward runs after that of every step."""
+    """The key, the value and the score weight themselves; its backward runs after that of every step."""
 
     @staticmethod
-    def forward(ctx: Any, sums: _Sums, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.sums, ctx.dtype = sums, inputs[0].dtype
+    def forward(ctx: Any, collected: PerPass[_Collected], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.collected, ctx.dtypes = collected, [None if x is None else x.dtype for x in inputs]
         ctx.set_materialize_grads(False)
-        return tuple(x.detach() for x in inputs)
+        return tuple(x.detach() for x in inputs if x is not None)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        totals = ctx.sums.take()
-        if totals is None:
-            return None, *gradients  # as the steps made them
-        found = (total if total is None else total.to(ctx.dtype) for total in totals[: len(gradients)])
+        there = iter(gradients)
+        own = [None if dtype is None else next(there) for dtype in ctx.dtypes]
+        collected = ctx.collected.take()
+        sums = [None] * len(own) if collected is None else collected.finish()
         # Some steps may have made theirs, where the gradients of a pass are a batch for some and not for all.
-        return None, *(b if a is None else a if b is None else a + b for a, b in zip(gradients, found, strict=True))
+        return None, *(
+            a if b is None or dtype is None else b.to(dtype) if a is None else a + b.to(dtype)
+            for a, b, dtype in zip(own, sums, ctx.dtypes, strict=True)
+        )
 
 
-class _Step(torch.autograd.Function):
-    """An attention operator, with the arguments of its schema."""
+class _Attention(torch.autograd.Function):
+    """An operator of attention, with the arguments of its schema."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, sums: _Sums, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, op: Any, collected: Callable[[], _Collected], *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, Tensor, Tensor] = op(*arguments)
-        *tensors, scale, dropout_p, need_weights = arguments
-        ctx.op, ctx.sums, ctx.options, ctx.need_weights = op, sums, (scale, dropout_p), need_weights
-        ctx.save_for_backward(*tensors, *results)
-        ctx.mark_non_differentiable(results[2])
+            context, weights, log_sum_exp, wide = of_steps[op].forward(*arguments)
+        *tensors, scale, dropout_p, ctx.need_weights = arguments
+        ctx.call = _Call(op, tensors[-3], tensors[-2], scale)
+        ctx.collected, ctx.dropout_p = collected, dropout_p
+        ctx.save_for_backward(*tensors, context, weights, log_sum_exp, wide)
+        ctx.mark_non_differentiable(log_sum_exp)
         ctx.set_materialize_grads(False)
-        return results
+        return context, weights, log_sum_exp
 
     @staticmethod
     def backward(ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None, _: None) -> tuple[Any, ...]:
-        *tensors, context, weights, log_sum_exp = ctx.saved_tensors  # read once: recomputation allows no more
-        incoming = (grad_context, grad_weights if ctx.need_weights else None)
-        arguments = (*incoming, *tensors, *ctx.options, context, weights, log_sum_exp)
+        *tensors, context, weights, log_sum_exp, wide = ctx.saved_tensors  # read once: recomputation allows no more
+        incoming, steps = (grad_context, grad_weights if ctx.need_weights else None), of_steps[ctx.call.op]
+        arguments = (*incoming, *tensors, ctx.call.scale, ctx.dropout_p)
         grads: list[Tensor | None] = []
         if made_anew(*incoming):
-            grads = list(summing[ctx.op].whole(*arguments))
+            grads = list(steps.whole(*arguments, context, weights, log_sum_exp))
         elif any(grad is not None for grad in incoming):
-            found = summing[ctx.op].into(*arguments, *ctx.sums.of(lambda: _zeros(tensors[1:3])))
-            query, *others = (found,) if isinstance(found, Tensor) else found
-            grads = [query, None, None, *others]
-        of_inputs = [None if x is None else grad for x, grad in zip(tensors, grads, strict=False)]
-        return None, None, *of_inputs, *(None,) * (len(tensors) - len(of_inputs) + 3)
+            of_query, grad_scores, kept = steps.part(*arguments, wide)
+            grad_context = torch.zeros_like(context) if grad_context is None else grad_context
+            ctx.collected().add(ctx.call, _Kept(tensors[0], grad_scores, kept, grad_context))
+            grads = [of_query]
+        return _of_inputs(tensors, grads)
 
 
-def _zeros(inputs: list[Tensor | None]) -> list[Tensor | None]:
-    return [x if x is None else x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in inputs]
+class _Past(torch.autograd.Function):
+    """The operator of a step that sees its past."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, collected: Callable[[], _Collected], *arguments: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            context, weights = of_steps[op].forward(*arguments)
+        *tensors, scale, dropout_p, rule = arguments
+        ctx.call = _Call(op, tensors[10], tensors[11], scale)
+        ctx.collected, ctx.options = collected, (scale, dropout_p, rule)
+        ctx.save_for_backward(*tensors, weights)
+        ctx.set_materialize_grads(False)
+        return context, weights
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
+        *tensors, weights = ctx.saved_tensors
+        arguments, steps = (*incoming, *tensors, *ctx.options, weights), of_steps[ctx.call.op]
+        grads: list[Tensor | None] = []
+        if made_anew(*incoming):
+            grads = list(steps.whole(*arguments))
+        elif any(grad is not None for grad in incoming):
+            collected = ctx.collected()
+            of_query, *others, kept = steps.part(*arguments, collected.key_sum())
+            grads = [of_query, None, None, *others]
+            if incoming[0] is not None:
+                kept = kept if ctx.options[1] > 0.0 else weights
+                collected.add(ctx.call, _Kept(tensors[0], None, kept, incoming[0]))
+        return _of_inputs(tensors, grads)
+
+
+def _of_inputs(tensors: list[Tensor | None], grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """What a backward returns: for the operator and the sums, for the tensors, and for three options."""
+    found = [None if x is None else grad for x, grad in zip(tensors, grads, strict=False)]
+    return None, None, *found, *(None,) * (len(tensors) - len(found) + 3)
 
 
 def made_anew(*incoming: Tensor | None) -> bool:
@@ -110,35 +247,62 @@ def made_anew(*incoming: Tensor | None) -> bool:
 
 # As mypy sees them: torch's apply has no types.
 _gather: Callable[..., tuple[Tensor, ...]] = _Gather.apply
-_step: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Step.apply
+_attention: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Attention.apply
+_past: Callable[..., tuple[Tensor, Tensor]] = _Past.apply
+_OPERATORS = operators["cpu"]
+_scores_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.attnext.additive_scores_backward_cpu.default
 
 
 class Steps:
-    """A key and a value for steps; without a value the keys are the values."""
+    """A key, a value and a score weight for steps; without a value the keys are the values."""
 
-    def __init__(self, key: Tensor, value: Tensor | None) -> None:
-        self._sources = key, value
-        self._sums: _Sums = PerPass()
-        inputs = _gather(self._sums, *(x for x in self._sources if x is not None))
-        self._inputs = inputs[0], None if value is None else inputs[1]
+    def __init__(self, key: Tensor, value: Tensor | None, score_weight: Tensor | None) -> None:
+        self._sources = key, value, score_weight
+        self._collected: PerPass[_Collected] = PerPass()
+        inputs = iter(_gather(self._collected, *self._sources))
+        self._inputs = tuple(None if x is None else next(inputs) for x in self._sources)
 
     def serve(self, op: Any, key: Tensor, value: Tensor | None) -> bool:
-        """Whether they are this key and value, and the operator one that can add to sums."""
-        return op in summing and key is self._sources[0] and value is self._sources[1]
+        """Whether they are this key and value, and the operator one that can leave their gradients to the end."""
+        return op in of_steps and key is self._sources[0] and value is self._sources[1]
 
-    def attend(self, op: Any, query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(self, op: Any, query: Tensor, *others: Any) -> tuple[Tensor, ...]:
         """Calls an operator with the key and the value between its other arguments."""
-        return _step(op, self._sums, query, *self._inputs, *others)
+        key, value, score_weight = self._inputs
+        assert key is not None
+        if op is _OPERATORS.dot_attention:
+            arguments = (query, key, value, *others)
+        else:
+            own = others[0] is self._sources[2]
+            arguments = (query, key, value, score_weight if own else others[0], *others[1:])
+            if not own and op is _OPERATORS.attention:  # whose gradient has nowhere to wait
+                return self._plainly(op, arguments)
+        if query.dim() == 3 and query.shape[1] > _FEW_QUERIES:
+            return self._plainly(op, arguments)
+        if op is _OPERATORS.step:  # whose filters and projection autocast leaves as they were
+            linear = (None if x is None else x.to(key.dtype) for x in arguments[4:6])
+            return _past(op, self._of_pass, *arguments[:4], *linear, *arguments[6:])
+        return _attention(op, self._of_pass, *arguments)
+
+    def _plainly(self, op: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = op(*arguments)
+        return results
+
+    def _of_pass(self) -> _Collected:
+        """What this backward pass has collected."""
+        key, *others = self._sources
+        return self._collected.of(lambda: _Collected(key, *others))
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of a memory has none: its tensors are others."""
         return type(None), ()
 
 
-def gathered(key: Tensor, value: Tensor) -> Steps | None:
-    """The key (B, Tk, D) and value (B, Tk, H) of a memory for its steps; None where they have no gradient to sum."""
+def gathered(key: Tensor, value: Tensor, score_weight: Tensor | None = None) -> Steps | None:
+    """The key (B, Tk, D), value (B, Tk, H) and score weight of a memory for its steps; None where no gradient is asked
+    for."""
     if torch.compiler.is_compiling() or _checks.in_transforms() or not torch.is_grad_enabled():
         return None
     if key.device.type != "cpu" or not (key.requires_grad or value.requires_grad):
         return None
-    return Steps(key, None if value is key else value)
+    return Steps(key, None if value is key else value, score_weight)

@@ -24,12 +24,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     std::optional<Tensor> mask, std::optional<Tensor> seed, double scale, double dropout_p, Tensor context,
     Tensor weights, Tensor log_sum_exp);
 
-// The same, but for the gradients of keys and values, which are added to sums.
-std::tuple<Tensor, Tensor> additive_attention_backward_into(
+// For the steps of one memory: also weights in the dtype of the arithmetic, before dropout; then the gradients of the
+// query and the scores alone, and what the values take of each context.
+std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_wide(
+    Tensor query, Tensor key, Tensor value, Tensor score_weight, std::optional<Tensor> exp_key,
+    std::optional<Tensor> key_limit, std::optional<Tensor> lengths, std::optional<Tensor> mask,
+    std::optional<Tensor> seed, double scale, double dropout_p, bool need_weights);
+
+std::tuple<Tensor, Tensor, Tensor> additive_attention_backward_query(
     std::optional<Tensor> grad_context, std::optional<Tensor> grad_weights, Tensor query, Tensor key, Tensor value,
     Tensor score_weight, std::optional<Tensor> exp_key, std::optional<Tensor> key_limit, std::optional<Tensor> lengths,
-    std::optional<Tensor> mask, std::optional<Tensor> seed, double scale, double dropout_p, Tensor context,
-    Tensor weights, Tensor log_sum_exp, Tensor sum_key, Tensor sum_value);
+    std::optional<Tensor> mask, std::optional<Tensor> seed, double scale, double dropout_p, Tensor weights);
 
 Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, std::optional<Tensor> lengths,
                        std::optional<Tensor> mask, double scale);
@@ -50,11 +55,17 @@ std::tuple<Tensor, Tensor, Tensor> dot_attention_backward(std::optional<Tensor> 
                                                           double scale, double dropout_p, Tensor context,
                                                           Tensor weights, Tensor log_sum_exp);
 
-Tensor dot_attention_backward_into(std::optional<Tensor> grad_context, std::optional<Tensor> grad_weights, Tensor query,
-                                   Tensor key, std::optional<Tensor> value, std::optional<Tensor> lengths,
-                                   std::optional<Tensor> mask, std::optional<Tensor> seed, double scale,
-                                   double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp, Tensor sum_key,
-                                   std::optional<Tensor> sum_value);
+std::tuple<Tensor, Tensor, Tensor, Tensor> dot_attention_wide(Tensor query, Tensor key, std::optional<Tensor> value,
+                                                              std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                                                              std::optional<Tensor> seed, double scale,
+                                                              double dropout_p, bool need_weights);
+
+std::tuple<Tensor, Tensor, Tensor> dot_attention_backward_query(std::optional<Tensor> grad_context,
+                                                                std::optional<Tensor> grad_weights, Tensor query,
+                                                                Tensor key, std::optional<Tensor> value,
+                                                                std::optional<Tensor> lengths,
+                                                                std::optional<Tensor> mask, std::optional<Tensor> seed,
+                                                                double scale, double dropout_p, Tensor weights);
 
 // A step that sees its past. Gradients are in the order of the tensors; of what isn't there they have no elements.
 using StepResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

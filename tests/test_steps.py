@@ -40,10 +40,10 @@ def attn(request: pytest.FixtureRequest) -> Attention:
 
 
 class Calls:
-    """How many backward passes of steps added to sums, and how many made their gradients anew."""
+    """How many backward passes of steps left the keys and values to the end, and how many made all gradients."""
 
     def __init__(self) -> None:
-        self.into = self.whole = 0
+        self.part = self.whole = 0
 
     def counting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:
@@ -56,9 +56,9 @@ class Calls:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     counts = Calls()
-    for op, backward in list(ops.summing.items()):
-        counted = ops.Summing(counts.counting("whole", backward.whole), counts.counting("into", backward.into))
-        monkeypatch.setitem(ops.summing, op, counted)
+    for op, of in list(ops.of_steps.items()):
+        counted = {name: counts.counting(name, getattr(of, name)) for name in ("whole", "part")}
+        monkeypatch.setitem(ops.of_steps, op, of._replace(**counted))
     return counts
 
 
@@ -97,14 +97,14 @@ def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 def kept_sums(memory: Memory) -> int:
     """The passes whose sums are still there."""
     assert memory.steps is not None
-    return len(memory.steps._sums._of_pass)
+    return len(memory.steps._collected._of_pass)
 
 
 def test_gradients_are_those_of_the_reference(attn: Attention, calls: Calls) -> None:
     states, queries = encoder_states(), queries_of(attn)
     inputs = [states, *queries, *attn.parameters()]
     found = torch.autograd.grad(outcome(attn, attn.prepare(states, LENGTHS), queries), inputs)
-    assert (calls.into, calls.whole) == (STEPS, 0)
+    assert (calls.part, calls.whole) == (STEPS, 0)
     with use_backend("reference"):
         expected = torch.autograd.grad(outcome(attn, attn.prepare(states, LENGTHS), queries), inputs)
     assert_equal(found, expected)
@@ -136,7 +136,7 @@ def test_passes_leave_no_sums(attn: Attention, calls: Calls) -> None:
     found = torch.autograd.grad(total, inputs, retain_graph=True)
     again = torch.autograd.grad(total, inputs)
     assert kept_sums(memory) == 0
-    assert (calls.into, calls.whole) == (3 * STEPS, 0)
+    assert (calls.part, calls.whole) == (3 * STEPS, 0)
     expected = plainly(attn, states, queries, inputs)
     assert_equal(found, expected)
     assert_equal(again, expected)
@@ -158,7 +158,7 @@ def test_a_pass_that_was_broken_off_leaves_no_sums(attn: Attention, calls: Calls
         torch.autograd.grad(total, [states, *queries], retain_graph=True)
     hook.remove()
     found = torch.autograd.grad(total, [states], retain_graph=True)
-    assert (calls.into, calls.whole) == (2 * STEPS, 0)
+    assert (calls.part, calls.whole) == (2 * STEPS, 0)
     assert_equal(found, plainly(attn, states, steps, [states]))
 
 
@@ -181,7 +181,7 @@ def test_passes_at_the_same_time(attn: Attention, calls: Calls) -> None:
             pool.submit(torch.autograd.grad, total, [states, queries[1]], retain_graph=True)
             for total, queries in zip(totals, both, strict=True)
         ]
-    assert (calls.into, calls.whole) == (2 * STEPS, 0)
+    assert (calls.part, calls.whole) == (2 * STEPS, 0)
     for one, queries in zip(passes, both, strict=True):
         assert_equal(one.result(), plainly(attn, states, queries, [states, queries[1]]))
 
@@ -200,7 +200,7 @@ def test_a_pass_within_a_pass(attn: Attention, calls: Calls) -> None:
     middle.register_hook(take_another)
     total, inputs = outcome(attn, memory, [queries[0], middle, queries[2]]), [states, queries[1]]
     found = torch.autograd.grad(total, inputs, retain_graph=True)
-    assert (calls.into, calls.whole) == (2 * STEPS, 0)
+    assert (calls.part, calls.whole) == (2 * STEPS, 0)
     assert_equal(found, plainly(attn, states, queries, inputs))
     assert_equal(seen[0], plainly(attn, states, inner, [states]))
 
@@ -218,7 +218,7 @@ def test_a_step_that_is_computed_again(attn: Attention, calls: Calls) -> None:
     total = one_again(attn, attn.prepare(states, LENGTHS), queries, reentrant=False)
     inputs = [states, *queries]
     found = torch.autograd.grad(total, inputs)
-    assert (calls.into, calls.whole) == (STEPS, 0)
+    assert (calls.part, calls.whole) == (STEPS, 0)
     assert_equal(found, plainly(attn, states, queries, inputs))
 
 
@@ -228,7 +228,7 @@ def test_a_step_that_is_computed_again_in_a_pass_of_its_own(calls: Calls) -> Non
     (expected,) = plainly(attn, states, queries, [states])
     total = one_again(attn, attn.prepare(states, LENGTHS), queries, reentrant=True)
     total.backward()  # type: ignore[no-untyped-call]
-    assert (calls.into, calls.whole) == (STEPS, 0)
+    assert (calls.part, calls.whole) == (STEPS, 0)
     torch.testing.assert_close(states.grad, expected, **EXACT)
 
 
@@ -239,7 +239,7 @@ def test_a_hook_on_the_keys_sees_the_whole_gradient(calls: Calls) -> None:
     seen: list[Tensor] = []
     memory.key.register_hook(seen.append)
     torch.autograd.grad(outcome(attn, memory, queries), states, retain_graph=True)
-    assert (calls.into, calls.whole, len(seen)) == (STEPS, 0, 1)
+    assert (calls.part, calls.whole, len(seen)) == (STEPS, 0, 1)
     expected = torch.autograd.grad(outcome(attn, replace(memory, steps=None), queries), [memory.key])
     assert_equal((seen[0],), expected)
 
@@ -253,7 +253,7 @@ def test_rows_that_were_taken_have_sums_of_their_own(attn: Attention, calls: Cal
         return outcome(attn, memory, queries) + outcome(attn, memory.select(rows), [x[rows] for x in queries])
 
     found = torch.autograd.grad(total(), [states])
-    assert (calls.into, calls.whole) == (2 * STEPS, 0)
+    assert (calls.part, calls.whole) == (2 * STEPS, 0)
     with use_backend("reference"):
         assert_equal(found, torch.autograd.grad(total(), [states]))
 
@@ -269,7 +269,7 @@ def test_other_keys_and_values_are_attended(kind: str, name: str, calls: Calls) 
     with torch.no_grad():
         torch.testing.assert_close(context, attn(query, changed)[0], **EXACT)
     context.sum().backward()  # type: ignore[no-untyped-call]
-    assert (calls.into, calls.whole) == (0, 0)
+    assert (calls.part, calls.whole) == (0, 0)
 
 
 @pytest.mark.parametrize(("kind", "prepared_within", "sums"), [
@@ -288,7 +288,7 @@ def test_under_autocast(kind: str, prepared_within: bool, sums: bool, calls: Cal
         return torch.autograd.grad(total, [states, *queries])
 
     found = gradients()
-    assert (calls.into, calls.whole) == (STEPS * sums, 0)
+    assert (calls.part, calls.whole) == (STEPS * sums, 0)
     eps = torch.finfo(torch.bfloat16).eps
     for x, y in zip(found, gradients(steps=None), strict=True):
         assert x.dtype == torch.float32
@@ -300,7 +300,7 @@ def test_second_derivatives_name_the_way_out(attn: Attention, calls: Calls) -> N
     states, queries = encoder_states(), queries_of(attn)
     total = outcome(attn, attn.prepare(states, LENGTHS), queries)
     first = torch.autograd.grad(total, [states], create_graph=True)
-    assert (calls.into, calls.whole) == (0, STEPS)
+    assert (calls.part, calls.whole) == (0, STEPS)
     assert_equal(first, plainly(attn, states, queries, [states]))
     with pytest.raises(RuntimeError, match="backend='reference'"):
         torch.autograd.grad(first[0].sum(), states)
@@ -323,7 +323,7 @@ def test_compiled_autograd(kind: str, calls: Calls) -> None:
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         total.backward()  # type: ignore[no-untyped-call]
     torch._dynamo.reset()
-    assert calls.into == 0
+    assert calls.part == 0
     assert states.grad is not None
     assert_equal((states.grad,), plainly(attn, states, queries, [states]))
 
@@ -370,31 +370,40 @@ def test_nothing_is_kept(attn: Attention, calls: Calls) -> None:
         total = outcome(attn, memory, queries_of(attn))
         kept = [weakref.ref(x) for x in (memory.key, memory.value, memory)]
         total.backward()  # type: ignore[no-untyped-call]
-        assert (calls.into, calls.whole) == (STEPS, 0)
+        assert (calls.part, calls.whole) == (STEPS, 0)
         del states, memory, total
         assert [x() for x in kept] == [None] * 3
     finally:
         gc.enable()
 
 
-def test_the_operators_fit_their_schemas_and_refuse_other_sums() -> None:
+def test_the_operators_fit_their_schemas_and_refuse_other_weights() -> None:
     query, key, value, v = (torch.randn(shape) for shape in ((2, 3), (2, 5, 3), (2, 5, 4), (3,)))
     additive = (query, key, value, v, None, None, None, None, None, 1.0, 0.0)
     dot = (query, key, value, None, None, None, 1.0, 0.0)
-    sums = (torch.zeros(2, 5, 3), torch.zeros(2, 5, 4))
-    cpu = torch.ops.attnext
-    for inputs, forward, into in (
-        (additive, cpu.additive_attention_cpu, cpu.additive_attention_backward_into_cpu.default),
-        (dot, cpu.dot_attention_cpu, cpu.dot_attention_backward_into_cpu.default),
-    ):
-        saved = (torch.randn(2, 4), None, *inputs, *forward(*inputs, False))
-        torch.library.opcheck(into, (*saved, *sums), test_utils=("test_schema", "test_faketensor"))
-        for wrong, message in (
-            (torch.zeros(2, 5, 3, dtype=torch.float64), "dtype of the arithmetic"),
-            (torch.zeros(2, 3, 5).mT, "must be contiguous"),
-            (torch.zeros(2, 4, 3), "sum_key has size 4"),
-        ):
+    for op, inputs in ((ops.operators["cpu"].attention, additive), (ops.operators["cpu"].dot_attention, dot)):
+        forward, _, part = ops.of_steps[op]
+        torch.library.opcheck(forward, (*inputs, True), test_utils=("test_schema", "test_faketensor"))
+        *_, wide = forward(*inputs, False)
+        saved = (torch.randn(2, 4), None, *inputs)
+        torch.library.opcheck(part, (*saved, wide), test_utils=("test_schema", "test_faketensor"))
+        for wrong, message in ((wide.double(), "wide is not as"), (wide.mT, "wide has size"), (wide[0], "dimensions")):
             with pytest.raises(RuntimeError, match=message):
-                into(*saved, wrong, sums[1])
-    with pytest.raises(RuntimeError, match="sum_value goes with value"):
-        into(*saved, sums[0], None)
+                part(*saved, wrong)
+
+
+def test_the_operator_that_adds_fits_its_schema_and_refuses_other_sums() -> None:
+    query, key, value, v = (torch.randn(shape) for shape in ((2, 3), (2, 5, 3), (2, 5, 4), (3,)))
+    past = (torch.randn(4, 1, 3), torch.randn(3, 4), torch.rand(2, 5), None, None, None)
+    inputs = (query, key, value, v, *past, None, None, None, None, 1.0, 0.0, 0)
+    forward, _, part = ops.of_steps[ops.operators["cpu"].step]
+    context, weights = forward(*inputs)
+    saved = (torch.randn_like(context), None, *inputs, weights)
+    torch.library.opcheck(part, (*saved, torch.zeros(2, 5, 3)), test_utils=("test_schema", "test_faketensor"))
+    for wrong, message in (
+        (torch.zeros(2, 5, 3, dtype=torch.float64), "dtype of the arithmetic"),
+        (torch.zeros(2, 3, 5).mT, "must be contiguous"),
+        (torch.zeros(2, 4, 3), "sum_key has size 4"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            part(*saved, wrong)

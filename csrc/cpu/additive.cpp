@@ -22,26 +22,30 @@ template <class T>
 struct AdditiveSetup : Setup<T> {
   AdditiveSetup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
                 const Optional& exp_key, const Optional& key_limit, const Optional& lengths, const Optional& mask,
-                double scale)
+                double scale, bool makes_exponentials = true)
       : Setup<T>(query, key, value, lengths, mask, scale, kFeatureBlock) {
     take_score_weight<T>(*this, score_weight, query, scale);
-    take_exponentials(exp_key, key_limit);
+    if (exp_key && key_limit) {
+      take_exponentials(*exp_key, *key_limit);
+    } else if (makes_exponentials) {
+      make_exponentials();
+    }
   }
 
-  // F as it was prepared, or made now.
-  void take_exponentials(const Optional& exp_key, const Optional& key_limit) {
+  // F as it was prepared.
+  void take_exponentials(const Tensor& exp_key, const Tensor& key_limit) {
+    check_shape(exp_key, "exp_key", {problem.batch, problem.keys, problem.padded});
+    check_shape(key_limit, "key_limit", {problem.batch, problem.keys});
+    const int32_t dtype = arithmetic_dtype<T>();
+    STD_TORCH_CHECK(exp_key.is_contiguous() && key_limit.is_contiguous() && dtype_of(exp_key) == dtype &&
+                        dtype_of(key_limit) == dtype,
+                    "attnext: the prepared keys are not as prepare made them");
+    problem.exp_key = static_cast<const T*>(exp_key.data_ptr());
+    problem.key_limit = static_cast<const T*>(key_limit.data_ptr());
+  }
+
+  void make_exponentials() {
     const int64_t rows = problem.batch * problem.keys, padded = problem.padded;
-    if (exp_key && key_limit) {
-      check_shape(*exp_key, "exp_key", {problem.batch, problem.keys, padded});
-      check_shape(*key_limit, "key_limit", {problem.batch, problem.keys});
-      const int32_t dtype = arithmetic_dtype<T>();
-      STD_TORCH_CHECK(exp_key->is_contiguous() && key_limit->is_contiguous() && dtype_of(*exp_key) == dtype &&
-                          dtype_of(*key_limit) == dtype,
-                      "attnext: the prepared keys are not as prepare made them");
-      problem.exp_key = static_cast<const T*>(exp_key->data_ptr());
-      problem.key_limit = static_cast<const T*>(key_limit->data_ptr());
-      return;
-    }
     T* made_keys = scratch.template take<T>(rows * padded);
     T* made_limit = scratch.template take<T>(rows);
     const Mask by_key = problem.mask.query == 0 ? problem.mask : Mask{};
@@ -70,12 +74,13 @@ std::tuple<Tensor, Tensor> prepare_as(const Tensor& key, const Optional& lengths
 }
 
 template <class T>
-Attention attention_as(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
-                       const Optional& exp_key, const Optional& key_limit, const Optional& lengths,
-                       const Optional& mask, const Optional& seed, double scale, double dropout_p, bool need_weights) {
+WideAttention attention_as(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& score_weight,
+                           const Optional& exp_key, const Optional& key_limit, const Optional& lengths,
+                           const Optional& mask, const Optional& seed, double scale, double dropout_p,
+                           bool need_weights, bool need_wide) {
   AdditiveSetup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
-  return attend(setup, query, need_weights, kernels_of<T>().forward);
+  return attend(setup, query, need_weights, need_wide, kernels_of<T>().forward);
 }
 
 template <class T>
@@ -98,8 +103,8 @@ Tensor scores_as(const Tensor& query, const Tensor& key, const Tensor& score_wei
 template <class T>
 struct AdditiveGradients : Gradients<T> {
   AdditiveGradients(AdditiveSetup<T>& setup, const Tensor& query, const Tensor& key, const Tensor* value,
-                    const Tensor& score_weight, const Sums& sums)
-      : Gradients<T>(setup, query, key, value, sums), grad_weight(empty(Shape(score_weight), dtype_of(score_weight))) {
+                    const Tensor& score_weight)
+      : Gradients<T>(setup, query, key, value), grad_weight(empty(Shape(score_weight), dtype_of(score_weight))) {
     const Problem<T>& p = setup.problem;
     T* exp_query = setup.scratch.template take<T>((p.batch * p.queries + 1) * row_of(p.padded));
     T* query_limit = setup.scratch.template take<T>(p.batch * p.queries);
@@ -140,13 +145,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_as(const Outputs& 
                                                                  const Tensor& score_weight, const Optional& exp_key,
                                                                  const Optional& key_limit, const Optional& lengths,
                                                                  const Optional& mask, const Optional& seed,
-                                                                 double scale, double dropout_p, const Sums& sums) {
+                                                                 double scale, double dropout_p) {
   AdditiveSetup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
-  AdditiveGradients<T> gradients(setup, query, key, &value, score_weight, sums);
+  AdditiveGradients<T> gradients(setup, query, key, &value, score_weight);
   gradients.take(query, outputs);
   gradients.run();
   return {gradients.grad_query, gradients.grad_key, gradients.grad_value, gradients.grad_weight};
+}
+
+template <class T>
+Attention query_backward_as(const Optional& grad_context, const Optional& grad_weights, const Tensor& query,
+                            const Tensor& key, const Tensor& value, const Tensor& score_weight, const Optional& exp_key,
+                            const Optional& key_limit, const Optional& lengths, const Optional& mask,
+                            const Optional& seed, double scale, double dropout_p, const Tensor& weights) {
+  AdditiveSetup<T> setup(query, key, &value, score_weight, exp_key, key_limit, lengths, mask, scale,
+                         /*makes_exponentials=*/false);
+  setup.set_dropout(dropout_p, seed);
+  return query_gradients(setup, query, grad_context, grad_weights, weights, kernels_of<T>().query_backward);
 }
 
 template <class T>
@@ -155,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> scores_backward_as(const Tensor& grad, const 
                                                       const Optional& mask, double scale) {
   AdditiveSetup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
   check_shape(grad, "grad", by_query(query, setup.problem.keys));
-  AdditiveGradients<T> gradients(setup, query, key, nullptr, score_weight, {});
+  AdditiveGradients<T> gradients(setup, query, key, nullptr, score_weight);
   gradients.g.grad_weights = rows_of(grad);
   gradients.run();
   return {gradients.grad_query, gradients.grad_key, gradients.grad_weight};
@@ -172,7 +188,9 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention(Tensor query, Tensor key, 
                                                       Optional mask, Optional seed, double scale, double dropout_p,
                                                       bool need_weights) {
   const auto run = is_double(query) ? attention_as<double> : attention_as<float>;
-  return run(query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed, scale, dropout_p, need_weights);
+  auto [context, weights, log_sum_exp, wide] = run(query, key, value, score_weight, exp_key, key_limit, lengths, mask,
+                                                   seed, scale, dropout_p, need_weights, false);
+  return {context, weights, log_sum_exp};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
@@ -181,19 +199,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp) {
   const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
   return run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, score_weight, exp_key,
-             key_limit, lengths, mask, seed, scale, dropout_p, {});
+             key_limit, lengths, mask, seed, scale, dropout_p);
 }
 
-std::tuple<Tensor, Tensor> additive_attention_backward_into(Optional grad_context, Optional grad_weights, Tensor query,
-                                                            Tensor key, Tensor value, Tensor score_weight,
-                                                            Optional exp_key, Optional key_limit, Optional lengths,
-                                                            Optional mask, Optional seed, double scale,
-                                                            double dropout_p, Tensor context, Tensor weights,
-                                                            Tensor log_sum_exp, Tensor sum_key, Tensor sum_value) {
-  const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
-  const auto grads = run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, score_weight,
-                         exp_key, key_limit, lengths, mask, seed, scale, dropout_p, {&sum_key, &sum_value});
-  return {std::get<0>(grads), std::get<3>(grads)};
+WideAttention additive_attention_wide(Tensor query, Tensor key, Tensor value, Tensor score_weight, Optional exp_key,
+                                      Optional key_limit, Optional lengths, Optional mask, Optional seed, double scale,
+                                      double dropout_p, bool need_weights) {
+  const auto run = is_double(query) ? attention_as<double> : attention_as<float>;
+  return run(query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed, scale, dropout_p, need_weights,
+             true);
+}
+
+Attention additive_attention_backward_query(Optional grad_context, Optional grad_weights, Tensor query, Tensor key,
+                                            Tensor value, Tensor score_weight, Optional exp_key, Optional key_limit,
+                                            Optional lengths, Optional mask, Optional seed, double scale,
+                                            double dropout_p, Tensor weights) {
+  const auto run = is_double(query) ? query_backward_as<double> : query_backward_as<float>;
+  return run(grad_context, grad_weights, query, key, value, score_weight, exp_key, key_limit, lengths, mask, seed,
+             scale, dropout_p, weights);
 }
 
 Tensor additive_scores(Tensor query, Tensor key, Tensor score_weight, Optional lengths, Optional mask, double scale) {

@@ -17,21 +17,31 @@ struct DotSetup : Setup<T> {
 };
 
 template <class T>
-Attention attention_as(const Tensor& query, const Tensor& key, const Optional& value, const Optional& lengths,
-                       const Optional& mask, const Optional& seed, double scale, double dropout_p, bool need_weights) {
+WideAttention attention_as(const Tensor& query, const Tensor& key, const Optional& value, const Optional& lengths,
+                           const Optional& mask, const Optional& seed, double scale, double dropout_p,
+                           bool need_weights, bool need_wide) {
   DotSetup<T> setup(query, key, value, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
-  return attend(setup, query, need_weights, kernels_of<T>().dot_forward);
+  return attend(setup, query, need_weights, need_wide, kernels_of<T>().dot_forward);
+}
+
+template <class T>
+Attention query_backward_as(const Optional& grad_context, const Optional& grad_weights, const Tensor& query,
+                            const Tensor& key, const Optional& value, const Optional& lengths, const Optional& mask,
+                            const Optional& seed, double scale, double dropout_p, const Tensor& weights) {
+  DotSetup<T> setup(query, key, value, lengths, mask, scale);
+  setup.set_dropout(dropout_p, seed);
+  return query_gradients(setup, query, grad_context, grad_weights, weights, kernels_of<T>().dot_query_backward);
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> attention_backward_as(const Outputs& outputs, const Tensor& query, const Tensor& key,
                                                          const Optional& value, const Optional& lengths,
                                                          const Optional& mask, const Optional& seed, double scale,
-                                                         double dropout_p, const Sums& sums) {
+                                                         double dropout_p) {
   DotSetup<T> setup(query, key, value, lengths, mask, scale);
   setup.set_dropout(dropout_p, seed);
-  Gradients<T> gradients(setup, query, key, value ? &*value : nullptr, sums);
+  Gradients<T> gradients(setup, query, key, value ? &*value : nullptr);
   gradients.take(query, outputs);
   const Problem<T>& p = setup.problem;
   T* scaled = setup.scratch.template take<T>(gradients.rows() * row_of(p.padded));
@@ -52,7 +62,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_as(const Outputs& outputs,
 Attention dot_attention(Tensor query, Tensor key, Optional value, Optional lengths, Optional mask, Optional seed,
                         double scale, double dropout_p, bool need_weights) {
   const auto run = is_double(query) ? attention_as<double> : attention_as<float>;
-  return run(query, key, value, lengths, mask, seed, scale, dropout_p, need_weights);
+  auto [context, weights, log_sum_exp, wide] =
+      run(query, key, value, lengths, mask, seed, scale, dropout_p, need_weights, false);
+  return {context, weights, log_sum_exp};
 }
 
 std::tuple<Tensor, Tensor, Tensor> dot_attention_backward(Optional grad_context, Optional grad_weights, Tensor query,
@@ -61,17 +73,20 @@ std::tuple<Tensor, Tensor, Tensor> dot_attention_backward(Optional grad_context,
                                                           Tensor weights, Tensor log_sum_exp) {
   const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
   return run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, lengths, mask, seed, scale,
-             dropout_p, {});
+             dropout_p);
 }
 
-Tensor dot_attention_backward_into(Optional grad_context, Optional grad_weights, Tensor query, Tensor key,
-                                   Optional value, Optional lengths, Optional mask, Optional seed, double scale,
-                                   double dropout_p, Tensor context, Tensor weights, Tensor log_sum_exp, Tensor sum_key,
-                                   Optional sum_value) {
-  STD_TORCH_CHECK(value.has_value() == sum_value.has_value(), "attnext: sum_value goes with value");
-  const auto run = is_double(query) ? attention_backward_as<double> : attention_backward_as<float>;
-  return std::get<0>(run({grad_context, grad_weights, context, weights, log_sum_exp}, query, key, value, lengths, mask,
-                         seed, scale, dropout_p, {&sum_key, sum_value ? &*sum_value : nullptr}));
+WideAttention dot_attention_wide(Tensor query, Tensor key, Optional value, Optional lengths, Optional mask,
+                                 Optional seed, double scale, double dropout_p, bool need_weights) {
+  const auto run = is_double(query) ? attention_as<double> : attention_as<float>;
+  return run(query, key, value, lengths, mask, seed, scale, dropout_p, need_weights, true);
+}
+
+Attention dot_attention_backward_query(Optional grad_context, Optional grad_weights, Tensor query, Tensor key,
+                                       Optional value, Optional lengths, Optional mask, Optional seed, double scale,
+                                       double dropout_p, Tensor weights) {
+  const auto run = is_double(query) ? query_backward_as<double> : query_backward_as<float>;
+  return run(grad_context, grad_weights, query, key, value, lengths, mask, seed, scale, dropout_p, weights);
 }
 
 }  // namespace attnext::cpu

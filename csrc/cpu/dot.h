@@ -88,9 +88,9 @@ void dot_backward(const Backward<T>& g, int64_t task, T* scratch) {
       const int64_t ni = p.queries - i0 < kGradQueries ? p.queries - i0 : kGradQueries;
       dot_backward_tile(g, {b, i0, ni, j0, nj}, key, value, tiles, grad_query + i0 * row);
     }
-    for (int64_t j = 0; j < (g.adds ? nj : width); ++j) {
-      put_row(g.adds, g.grad_key, b, j0 + j, p.features, tiles.grad_key + j * row);
-      if (!p.shared) put_row(g.adds, g.grad_value, b, j0 + j, p.values, tiles.grad_value + j * values_row);
+    for (int64_t j = 0; j < width; ++j) {
+      store_row(g.grad_key, b, j0 + j, p.features, tiles.grad_key + j * row);
+      if (!p.shared) store_row(g.grad_value, b, j0 + j, p.values, tiles.grad_value + j * values_row);
     }
   }
 }

@@ -1,5 +1,8 @@
 // The two matrix products of attention, on tiles that lie in the cache.
 
+// Sums in an array stay in registers where its loops are unrolled before the compiler places it.
+#define UNROLL _Pragma("GCC unroll 16")
+
 // C[i][h] += sum_k A[i][k] B[k][h], rows of C and B padded to whole vectors; A has any strides.
 template <class T>
 struct Product {
@@ -10,35 +13,40 @@ struct Product {
   const T* b;
   int64_t b_row;
   int64_t depth;
+  bool cached = false;  // B lies in the first-level cache
 };
 
-template <class T, int I, int N>
+template <class T, int I, int N, bool Prefetches>
 inline void product_panel(const Product<T>& p, int64_t row, int64_t column) {
   constexpr int W = kLanes<T>;
+  // In variables of their own: a store to c could change what p refers to, for all the compiler knows.
+  const int64_t c_row = p.c_row, a_row = p.a_row, a_column = p.a_column, b_row = p.b_row, depth = p.depth;
+  T* c = p.c + row * c_row + column;
+  const T *a = p.a + row * a_row, *b = p.b + column;
   Vec<T> sum[I][N];
-  for (int i = 0; i < I; ++i)
-    for (int n = 0; n < N; ++n) sum[i][n] = load(p.c + (row + i) * p.c_row + column + n * W);
-  const T* a = p.a + row * p.a_row;
-  const T* b = p.b + column;
-  for (int64_t k = 0; k < p.depth; ++k, a += p.a_column, b += p.b_row) {
+  UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n) sum[i][n] = load(c + i * c_row + n * W);
+  for (int64_t k = 0; k < depth; ++k, a += a_column, b += b_row) {
     Vec<T> line[N];
-    for (int n = 0; n < N; ++n) line[n] = load(b + n * W);
+    UNROLL for (int n = 0; n < N; ++n) line[n] = load(b + n * W);
     // The next panel of this row: the processor sees no pattern in steps of whole rows.
-    __builtin_prefetch(b + N * W, 0, 2);
-    for (int i = 0; i < I; ++i) {
-      const T factor = a[i * p.a_row];
-      for (int n = 0; n < N; ++n) sum[i][n] += factor * line[n];
+    if constexpr (Prefetches) __builtin_prefetch(b + N * W, 0, 2);
+    UNROLL for (int i = 0; i < I; ++i) {
+      const T factor = a[i * a_row];
+      UNROLL for (int n = 0; n < N; ++n) sum[i][n] += factor * line[n];
     }
   }
-  for (int i = 0; i < I; ++i)
-    for (int n = 0; n < N; ++n) store<T>(p.c + (row + i) * p.c_row + column + n * W, sum[i][n]);
+  UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n) store<T>(c + i * c_row + n * W, sum[i][n]);
 }
 
 // Columns [column, end) of I rows, in panels of N vectors, then narrower ones.
 template <class T, int I, int N>
 inline void product_columns(const Product<T>& p, int64_t row, int64_t column, int64_t end) {
   constexpr int step = N * kLanes<T>;
-  for (; column + step <= end; column += step) product_panel<T, I, N>(p, row, column);
+  if (p.cached) {
+    for (; column + step <= end; column += step) product_panel<T, I, N, false>(p, row, column);
+  } else {
+    for (; column + step <= end; column += step) product_panel<T, I, N, true>(p, row, column);
+  }
   if constexpr (N > 1) product_columns<T, I, N / 2>(p, row, column, end);
 }
 

@@ -328,13 +328,13 @@ void backward(const Backward<T>& all, int64_t task, T* scratch) {
     for (int64_t j = 0; j < nj; ++j) {
       T* grad = tiles.grad_key + j * features_row;
       for (int64_t d = 0; d < p.features; ++d) grad[d] *= p.v.gain[d];
-      put_row(g.adds, g.grad_key, b, j0 + j, p.features, grad);
-      if (!g.from_scores) put_row(g.adds, g.grad_value, b, j0 + j, p.values, tiles.grad_value + j * values_row);
+      store_row(g.grad_key, b, j0 + j, p.features, grad);
+      if (!g.from_scores) store_row(g.grad_value, b, j0 + j, p.values, tiles.grad_value + j * values_row);
     }
   }
   zero(row, 2 * p.padded);
   zero(tiles.grad_value, p.padded_values);
-  for (int64_t j = visible_end > k0 ? visible_end : k0; j < k1 && !g.adds; ++j) {
+  for (int64_t j = visible_end > k0 ? visible_end : k0; j < k1; ++j) {
     store_row(g.grad_key, b, j, p.features, row);
     if (!g.from_scores) store_row(g.grad_value, b, j, p.values, tiles.grad_value);
   }

@@ -397,6 +397,8 @@ inline void store_weights(const Forward<T>& f, int64_t b, int64_t i, int64_t len
   const T shift = log_sum_exp == kHidden<T> ? -kHidden<T> : log_sum_exp;
   for (int64_t j = 0; j < length; j += kLanes<T>) store<T>(scores + j, weights_of<T>(load(scores + j), shift));
   for (int64_t j = length; j < p.keys; ++j) scores[j] = 0;
+  if (f.wide) __builtin_memcpy(f.wide + (b * p.queries + i) * p.keys, scores, size_t(p.keys) * sizeof(T));
+  if (!f.weights.data) return;
   if (p.keep_threshold) drop(p, b, i, 0, length, scores);
   store_row(f.weights, b, i, p.keys, scores);
 }
@@ -431,6 +433,7 @@ inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardSc
   const Problem<T>& p = f.problem;
   const auto [b, i0, ni] = block;
   const int64_t length = length_of(p, b), context_row = row_of(p.padded_values), all_keys = round_up(p.keys, kKeyTile);
+  const bool keeps_scores = f.weights.data || f.wide;
   for (int64_t i = 0; i < ni; ++i) m.maximum[i] = kHidden<T>, m.sum[i] = 0;
   for (int64_t k = 0; k < ni * context_row; ++k) m.context[k] = 0;
   for (int64_t j0 = 0; j0 < length; j0 += kKeyTile) {
@@ -439,7 +442,7 @@ inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardSc
     for (int64_t i = 0; i < ni; ++i) {
       T* s = m.tile + i * kKeyTile;
       for (int64_t j = nj; j < padded_keys; ++j) s[j] = kHidden<T>;
-      if (f.weights.data) __builtin_memcpy(m.scores + i * all_keys + j0, s, size_t(padded_keys) * sizeof(T));
+      if (keeps_scores) __builtin_memcpy(m.scores + i * all_keys + j0, s, size_t(padded_keys) * sizeof(T));
       softmax_step(s, padded_keys, m.maximum[i], m.sum[i], m.context + i * context_row, p.padded_values);
       if (p.keep_threshold) drop(p, b, i0 + i, j0, nj, s);
     }
@@ -453,7 +456,7 @@ inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardSc
     store_row(f.context, b, i0 + i, p.values, c);
     const T log_sum_exp = empty ? kHidden<T> : m.maximum[i] + T(__builtin_log(m.sum[i]));
     f.log_sum_exp[b * p.queries + i0 + i] = log_sum_exp;
-    if (f.weights.data) store_weights(f, b, i0 + i, length, log_sum_exp, m.scores + i * all_keys);
+    if (keeps_scores) store_weights(f, b, i0 + i, length, log_sum_exp, m.scores + i * all_keys);
   }
 }
 

@@ -82,6 +82,7 @@ template <class T>
 struct Forward {
   Problem<T> problem;
   Rows context, weights;  // weights.data may be null
+  T* wide;                // (B, Tq, Tk): the weights before dropout; may be null
   T* log_sum_exp;         // (B, Tq), of additive scores less their constant scale * sum v
 };
 
@@ -105,7 +106,6 @@ struct Backward {
   const T* log_sum_exp;        // (B, Tq); null with from_scores
   const T* delta;              // (B, Tq): sum_j p dp; null with from_scores
   Rows grad_key, grad_value;
-  bool adds;       // to grad_key and grad_value, sums of T, instead of writing them
   T* grad_query;   // (splits, B, Tq, row_of(padded)) partial sums, not yet times the gain
   T* grad_weight;  // (B, splits, padded) partial sums of ds (1 - 2r), of additive scores
 };
@@ -146,7 +146,9 @@ struct StepBackward {
   Rows grad_context, grad_weights;        // data may be null
   Rows grad_query, grad_key, grad_value;  // data of the value's may be null
   bool adds;                              // to grad_key, a sum of T, instead of writing it
+  bool drops_weights;                     // what comes in for weights is for those after dropout
   T* kept;                                // (B, Tq, Tk): what the value's gradient takes of each context's; may be null
+  T* ds;                                  // (B, Tq, Tk): the scores' gradients, for the query's alone
   T *grad_weight, *grad_filters, *grad_projection;  // (tasks, ...) sums: (padded), as filters, as projection
   Rows grad_past[2], grad_previous, grad_transition;
 };
@@ -180,6 +182,9 @@ struct Kernels {
   void (*dot_queries)(const Problem<T>&, int64_t begin, int64_t end, T* scaled);
   void (*step)(const StepForward<T>&, int64_t task, T* scratch);  // a task is a query
   void (*step_backward)(const StepBackward<T>&, int64_t task, T* scratch);
+  // Of attention's step the gradients of a query and of its scores; a task is a query.
+  void (*query_backward)(const StepBackward<T>&, int64_t task, T* scratch);
+  void (*dot_query_backward)(const StepBackward<T>&, int64_t task, T* scratch);
 };
 
 // Elements of T that one task needs as scratch.
@@ -227,6 +232,11 @@ template <class T>
 int64_t step_query_scratch(const Step<T>& s) {
   const Problem<T>& p = s.problem;
   return 2 * p.padded + 2 * s.channels * past_row(s) + 3 * slots_row(p) + row_of(p.padded_values);
+}
+template <class T>
+int64_t query_backward_scratch(const Step<T>& s) {
+  const Problem<T>& p = s.problem;
+  return step_tile_scratch(s) + kKeyTile * row_of(p.padded) + step_query_scratch(s) + 2 * slots_row(p);
 }
 template <class T>
 int64_t step_backward_scratch(const Step<T>& s) {

@@ -62,24 +62,27 @@ struct Setup {
 };
 
 using Attention = std::tuple<Tensor, Tensor, Tensor>;  // context, weights, log_sum_exp
+using WideAttention = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Runs a forward kernel over the blocks of queries.
+// Runs a forward kernel over the blocks of queries. The last result, where it is asked for, are the weights before
+// dropout in the arithmetic's dtype.
 template <class T>
-Attention attend(const Setup<T>& setup, const Tensor& query, bool need_weights,
-                 void (*forward)(const Forward<T>&, int64_t task, T* scratch)) {
+WideAttention attend(const Setup<T>& setup, const Tensor& query, bool need_weights, bool need_wide,
+                     void (*forward)(const Forward<T>&, int64_t task, T* scratch)) {
   const Problem<T>& p = setup.problem;
   const int32_t dtype = dtype_of(query);
   Tensor context = empty(by_query(query, p.values), dtype);
   Tensor weights = empty(need_weights ? by_query(query, p.keys) : Shape{0}, dtype);
-  Tensor log_sum_exp = empty({p.batch, p.queries}, arithmetic_dtype<T>());
+  Tensor log_sum_exp = empty({p.batch, p.queries}, arithmetic_dtype<T>()), wide;
+  if (need_wide) wide = empty(by_query(query, p.keys), arithmetic_dtype<T>());
   const Forward<T> f{p, rows_of(context), need_weights ? rows_of(weights) : Rows{},
-                     static_cast<T*>(log_sum_exp.data_ptr())};
+                     need_wide ? static_cast<T*>(wide.data_ptr()) : nullptr, static_cast<T*>(log_sum_exp.data_ptr())};
   parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    T* memory = scratch.take<T>(forward_scratch(p, need_weights));
+    T* memory = scratch.take<T>(forward_scratch(p, need_weights || need_wide));
     for (int64_t task = begin; task < end; ++task) forward(f, task, memory);
   });
-  return {context, weights, log_sum_exp};
+  return {context, weights, log_sum_exp, wide};
 }
 
 // The outputs of a forward pass and what comes in for them.
@@ -88,32 +91,14 @@ struct Outputs {
   const Tensor &context, &weights, &log_sum_exp;
 };
 
-// Where the gradients of keys and values are added: arithmetic tensors of their shapes. Without a key's they are made
-// anew.
-struct Sums {
-  const Tensor *key = nullptr, *value = nullptr;
-};
-
-template <class T>
-void check_sum(const Tensor& sum, const char* name, const Tensor& of) {
-  check_shape(sum, name, Shape(of));
-  STD_TORCH_CHECK(dtype_of(sum) == arithmetic_dtype<T>() && sum.is_contiguous(), "attnext: ", name,
-                  " must be contiguous, in the dtype of the arithmetic");
-}
-
 // The backward pass of any score: its tasks, the gradients of the inputs, and partial sums for the queries.
 template <class T>
 struct Gradients {
-  Gradients(Setup<T>& setup, const Tensor& query, const Tensor& key, const Tensor* value, const Sums& sums)
+  Gradients(Setup<T>& setup, const Tensor& query, const Tensor& key, const Tensor* value)
       : setup(setup),
         grad_query(empty(Shape(query), dtype_of(query))),
-        grad_key(sums.key ? *sums.key : empty(Shape(key), dtype_of(key))),
-        grad_value(sums.key && value ? *sums.value : empty(value ? Shape(*value) : Shape{0}, dtype_of(query))) {
-    if (sums.key) {
-      check_sum<T>(grad_key, "sum_key", key);
-      if (value) check_sum<T>(grad_value, "sum_value", *value);
-      g.adds = true;
-    }
+        grad_key(empty(Shape(key), dtype_of(key))),
+        grad_value(empty(value ? Shape(*value) : Shape{0}, dtype_of(query))) {
     const Problem<T>& p = setup.problem;
     g.problem = p;
     // Few batch rows are split by keys, each part with its own sums for the queries, as long as those stay small beside
@@ -177,6 +162,33 @@ struct Gradients {
   Backward<T> g{};
   Tensor grad_query, grad_key, grad_value;
 };
+
+// The gradients of queries and of their scores alone, (B, Tq, Tk) in the arithmetic's dtype, and what the values take
+// of each context. The gradients of keys and values are of those of many steps, and are made at the end of all.
+template <class T>
+Attention query_gradients(const Setup<T>& setup, const Tensor& query, const Optional& grad_context,
+                          const Optional& grad_weights, const Tensor& wide,
+                          void (*backward)(const StepBackward<T>&, int64_t task, T* scratch)) {
+  const Problem<T>& p = setup.problem;
+  const Shape slots = by_query(query, p.keys);
+  const int32_t dtype = arithmetic_dtype<T>();
+  check_shape(wide, "wide", slots);
+  STD_TORCH_CHECK(dtype_of(wide) == dtype && wide.is_contiguous(), "attnext: wide is not as the forward pass made it");
+  if (grad_context) check_shape(*grad_context, "grad_context", by_query(query, p.values));
+  if (grad_weights) check_shape(*grad_weights, "grad_weights", slots);
+  Tensor grad_query = empty(Shape(query), dtype_of(query)), ds = empty(slots, dtype), kept = empty(slots, dtype);
+  StepBackward<T> g{};
+  g.step.problem = p;
+  g.weights = static_cast<const T*>(wide.data_ptr()), g.drops_weights = true;
+  g.grad_context = rows_of(grad_context), g.grad_weights = rows_of(grad_weights), g.grad_query = rows_of(grad_query);
+  g.ds = static_cast<T*>(ds.data_ptr()), g.kept = static_cast<T*>(kept.data_ptr());
+  parallel(p.batch * p.queries, 2 * setup.elements(), [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    T* memory = scratch.take<T>(query_backward_scratch(g.step));
+    for (int64_t task = begin; task < end; ++task) backward(g, task, memory);
+  });
+  return {grad_query, ds, kept};
+}
 
 inline bool is_double(const Tensor& x) { return dtype_of(x) == kDoubleDtype; }
 

@@ -25,18 +25,22 @@ void read(const Matrix& x, int64_t padded, T* out) {
   });
 }
 
-// Adds the sums of so many tasks, each of size numbers in padded rows, in their order, times a factor, into a matrix of
-// a new tensor.
+// The sums of so many tasks, of size numbers each, added to those of the first in their order.
 template <class T>
-void write_sums(const Matrix& x, const T* sums, int64_t padded, int64_t size, int64_t tasks, double factor = 1) {
+const T* added(T* sums, int64_t size, int64_t tasks) {
+  for (int64_t task = 1; task < tasks; ++task)
+    for (int64_t k = 0; k < size; ++k) sums[k] += sums[task * size + k];
+  return sums;
+}
+
+// Padded rows of T, times a factor, as a matrix of a new tensor.
+template <class T>
+void write(const Matrix& x, const T* rows, int64_t padded, T factor = 1) {
   with_type(type_of(x.tensor), [&](auto stored) {
     auto* data = static_cast<decltype(stored)*>(x.tensor.data_ptr()) + x.offset;
-    for (int64_t i = 0; i < x.rows; ++i)
-      for (int64_t k = 0; k < x.columns; ++k) {
-        T sum = 0;
-        for (int64_t task = 0; task < tasks; ++task) sum += sums[task * size + i * padded + k];
-        data[i * x.row + k * x.column] = rounded<decltype(stored)>(double(sum) * factor);
-      }
+    for (int64_t k = 0; k < x.columns; ++k)
+      for (int64_t i = 0; i < x.rows; ++i)
+        data[i * x.row + k * x.column] = rounded<decltype(stored)>(double(rows[i * padded + k] * factor));
   });
 }
 
@@ -172,7 +176,7 @@ struct StepGradients {
     STD_TORCH_CHECK(dtype_of(weights) == wide && weights.is_contiguous(),
                     "attnext: weights are not as the forward pass made them");
     if (grad_context) check_shape(*grad_context, "grad_context", by_query(query, p.values));
-    g.step = setup.step, g.tasks = std::min(p.batch, kBackwardTasks);
+    g.step = setup.step, g.tasks = std::clamp<int64_t>(p.batch, 1, kBackwardTasks);
     g.weights = static_cast<const T*>(weights.data_ptr());
     g.grad_context = rows_of(grad_context);
     g.grad_weights = setup.take(grad_weights, "grad_weights", Shape(weights));
@@ -185,7 +189,9 @@ struct StepGradients {
     g.grad_transition = output(of_transition, inputs.transition);
     g.adds = sum_key != nullptr;
     if (sum_key) {
-      check_sum<T>(*sum_key, "sum_key", inputs.key);
+      check_shape(*sum_key, "sum_key", Shape(inputs.key));
+      STD_TORCH_CHECK(dtype_of(*sum_key) == wide && sum_key->is_contiguous(),
+                      "attnext: sum_key must be contiguous, in the dtype of the arithmetic");
       g.grad_key = rows_of(*sum_key);
       if (p.keep_threshold) kept = empty(Shape(weights), wide), g.kept = static_cast<T*>(kept.data_ptr());
     } else {
@@ -211,13 +217,14 @@ struct StepGradients {
       T* memory = scratch.take<T>(step_backward_scratch(s));
       for (int64_t task = begin; task < end; ++task) kernels_of<T>().step_backward(g, task, memory);
     });
-    write_sums({of_score_weight, 0, 1, 0, p.features, 1}, g.grad_weight, p.padded, p.padded, g.tasks, p.scale);
+    write({of_score_weight, 0, 1, 0, p.features, 1}, added(g.grad_weight, p.padded, g.tasks), p.padded, p.scale);
+    const T* of_places = added(g.grad_filters, filters, g.tasks);
     for (int64_t c = 0; c < s.channels; ++c)
-      write_sums({of_filters, c * s.width, s.width, 1, s.filter_count, s.channels * s.width},
-                 g.grad_filters + c * s.width * s.padded_filters, s.padded_filters, filters, g.tasks);
+      write({of_filters, c * s.width, s.width, 1, s.filter_count, s.channels * s.width},
+            of_places + c * s.width * s.padded_filters, s.padded_filters);
     if (s.projection)
-      write_sums({of_projection, 0, s.filter_count, 1, p.features, s.filter_count}, g.grad_projection, p.padded,
-                 projection, g.tasks);
+      write({of_projection, 0, s.filter_count, 1, p.features, s.filter_count},
+            added(g.grad_projection, projection, g.tasks), p.padded);
   }
 
   StepSetup<T> setup;

@@ -2,25 +2,15 @@
 // The sums q + k_j + L f_j of a few keys lie in the cache, made by two products: filters over past weights, then L.
 // exp is taken of the sum itself, which saturates on both sides, so that every finite input has one way.
 
-// 2^x for |x| <= 1/2 by a polynomial, to less than an ulp.
-template <class T, int K>
-inline Vec<T> power_series(Vec<T> x) {
-  // Of float, the best of degree 5 (Remez); of double, the Taylor series.
-  constexpr float best[] = {0x1.000002p0f,  0x1.62e428p-1f, 0x1.ebf918p-3f,
-                            0x1.c6b6e6p-5f, 0x1.3d0c52p-7f, 0x1.5c08e2p-10f};
-  constexpr int last = sizeof(T) == 4 ? 5 : 13;
-  constexpr double ln2 = 0x1.62e42fefa39efp-1;
-  constexpr auto power = [](double base, int n) {
-    double result = 1;
-    for (int k = 0; k < n; ++k) result *= base;
-    return result;
-  };
-  constexpr T coefficient = sizeof(T) == 4 ? T(best[K < 6 ? K : 0]) : T(power(ln2, K) * inverse_factorial(K));
-  if constexpr (K == last) {
-    return Vec<T>{} + coefficient;
-  } else {
-    return power_series<T, K + 1>(x) * x + coefficient;
-  }
+// 2^x for |x| <= 1/2, to less than an ulp; in float the best polynomial of degree 5 (Remez).
+template <class T>
+inline Vec<T> power_of_two(Vec<T> x) {
+  if constexpr (sizeof(T) == 8) return exp_series<T, 0>(x * T(0x1.62e42fefa39efp-1));
+  Vec<T> result = x * T(0x1.5c08e2p-10) + T(0x1.3d0c52p-7);
+  result = result * x + T(0x1.c6b6e6p-5);
+  result = result * x + T(0x1.ebf918p-3);
+  result = result * x + T(0x1.62e428p-1);
+  return result * x + T(0x1.000002p0);
 }
 
 // x = 1 + exp(2 s), up to the cap of a pair of features; NaN for NaN.
@@ -30,10 +20,9 @@ inline Vec<T> one_plus_exp(Vec<T> s) {
   using Bits = typename VecOf<T>::bits;
   constexpr T high = sizeof(T) == 4 ? T(60) : T(500), low = sizeof(T) == 4 ? T(-125) : T(-1020);
   Vec<T> t = s * T(2.8853900817779268);  // 2 / ln 2
-  t = Vec<T>{} + high < t ? Vec<T>{} + high : t;
-  t = Vec<T>{} + low > t ? Vec<T>{} + low : t;
+  t = at_least<T>(Vec<T>{} + low, at_most<T>(Vec<T>{} + high, t));
   const Vec<T> shifted = t + L::magic, rest = t - (shifted - L::magic);
-  return (Vec<T>)((Bits)power_series<T, 0>(rest) + ((Bits)shifted << L::mantissa)) + T(1);
+  return (Vec<T>)((Bits)power_of_two<T>(rest) + ((Bits)shifted << L::mantissa)) + T(1);
 }
 
 // What a task keeps for query i of row b.
@@ -94,7 +83,7 @@ inline void sum_tile(const Step<T>& s, const StepTile<T>& m, const StepQuery<T>&
   const bool whole = p.key.type == kTypeOf<T> && p.key.element == 1 && p.features == padded;
   for (int64_t j = 0; j < nj; ++j) {
     T* sum = m.sums + j * row;
-    if (!visible(p.mask, q.b, 0, j0 + j)) {
+    if (!visible(p.mask, q.b, q.i, j0 + j)) {
       for (int64_t d = 0; d < padded; d += W) store<T>(sum + d, load(q.query + d));
       continue;
     }
@@ -108,10 +97,10 @@ inline void sum_tile(const Step<T>& s, const StepTile<T>& m, const StepQuery<T>&
   if (s.projection) zero(features, nj * s.padded_filters);
   for (int64_t c = 0; c < s.channels; ++c)
     product<T>({features, features_row, q.past[c] + j0, 1, 1, s.filters + c * s.width * s.padded_filters,
-                s.padded_filters, s.width},
+                s.padded_filters, s.width, true},
                0, nj, s.padded_filters);
   if (s.projection)
-    product<T>({m.sums, row, features, s.padded_filters, 1, s.projection, padded, s.filter_count}, 0, nj, padded);
+    product<T>({m.sums, row, features, s.padded_filters, 1, s.projection, padded, s.filter_count, true}, 0, nj, padded);
 }
 
 // w0 r0 + w1 r1 of a pair of vectors of features, by one division where weights are not too large for that.
@@ -325,8 +314,9 @@ inline void weight_gradients(const StepBackward<T>& g, const StepTile<T>& m, con
   }
   if (g.grad_weights.data) load_row(g.grad_weights, q.b, q.i, p.keys, p.keys, q.ds);
   for (int64_t j = q.first; j < q.last; ++j) {
+    if (g.grad_weights.data && g.drops_weights) q.dp[j] += q.ds[j];
     q.dp[j] = q.kept[j] == 0 ? T(0) : q.kept[j] * q.dp[j];
-    if (g.grad_weights.data) q.dp[j] += q.ds[j];
+    if (g.grad_weights.data && !g.drops_weights) q.dp[j] += q.ds[j];
     q.kept[j] *= weights[j];
   }
 }
@@ -432,7 +422,7 @@ inline void past_gradients(const Step<T>& s, const StepSums<T>& sums, const Step
     if (s.width <= kFewPlaces) continue;
     zero(sums.spread, nj * padded_width);
     product<T>({sums.spread, padded_width, of_features, row, 1, s.filters_by_count + c * s.filter_count * padded_width,
-                padded_width, s.filter_count},
+                padded_width, s.filter_count, true},
                0, nj, padded_width);
     for (int64_t j = 0; j < nj; ++j)
       for (int64_t o = 0; o < padded_width; o += W) add_to<T>(grad + j + o, load(sums.spread + j * padded_width + o));
@@ -450,13 +440,14 @@ inline void feature_gradients(const Step<T>& s, const StepTile<T>& m, const Step
   if (s.projection) {
     of_features = sums.grad_features, row = filters;
     zero(sums.grad_features, nj * filters);
-    product<T>({sums.grad_features, filters, m.sums, sums_row, 1, s.projection_by_feature, filters, p.padded}, 0, nj,
-               filters);
-    product<T>({sums.projection, p.padded, m.features, 1, filters, m.sums, sums_row, nj}, 0, s.filter_count, p.padded);
+    product<T>({sums.grad_features, filters, m.sums, sums_row, 1, s.projection_by_feature, filters, p.padded, true}, 0,
+               nj, filters);
+    product<T>({sums.projection, p.padded, m.features, 1, filters, m.sums, sums_row, nj, true}, 0, s.filter_count,
+               p.padded);
   }
   for (int64_t c = 0; c < s.channels; ++c)
-    product<T>({sums.filters + c * s.width * filters, filters, q.past[c] + j0, 1, 1, of_features, row, nj}, 0, s.width,
-               filters);
+    product<T>({sums.filters + c * s.width * filters, filters, q.past[c] + j0, 1, 1, of_features, row, nj, true}, 0,
+               s.width, filters);
   past_gradients(s, sums, q, of_features, row, j0, nj);
 }
 
@@ -560,4 +551,80 @@ void step_backward(const StepBackward<T>& g, int64_t task, T* memory) {
   const int64_t begin = task * p.batch / g.tasks, end = (task + 1) * p.batch / g.tasks;
   for (int64_t b = begin; b < end; ++b) backward_step_row(g, m, sums, b, memory, ds_sum);
   for (int64_t d = 0; d < p.padded; ++d) sums.weight[d] = ds_sum - 2 * sums.weight[d];
+}
+
+// ------------------------------------------------------------------------------------- of the query alone
+
+// What a step of attention without a past hands to the keys of all steps: ds, and what the values take, into g.
+template <class T>
+inline StepGradients<T> begin_query(const StepBackward<T>& g, const StepTile<T>& m, int64_t task, T* memory) {
+  const Problem<T>& p = g.step.problem;
+  const StepGradients<T> q(g.step, task / p.queries, task % p.queries, memory);
+  load_query(g.step, q);
+  zero(q.grad_query, p.padded);
+  score_row_gradients(g, m, q, q.dp + slots_row(p));
+  __builtin_memcpy(g.ds + task * p.keys, q.ds, size_t(p.keys) * sizeof(T));
+  return q;
+}
+
+// Adds sum_j ds r (1 - r) of four keys to the query's, from E and F.
+template <class T, int J>
+inline void near_query_gradients(int64_t padded, const T* e, const T* f, const T* ds, T* grad_query) {
+  constexpr int W = kLanes<T>;
+  for (int64_t d = 0; d < padded; d += 2 * W) {
+    const Vec<T> e0 = load(e + d), e1 = load(e + d + W);
+    Vec<T> sum0 = load(grad_query + d), sum1 = load(grad_query + d + W);
+    UNROLL for (int j = 0; j < J; ++j) {
+      const Vec<T> x0 = one_plus<T, true>(e0, load(f + j * padded + d));
+      const Vec<T> x1 = one_plus<T, true>(e1, load(f + j * padded + d + W));
+      const Vec<T> inverse = T(1) / (x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
+      const Vec<T> t0 = ds[j] * r0, t1 = ds[j] * r1;
+      sum0 += t0 - t0 * r0, sum1 += t1 - t1 * r1;
+    }
+    store<T>(grad_query + d, sum0);
+    store<T>(grad_query + d + W, sum1);
+  }
+}
+
+template <class T>
+void query_backward(const StepBackward<T>& all, int64_t task, T* memory) {
+  StepBackward<T> g = all;
+  Problem<T>& p = g.step.problem;
+  p = of_row(p, task / p.queries);
+  const StepTile<T> m(g.step, memory);
+  T *e = memory, *unused = e + p.padded;
+  const StepGradients<T> q = begin_query(g, m, task, unused + p.padded);
+  const int64_t at = q.b * p.keys;
+  const bool prepared = p.exp_key != nullptr;
+  const T limit = prepared ? exponential_row(p.query, q.b, q.i, p.features, p.padded, e) : T(0);
+  if (prepared && range_of(p, limit, largest(p.key_limit + at, q.last)) != Range::kFar) {
+    const T* f = p.exp_key + at * p.padded;
+    int64_t j = 0;
+    for (; j + 4 <= q.last; j += 4) near_query_gradients<T, 4>(p.padded, e, f + j * p.padded, q.ds + j, q.grad_query);
+    for (; j < q.last; ++j) near_query_gradients<T, 1>(p.padded, e, f + j * p.padded, q.ds + j, q.grad_query);
+    for (int64_t d = 0; d < p.padded; ++d) q.grad_query[d] *= p.v.gain[d];
+  } else {
+    T ds_sum = 0;
+    for (int64_t j0 = 0; j0 < q.last; j0 += kStepKeys) {
+      const int64_t nj = q.last - j0 < kStepKeys ? q.last - j0 : kStepKeys;
+      sum_tile(g.step, m, q, j0, nj);
+      gradients_of_sums(g.step, m.sums, nj, q.ds + j0, q.grad_query, unused, ds_sum);
+    }
+  }
+  store_row(g.grad_query, q.b, q.i, p.features, q.grad_query);
+}
+
+template <class T>
+void dot_query_backward(const StepBackward<T>& g, int64_t task, T* memory) {
+  const Problem<T>& p = g.step.problem;
+  const StepTile<T> m(g.step, memory);
+  T* keys = memory;
+  const StepGradients<T> q = begin_query(g, m, task, keys + kKeyTile * row_of(p.padded));
+  for (int64_t j0 = 0; j0 < q.last; j0 += kKeyTile) {
+    const int64_t nj = q.last - j0 < kKeyTile ? q.last - j0 : kKeyTile;
+    const RowTile<T> key = key_tile(p, q.b, j0, nj, keys);
+    add_rows<T>({q.grad_query, 0, q.ds + j0, 0, 1, key.data, key.row, nj}, 1, p.padded, key.finite);
+  }
+  for (int64_t d = 0; d < p.padded; ++d) q.grad_query[d] *= p.scale;
+  store_row(g.grad_query, q.b, q.i, p.features, q.grad_query);
 }

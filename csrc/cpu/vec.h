@@ -33,6 +33,34 @@ inline void add_to(T* p, Vec<T> x) {
   store<T>(p, load(p) + x);
 }
 
+// min(limit, x) and max(limit, x), NaN for a NaN of x: one instruction each, of which the compiler makes two.
+template <class T>
+inline Vec<T> at_most(Vec<T> limit, Vec<T> x) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes > 16 && sizeof(T) == 4) {
+    asm("vminps %1, %2, %0" : "=v"(x) : "vm"(x), "v"(limit));
+    return x;
+  } else if constexpr (kVectorBytes > 16) {
+    asm("vminpd %1, %2, %0" : "=v"(x) : "vm"(x), "v"(limit));
+    return x;
+  }
+#endif
+  return limit < x ? limit : x;
+}
+template <class T>
+inline Vec<T> at_least(Vec<T> limit, Vec<T> x) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes > 16 && sizeof(T) == 4) {
+    asm("vmaxps %1, %2, %0" : "=v"(x) : "vm"(x), "v"(limit));
+    return x;
+  } else if constexpr (kVectorBytes > 16) {
+    asm("vmaxpd %1, %2, %0" : "=v"(x) : "vm"(x), "v"(limit));
+    return x;
+  }
+#endif
+  return limit > x ? limit : x;
+}
+
 // Constants of the arithmetic. A folded feature y = c (1 + E F) is at least unit in size, so that a product of four is
 // normal, and finite while y <= 2^31.75 (2^255.75 in double); plain_bits is the binary logarithm that c / unit and E F
 // may share. A product of two x = 1 + E F is finite while x <= cap, also times a weight up to max_weight. Exponentials
