@@ -12,6 +12,7 @@ from attnext_build_ext import BuildExtension, files
 
 setup(
     packages=[*find_packages(include=["attnext", "attnext.*"]), "attnext.kernels"],
+    py_modules=["attnext_command"],
     package_dir={"attnext": "attnext", "attnext.kernels": "kernels"},
     package_data={"attnext": ["py.typed"]},
     ext_modules=[Extension("attnext._C", files(".cpp", ".cu"), depends=files(".h", ".cuh"), language="c++")],

@@ -1,5 +1,5 @@
 """``python -m attnext``: the same as the command ``attnext``."""
 
-from attnext.cli import main
+from attnext_command import main
 
 raise SystemExit(main())

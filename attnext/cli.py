@@ -1,143 +1,15 @@
-"""The command ``attnext``: ``info | verify | bench | train | evaluate | predict | demo``.
-
-Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted. An error is one line on stderr.
-"""
+"""What the commands' options share: types of arguments, and the backend that was asked for."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
 
-import attnext
-from attnext._support import InputError, MissingExtra, extra
+from attnext._support import InputError
 from attnext.backends import choose
 
-__all__ = ["finite", "main", "non_negative", "positive", "require_backend"]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code.
-
-    Raises:
-        SystemExit: after ``--help``, ``--version`` and bad usage, as argparse does.
-    """
-    try:
-        args = _parser().parse_args(arguments)
-        run: Callable[[argparse.Namespace], int] = args.run
-        code = run(args)
-        sys.stdout.flush()  # here, where a broken pipe is caught
-        return code
-    except (InputError, MissingExtra) as error:
-        return _complain(str(error), 2)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _complain(str(error), 1)
-
-
-def _complain(message: str, code: int) -> int:
-    print(f"attnext: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-class _Command(NamedTuple):
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Imports a command only when it is the one to run: ``attnext info`` needs nothing but torch."""
-
-    load: Callable[[], _Command] | None = None
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.load is not None:
-            command, self.load = self.load(), None
-            command.add_arguments(self)
-            self.set_defaults(run=command.run)
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="attnext", description="Fused attention for encoder-decoder models.")
-    parser.add_argument("--version", action="version", version=f"attnext {attnext.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for summary, load in (
-        ("show the installation, for a bug report", _info),
-        ("check the kernels against the reference", _verify),
-        ("time the kernels beside their peers", _bench),
-        ("train the reference model", _train),
-        ("count a trained model's errors", _evaluate),
-        ("ask a trained model", _predict),
-        ("verify, time, train and pronounce, in four minutes", _demo),
-    ):
-        description = f"{summary[0].upper()}{summary[1:]}."
-        commands.add_parser(load.__name__[1:], help=summary, description=description).load = load
-    return parser
-
-
-def _info() -> _Command:
-    from attnext import info
-
-    def run(args: argparse.Namespace) -> int:
-        print(info.render())
-        return 0
-
-    return _Command(lambda parser: None, run)
-
-
-def _verify() -> _Command:
-    from attnext import verify
-
-    def run(args: argparse.Namespace) -> int:
-        with extra("demo"):
-            return verify.run(args)
-
-    return _Command(verify.add_arguments, run)
-
-
-def _bench() -> _Command:
-    from attnext.bench import command
-
-    def run(args: argparse.Namespace) -> int:
-        with extra("bench"):
-            return command.run(args)
-
-    return _Command(command.add_arguments, run)
-
-
-def _train() -> _Command:
-    from attnext.seq2seq import commands
-
-    return _Command(commands.add_train_arguments, commands.train)
-
-
-def _evaluate() -> _Command:
-    from attnext.seq2seq import commands
-
-    return _Command(commands.add_evaluate_arguments, commands.evaluate)
-
-
-def _predict() -> _Command:
-    from attnext.seq2seq import commands
-
-    return _Command(commands.add_predict_arguments, commands.predict)
-
-
-def _demo() -> _Command:
-    from attnext import demo
-
-    return _Command(demo.add_arguments, demo.run)
+__all__ = ["finite", "non_negative", "positive", "require_backend"]
 
 
 def require_backend(name: str | None, device_type: str = "cpu") -> None:

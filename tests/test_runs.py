@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from attnext._support import only_writer
-from attnext.cli import main
 from attnext.seq2seq import session
 from attnext.seq2seq.checkpoint import load, read_record, tensors_of
 from attnext.seq2seq.evaluation import Errors
 from attnext.seq2seq.session import Session
 from attnext.seq2seq.training import Trainer
+from attnext_command import main
 
 SIZES = ["--embedding-size", "6", "--encoder-size", "7", "--decoder-size", "9", "--attention-size", "5"]
 
@@ -470,7 +470,7 @@ class Forks:
 import json, os, resource, signal, stat, sys, traceback
 from pathlib import Path
 import matplotlib.figure, rapidfuzz.distance, rich.progress, safetensors.torch, torch
-from attnext.cli import main
+from attnext_command import main
 from attnext.seq2seq import session
 
 def run(task, answer):
@@ -649,7 +649,7 @@ ALIKE = [*OPTIONS, "--dropout", "0"]
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from attnext.cli import main
+from attnext_command import main
 from attnext.seq2seq.training import Trainer
 
 out, number, step, *arguments = sys.argv[1:]
