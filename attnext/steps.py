@@ -7,7 +7,7 @@ weights and what came in for its context. Of a block of steps the others are the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -49,7 +49,7 @@ class PerPass(Generic[T]):
         self._of_pass.pop(one, None)
 
 
-class _Call(NamedTuple):
+class _Shared(NamedTuple):
     """An operator and what its steps share beside key, value and score weight."""
 
     op: Any
@@ -73,7 +73,7 @@ class _Collected:
     def __init__(self, key: Tensor, value: Tensor | None, score_weight: Tensor | None) -> None:
         self._inputs = key, value, score_weight
         self._sums: list[Tensor | None] = [None, None, None]
-        self._call: _Call | None = None
+        self._shared: _Shared | None = None
         self._waiting: list[_Kept] = []
         self._queries = 0
 
@@ -84,10 +84,10 @@ class _Collected:
             self._sums[0] = key.new_zeros(key.shape, dtype=accumulator(key.dtype))
         return self._sums[0]
 
-    def add(self, call: _Call, kept: _Kept) -> None:
-        if self._call is not None and (self._queries >= _BLOCK or not _same(self._call, call)):
+    def add(self, shared: _Shared, kept: _Kept) -> None:
+        if self._shared is not None and (self._queries >= _BLOCK or not _same(self._shared, shared)):
             self._make()
-        self._call = call
+        self._shared = shared
         self._waiting.append(kept)
         self._queries += kept.query.shape[1] if kept.query.dim() == 3 else 1
 
@@ -98,24 +98,24 @@ class _Collected:
 
     def _make(self) -> None:
         """The gradients of the steps that wait, in the dtype of the arithmetic."""
-        assert self._call is not None
-        call, (key, value, score_weight) = self._call, self._inputs
+        assert self._shared is not None
+        shared, (key, value, score_weight) = self._shared, self._inputs
         dtype = accumulator(key.dtype)
         query, grad_scores, weights, grad_context = (_joined(x, dtype) for x in zip(*self._waiting, strict=True))
         self._waiting, self._queries = [], 0
         with torch.autocast("cpu", enabled=False) if _checks.autocasts("cpu") else nullcontext():
             of_value = weights.mT @ grad_context
-            if call.lengths is not None or call.mask is not None:  # 0 times what came in may be NaN
-                of_value.masked_fill_(~_visible(key, call.lengths, call.mask), 0.0)
+            if shared.lengths is not None or shared.mask is not None:  # 0 times what came in may be NaN
+                of_value.masked_fill_(~_visible(key, shared.lengths, shared.mask), 0.0)
             self._add(0 if value is None else 1, of_value)
             if grad_scores is None:
                 return
-            if call.op is _OPERATORS.dot_attention:
-                self._add(0, (grad_scores * call.scale).mT @ query)
+            if shared.op is _OPERATORS.dot_attention:
+                self._add(0, (grad_scores * shared.scale).mT @ query)
                 return
             assert score_weight is not None
-            inputs = (query, key.to(dtype), score_weight.to(dtype), call.lengths, call.mask)
-            _, of_key, of_score_weight = _scores_backward(grad_scores, *inputs, call.scale)
+            inputs = (query, key.to(dtype), score_weight.to(dtype), shared.lengths, shared.mask)
+            _, of_key, of_score_weight = _scores_backward(grad_scores, *inputs, shared.scale)
             self._add(0, of_key)
             self._add(2, of_score_weight)
 
@@ -124,7 +124,7 @@ class _Collected:
         self._sums[place] = gradient if total is None else total.add_(gradient)
 
 
-def _same(a: _Call, b: _Call) -> bool:
+def _same(a: _Shared, b: _Shared) -> bool:
     return a.op is b.op and a.lengths is b.lengths and a.mask is b.mask and a.scale == b.scale
 
 
@@ -167,74 +167,76 @@ class _Gather(torch.autograd.Function):
         )
 
 
+class _Call(NamedTuple):
+    """An operator, what its steps collect in a backward pass, and its arguments that have no gradient."""
+
+    op: Any
+    collected: Callable[[], _Collected]
+    rest: tuple[Any, ...]
+    shared: _Shared
+
+
 class _Attention(torch.autograd.Function):
-    """An operator of attention, with the arguments of its schema."""
+    """An operator of attention; it comes in one piece with what has no gradient, as each argument takes its time."""
 
     @staticmethod
-    def forward(
-        ctx: Any, op: Any, collected: Callable[[], _Collected], *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, call: _Call, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            context, weights, log_sum_exp, wide = of_steps[op].forward(*arguments)
-        *tensors, scale, dropout_p, ctx.need_weights = arguments
-        ctx.call = _Call(op, tensors[-3], tensors[-2], scale)
-        ctx.collected, ctx.dropout_p = collected, dropout_p
-        ctx.save_for_backward(*tensors, context, weights, log_sum_exp, wide)
-        ctx.mark_non_differentiable(log_sum_exp)
+            context, weights, log_sum_exp, wide = of_steps[call.op].forward(*inputs, *call.rest)
+        ctx.call = call
+        ctx.save_for_backward(*inputs, context, weights, log_sum_exp, wide)
         ctx.set_materialize_grads(False)
-        return context, weights, log_sum_exp
+        need_weights: bool = call.rest[-1]
+        return (context, weights) if need_weights else (context,)
 
     @staticmethod
-    def backward(ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None, _: None) -> tuple[Any, ...]:
-        *tensors, context, weights, log_sum_exp, wide = ctx.saved_tensors  # read once: recomputation allows no more
-        incoming, steps = (grad_context, grad_weights if ctx.need_weights else None), of_steps[ctx.call.op]
-        arguments = (*incoming, *tensors, ctx.call.scale, ctx.dropout_p)
-        grads: list[Tensor | None] = []
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        *inputs, context, weights, log_sum_exp, wide = ctx.saved_tensors  # read once: recomputation allows no more
+        grad_context, grad_weights = (*incoming, None)[:2]
+        arguments, steps = (grad_context, grad_weights, *inputs, *call.rest[:-1]), of_steps[call.op]
         if made_anew(*incoming):
-            grads = list(steps.whole(*arguments, context, weights, log_sum_exp))
-        elif any(grad is not None for grad in incoming):
-            of_query, grad_scores, kept = steps.part(*arguments, wide)
-            grad_context = torch.zeros_like(context) if grad_context is None else grad_context
-            ctx.collected().add(ctx.call, _Kept(tensors[0], grad_scores, kept, grad_context))
-            grads = [of_query]
-        return _of_inputs(tensors, grads)
+            return None, *_of_inputs(inputs, steps.whole(*arguments, context, weights, log_sum_exp))
+        if grad_context is None and grad_weights is None:
+            return (None,) * (len(inputs) + 1)
+        of_query, grad_scores, kept = steps.part(*arguments, wide)
+        grad_context = torch.zeros_like(context) if grad_context is None else grad_context
+        call.collected().add(call.shared, _Kept(inputs[0], grad_scores, kept, grad_context))
+        return None, of_query, *(None,) * (len(inputs) - 1)
 
 
 class _Past(torch.autograd.Function):
-    """The operator of a step that sees its past."""
+    """The operator of a step that sees its past, likewise."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, collected: Callable[[], _Collected], *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: _Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            context, weights = of_steps[op].forward(*arguments)
-        *tensors, scale, dropout_p, rule = arguments
-        ctx.call = _Call(op, tensors[10], tensors[11], scale)
-        ctx.collected, ctx.options = collected, (scale, dropout_p, rule)
-        ctx.save_for_backward(*tensors, weights)
+            context, weights = of_steps[call.op].forward(*inputs, *call.rest)
+        ctx.call = call
+        ctx.save_for_backward(*inputs, weights)
         ctx.set_materialize_grads(False)
         return context, weights
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
-        *tensors, weights = ctx.saved_tensors
-        arguments, steps = (*incoming, *tensors, *ctx.options, weights), of_steps[ctx.call.op]
-        grads: list[Tensor | None] = []
-        if made_anew(*incoming):
-            grads = list(steps.whole(*arguments))
-        elif any(grad is not None for grad in incoming):
-            collected = ctx.collected()
-            of_query, *others, kept = steps.part(*arguments, collected.key_sum())
-            grads = [of_query, None, None, *others]
-            if incoming[0] is not None:
-                kept = kept if ctx.options[1] > 0.0 else weights
-                collected.add(ctx.call, _Kept(tensors[0], None, kept, incoming[0]))
-        return _of_inputs(tensors, grads)
+    def backward(ctx: Any, grad_context: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        *inputs, weights = ctx.saved_tensors
+        arguments, steps = (grad_context, grad_weights, *inputs, *call.rest, weights), of_steps[call.op]
+        if made_anew(grad_context, grad_weights):
+            return None, *_of_inputs(inputs, steps.whole(*arguments))
+        if grad_context is None and grad_weights is None:
+            return (None,) * (len(inputs) + 1)
+        collected = call.collected()
+        of_query, *others, kept = steps.part(*arguments, collected.key_sum())
+        if grad_context is not None:
+            dropout_p: float = call.rest[-2]
+            collected.add(call.shared, _Kept(inputs[0], None, kept if dropout_p > 0.0 else weights, grad_context))
+        return None, *_of_inputs(inputs, [of_query, None, None, *others])
 
 
-def _of_inputs(tensors: list[Tensor | None], grads: list[Tensor | None]) -> tuple[Any, ...]:
-    """What a backward returns: for the operator and the sums, for the tensors, and for three options."""
-    found = [None if x is None else grad for x, grad in zip(tensors, grads, strict=False)]
-    return None, None, *found, *(None,) * (len(tensors) - len(found) + 3)
+def _of_inputs(inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of the inputs that are there."""
+    return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
 def made_anew(*incoming: Tensor | None) -> bool:
@@ -247,9 +249,11 @@ def made_anew(*incoming: Tensor | None) -> bool:
 
 # As mypy sees them: torch's apply has no types.
 _gather: Callable[..., tuple[Tensor, ...]] = _Gather.apply
-_attention: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Attention.apply
+_attention: Callable[..., tuple[Tensor, ...]] = _Attention.apply
 _past: Callable[..., tuple[Tensor, Tensor]] = _Past.apply
 _OPERATORS = operators["cpu"]
+_INPUTS = {_OPERATORS.attention: 4, _OPERATORS.dot_attention: 3, _OPERATORS.step: 10}
+"""How many of an operator's arguments have a gradient."""
 _scores_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.attnext.additive_scores_backward_cpu.default
 
 
@@ -266,27 +270,24 @@ class Steps:
         """Whether they are this key and value, and the operator one that can leave their gradients to the end."""
         return op in of_steps and key is self._sources[0] and value is self._sources[1]
 
-    def attend(self, op: Any, query: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        """Calls an operator with the key and the value between its other arguments."""
+    def attend(self, op: Any, query: Tensor, *others: Any) -> tuple[Any, ...]:
+        """Calls an operator with the key and the value between its other arguments; gives context and weights."""
         key, value, score_weight = self._inputs
         assert key is not None
-        if op is _OPERATORS.dot_attention:
-            arguments = (query, key, value, *others)
-        else:
-            own = others[0] is self._sources[2]
-            arguments = (query, key, value, score_weight if own else others[0], *others[1:])
-            if not own and op is _OPERATORS.attention:  # whose gradient has nowhere to wait
-                return self._plainly(op, arguments)
-        if query.dim() == 3 and query.shape[1] > _FEW_QUERIES:
-            return self._plainly(op, arguments)
-        if op is _OPERATORS.step:  # whose filters and projection autocast leaves as they were
-            linear = (None if x is None else x.to(key.dtype) for x in arguments[4:6])
-            return _past(op, self._of_pass, *arguments[:4], *linear, *arguments[6:])
-        return _attention(op, self._of_pass, *arguments)
-
-    def _plainly(self, op: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = op(*arguments)
-        return results
+        inputs, rest = [query, key, value, *others[: _INPUTS[op] - 3]], others[_INPUTS[op] - 3 :]
+        others_weight = op is not _OPERATORS.dot_attention and others[0] is not self._sources[2]
+        if op is not _OPERATORS.dot_attention and not others_weight:
+            inputs[3] = score_weight
+        if (others_weight and op is _OPERATORS.attention) or (query.dim() == 3 and query.shape[1] > _FEW_QUERIES):
+            # A gradient has nowhere to wait, or need not.
+            results: tuple[Any, ...] = op(*inputs, *rest)
+            return results
+        if op is _OPERATORS.step:
+            inputs[4:6] = (None if x is None else x.to(key.dtype) for x in inputs[4:6])  # which autocast has left
+            shared = _Shared(op, rest[0], rest[1], rest[-3])
+            return _past(_Call(op, self._of_pass, rest, shared), *inputs)
+        call = _Call(op, self._of_pass, rest, _Shared(op, rest[-6], rest[-5], rest[-3]))
+        return (*_attention(call, *inputs), None, None)[:3]
 
     def _of_pass(self) -> _Collected:
         """What this backward pass has collected."""

@@ -86,15 +86,16 @@ WideAttention attention_as(const Tensor& query, const Tensor& key, const Tensor&
 template <class T>
 Tensor scores_as(const Tensor& query, const Tensor& key, const Tensor& score_weight, const Optional& lengths,
                  const Optional& mask, double scale) {
-  AdditiveSetup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale);
+  const bool one = query.dim() == 2 || query.size(1) == 1;
+  AdditiveSetup<T> setup(query, key, nullptr, score_weight, {}, {}, lengths, mask, scale, /*makes_exponentials=*/!one);
   const Problem<T>& p = setup.problem;
   Tensor result = empty(by_query(query, p.keys), dtype_of(query));
   const Scores<T> s{p, rows_of(result)};
-  const auto& kernels = kernels_of<T>();
+  const auto kernel = one ? kernels_of<T>().query_scores : kernels_of<T>().scores;
   parallel(setup.query_tasks(), setup.elements(), [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    T* memory = scratch.take<T>(forward_scratch(p, false));
-    for (int64_t task = begin; task < end; ++task) kernels.scores(s, task, memory);
+    T* memory = scratch.take<T>(one ? step_scratch(Step<T>{p}) : forward_scratch(p, false));
+    for (int64_t task = begin; task < end; ++task) kernel(s, task, memory);
   });
   return result;
 }

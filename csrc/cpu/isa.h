@@ -46,9 +46,9 @@ constexpr int kVectorBytes = ATTNEXT_VECTOR_BYTES, kRegisters = ATTNEXT_REGISTER
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {exponentials<T>,      forward<T>,      scores<T>,      backward<T>, delta<T>,         finish_query<T>,
-          dot_forward<T>,       dot_backward<T>, dot_queries<T>, step<T>,     step_backward<T>, query_backward<T>,
-          dot_query_backward<T>};
+  return {exponentials<T>,  forward<T>,      scores<T>,         backward<T>,          delta<T>,
+          finish_query<T>,  dot_forward<T>,  dot_backward<T>,   dot_queries<T>,       step<T>,
+          step_backward<T>, query_scores<T>, query_backward<T>, dot_query_backward<T>};
 }
 
 bool supported() {

@@ -182,6 +182,7 @@ struct Kernels {
   void (*dot_queries)(const Problem<T>&, int64_t begin, int64_t end, T* scaled);
   void (*step)(const StepForward<T>&, int64_t task, T* scratch);  // a task is a query
   void (*step_backward)(const StepBackward<T>&, int64_t task, T* scratch);
+  void (*query_scores)(const Scores<T>&, int64_t task, T* scratch);  // a task is a query
   // Of attention's step the gradients of a query and of its scores; a task is a query.
   void (*query_backward)(const StepBackward<T>&, int64_t task, T* scratch);
   void (*dot_query_backward)(const StepBackward<T>&, int64_t task, T* scratch);

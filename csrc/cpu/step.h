@@ -144,7 +144,7 @@ inline void step_scores(const Step<T>& s, const StepTile<T>& m, const StepQuery<
     }
   }
   for (int64_t j = q.first; j < q.last && p.mask.data; ++j)
-    if (!visible(p.mask, q.b, 0, j)) scores[j] = kHidden<T>;
+    if (!visible(p.mask, q.b, q.i, j)) scores[j] = kHidden<T>;
 }
 
 // ---------------------------------------------------------------------------------------------------- rules
@@ -553,7 +553,23 @@ void step_backward(const StepBackward<T>& g, int64_t task, T* memory) {
   for (int64_t d = 0; d < p.padded; ++d) sums.weight[d] = ds_sum - 2 * sums.weight[d];
 }
 
-// ------------------------------------------------------------------------------------- of the query alone
+// ------------------------------------------------------------------------------------- of one query alone
+
+// Scores of keys that nothing was made of ahead: for one query exp of the sum costs less than those of all keys.
+template <class T>
+void query_scores(const Scores<T>& f, int64_t task, T* memory) {
+  Step<T> s{};
+  s.problem = of_row(f.problem, task / f.problem.queries);
+  const Problem<T>& p = s.problem;
+  const StepTile<T> m(s, memory);
+  const StepQuery<T> q(s, task / p.queries, task % p.queries, memory);
+  T* x = memory;
+  load_query(s, q);
+  step_scores(s, m, q, x);
+  for (int64_t j = 0; j < q.last; ++j) x[j] += p.v.constant;
+  for (int64_t j = q.last; j < p.keys; ++j) x[j] = kHidden<T>;
+  store_row(f.scores, q.b, q.i, p.keys, x);
+}
 
 // What a step of attention without a past hands to the keys of all steps: ds, and what the values take, into g.
 template <class T>
