@@ -409,15 +409,16 @@ def _reference(case: Case) -> Call:
             return {"scores": reference.additive_scores(x[0], x[1], x[3], **options)}
         options |= {"dropout_p": case.dropout_p, "seed": inputs.seed}
         if case.op == "past":
-            context, weights = reference.additive_step(*x[:6], [y for y in x[6:8] if y is not None], **options,
-                rule=case.rule, previous=x[8], transition=x[9], window=inputs.window)  # fmt: skip
+            options |= {"rule": case.rule, "previous": x[8], "transition": x[9], "window": inputs.window}
+            past = [y for y in x[6:8] if y is not None]
+            context, weights = reference.additive_step(x[0], x[1], x[2], x[3], x[4], x[5], past, **options)
             return {"context": context, "weights": weights}
         options["need_weights"] = case.weights
         if case.op == "dot":
-            context, weights = reference.dot_attention(x[0], x[1], None if case.shared else x[2], **options)
+            results = reference.dot_attention(x[0], x[1], None if case.shared else x[2], **options)
         else:
-            context, weights = reference.additive_attention(*x[:4], **options)
-        return {"context": context, "weights": weights}
+            results = reference.additive_attention(x[0], x[1], x[2], x[3], **options)
+        return dict(zip(("context", "weights"), results, strict=True))
 
     return call
 
@@ -468,7 +469,7 @@ def results(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
 def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str, Tensor]:
     """Results of a call in ``dtype`` and the gradients of its inputs, by name."""
     names = _differentiable(case, inputs)
-    x = dict.fromkeys((*INPUTS, *PAST_INPUTS)) | {
+    x: dict[str, Any] = dict.fromkeys((*INPUTS, *PAST_INPUTS)) | {
         name: tensor.to(torch.promote_types(dtype, _dtype_of(case, name))).detach().requires_grad_()
         for name in (*INPUTS, *PAST_INPUTS)
         if (tensor := getattr(inputs, name)) is not None

@@ -79,10 +79,10 @@ class _Collected:
 
     def key_sum(self) -> Tensor:
         """The sum of the key's gradients, to be added to."""
-        if self._sums[0] is None:
-            key = self._inputs[0]
-            self._sums[0] = key.new_zeros(key.shape, dtype=accumulator(key.dtype))
-        return self._sums[0]
+        key, total = self._inputs[0], self._sums[0]
+        if total is None:
+            total = self._sums[0] = key.new_zeros(key.shape, dtype=accumulator(key.dtype))
+        return total
 
     def add(self, shared: _Shared, kept: _Kept) -> None:
         if self._shared is not None and (self._queries >= _BLOCK or not _same(self._shared, shared)):
