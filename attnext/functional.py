@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from attnext import _checks, reference
 from attnext.backends import choose, chosen_freely
 from attnext.memory import Memory
-from attnext.ops import RULES, accumulator, operators
+from attnext.ops import RULES, accumulator, differentiable, operators
 from attnext.steps import Steps
 
 __all__ = ["additive_attention", "additive_scores", "dot_attention"]
@@ -392,6 +392,8 @@ def _call(
             return op(*inputs, *options)
     elif steps is not None and steps.serve(op, key, others[0]) and autocast(key)[0] is key:  # not in a new dtype
         return steps.attend(op, *autocast(query), *others[1:], *options)
+    elif not _checks.autocasts(query.device.type):
+        return differentiable(op, inputs, options)
     return op(*inputs, *options)
 
 
