@@ -243,8 +243,8 @@ template <class T>
 int64_t step_backward_scratch(const Step<T>& s) {
   const Problem<T>& p = s.problem;
   const int64_t by_tile = kStepKeys * (row_of(p.padded) + s.padded_filters + spread_row(s));
-  return step_tile_scratch(s) + by_tile + kKeyTile * row_of(p.padded_values) + p.padded +
-         p.queries * step_query_scratch(s) + 2 * slots_row(p);
+  return step_tile_scratch(s) + by_tile + kKeyTile * row_of(p.padded_values) + p.queries * step_query_scratch(s) +
+         2 * slots_row(p);
 }
 
 struct InstructionSet {

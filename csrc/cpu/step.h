@@ -361,40 +361,53 @@ inline void score_row_gradients(const StepBackward<T>& g, const StepTile<T>& m, 
   if (g.kept) __builtin_memcpy(g.kept + at, q.kept, size_t(p.keys) * sizeof(T));
 }
 
+// ds of the keys of a tile, of the sigmoid with its factor 1 - sigmoid(s). Where it is 0 the sums may be a hidden
+// key's: they become 0 too.
+template <class T>
+inline void slot_gradients(const Step<T>& s, T* sums, int64_t nj, const T* ds, T* slots, T& ds_sum) {
+  const Problem<T>& p = s.problem;
+  alignas(kVectorBytes) T score[kLanes<T>];
+  for (int64_t j = 0; j < nj; ++j) {
+    T* x = sums + j * row_of(p.padded);
+    slots[j] = ds[j];
+    if (ds[j] == 0) {
+      zero(x, p.padded);
+    } else if (s.rule == Rule::kSigmoid) {
+      scores_of_sums<T, false>(p, x, 1, score);
+      slots[j] /= 1 + T(__builtin_exp(score[0] + p.v.constant));
+    }
+    ds_sum += slots[j];
+  }
+}
+
 // From the sums of a tile their gradients u = 4 scale v ds r (1 - r), in their place, and added to the query's; ds r is
-// added to the score weight's. Of the sigmoid the score comes first.
+// added to the score weight's.
 template <class T>
 inline void gradients_of_sums(const Step<T>& s, T* sums, int64_t nj, const T* ds, T* grad_query, T* grad_weight,
                               T& ds_sum) {
   constexpr int W = kLanes<T>;
-  const Problem<T>& p = s.problem;
-  const int64_t padded = p.padded;
-  const T* gain = p.v.gain;
-  for (int64_t j = 0; j < nj; ++j) {
-    T* x = sums + j * row_of(padded);
-    T slot = ds[j];
-    if (slot == 0) {  // also of a hidden key
-      zero(x, padded);
-      continue;
-    }
-    if (s.rule == Rule::kSigmoid) {
-      alignas(kVectorBytes) T score[W];
-      scores_of_sums<T, false>(p, x, 1, score);
-      slot /= 1 + T(__builtin_exp(score[0] + p.v.constant));
-    }
-    ds_sum += slot;
-    for (int64_t d = 0; d < padded; d += 2 * W) {
-      const Vec<T> x0 = one_plus_exp<T>(load(x + d)), x1 = one_plus_exp<T>(load(x + d + W));
+  const int64_t padded = s.problem.padded, row = row_of(padded);
+  const T* gain = s.problem.v.gain;
+  T slots[kStepKeys];
+  slot_gradients(s, sums, nj, ds, slots, ds_sum);
+  for (int64_t d = 0; d < padded; d += 2 * W) {
+    const Vec<T> gain0 = load(gain + d), gain1 = load(gain + d + W);
+    Vec<T> query0 = {}, query1 = {}, weight0 = {}, weight1 = {};
+    for (int64_t j = 0; j < nj; ++j) {
+      T* x = sums + j * row + d;
+      const Vec<T> x0 = one_plus_exp<T>(load(x)), x1 = one_plus_exp<T>(load(x + W));
       const Vec<T> inverse = T(1) / (x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
-      const Vec<T> t0 = slot * r0, t1 = slot * r1;
-      const Vec<T> u0 = (t0 - t0 * r0) * load(gain + d), u1 = (t1 - t1 * r1) * load(gain + d + W);
-      store<T>(x + d, u0);
-      store<T>(x + d + W, u1);
-      add_to<T>(grad_query + d, u0);
-      add_to<T>(grad_query + d + W, u1);
-      add_to<T>(grad_weight + d, t0);
-      add_to<T>(grad_weight + d + W, t1);
+      const Vec<T> t0 = slots[j] * r0, t1 = slots[j] * r1;
+      const Vec<T> u0 = (t0 - t0 * r0) * gain0, u1 = (t1 - t1 * r1) * gain1;
+      store<T>(x, u0);
+      store<T>(x + W, u1);
+      query0 += u0, query1 += u1;
+      weight0 += t0, weight1 += t1;
     }
+    add_to<T>(grad_query + d, query0);
+    add_to<T>(grad_query + d + W, query1);
+    add_to<T>(grad_weight + d, weight0);
+    add_to<T>(grad_weight + d + W, weight1);
   }
 }
 
@@ -402,7 +415,7 @@ inline void gradients_of_sums(const Step<T>& s, T* sums, int64_t nj, const T* ds
 template <class T>
 struct StepSums {
   T *grad_features, *spread, *grad_key, *grad_value;
-  T *weight, *filters, *projection, *tile_weight;
+  T *weight, *filters, *projection;
 };
 
 // What a tile gives to the past weights: its features' gradients times the filters, each place of those on the weight
@@ -451,7 +464,8 @@ inline void feature_gradients(const Step<T>& s, const StepTile<T>& m, const Step
   past_gradients(s, sums, q, of_features, row, j0, nj);
 }
 
-// What the query gets from keys [lo, hi) of a tile, and gives to its other sums.
+// What the query gets from keys [lo, hi) of a tile, and gives to its other sums; what the keys get is left in m.sums,
+// and added to grad_key, which may be null.
 template <class T>
 inline void backward_step_tile(const StepBackward<T>& g, const StepTile<T>& m, const StepSums<T>& sums,
                                const StepGradients<T>& q, int64_t lo, int64_t hi, T* grad_key, T& ds_sum) {
@@ -459,28 +473,29 @@ inline void backward_step_tile(const StepBackward<T>& g, const StepTile<T>& m, c
   const Problem<T>& p = s.problem;
   const int64_t row = row_of(p.padded), nj = hi - lo;
   sum_tile(s, m, q, lo, nj);
-  zero(sums.tile_weight, p.padded);
-  gradients_of_sums(s, m.sums, nj, q.ds + lo, q.grad_query, sums.tile_weight, ds_sum);
-  for (int64_t d = 0; d < p.padded; d += kLanes<T>) add_to<T>(sums.weight + d, load(sums.tile_weight + d));
+  gradients_of_sums(s, m.sums, nj, q.ds + lo, q.grad_query, sums.weight, ds_sum);
   if (s.channels > 0) feature_gradients(s, m, sums, q, lo, nj);
-  for (int64_t j = 0; j < nj; ++j)
+  for (int64_t j = 0; j < nj && grad_key; ++j)
     for (int64_t d = 0; d < p.padded; d += kLanes<T>) add_to<T>(grad_key + j * row + d, load(m.sums + j * row + d));
 }
 
 // Gradients of the values of row b: sum_i kept_ij dC_i.
 template <class T>
 inline void step_value_gradients(const StepBackward<T>& g, const StepSums<T>& sums, int64_t b, T* memory) {
+  constexpr int W = kLanes<T>;
   const Problem<T>& p = g.step.problem;
-  const int64_t row = row_of(p.padded_values);
-  for (int64_t j0 = 0; j0 < p.keys; j0 += kKeyTile) {
-    const int64_t nj = p.keys - j0 < kKeyTile ? p.keys - j0 : kKeyTile;
-    zero(sums.grad_value, nj * row);
+  T* grad = sums.grad_value;
+  for (int64_t j = 0; j < p.keys; ++j) {
     for (int64_t i = 0; i < p.queries; ++i) {
       const StepGradients<T> q(g.step, b, i, memory + i * step_query_scratch(g.step));
-      const bool finite = magnitude(q.grad_context, p.padded_values) <= Limits<T>::largest;
-      add_rows<T>({sums.grad_value, row, q.kept + j0, 1, 0, q.grad_context, 0, 1}, nj, p.padded_values, finite);
+      const T kept = q.kept[j];  // 0 times what came in may be NaN
+      for (int64_t h = 0; h < p.padded_values; h += W) {
+        const Vec<T> part = kept == 0 ? Vec<T>{} : kept * load(q.grad_context + h);
+        store<T>(grad + h, i == 0 ? part : load(grad + h) + part);
+      }
     }
-    for (int64_t j = 0; j < nj; ++j) store_row(g.grad_value, b, j0 + j, p.values, sums.grad_value + j * row);
+    if (p.queries == 0) zero(grad, p.padded_values);
+    store_row(g.grad_value, b, j, p.values, grad);
   }
 }
 
@@ -498,13 +513,37 @@ inline void store_step_gradients(const StepBackward<T>& g, const StepGradients<T
   }
 }
 
+// Keys [j0, j1) of row b: what each query gives to them and gets. What a single one gives is not copied.
+template <class T>
+inline void key_tile_gradients(const StepBackward<T>& g, const StepTile<T>& m, const StepSums<T>& sums, int64_t b,
+                               int64_t j0, int64_t j1, T* memory, T& ds_sum) {
+  const Problem<T>& p = g.step.problem;
+  const int64_t row = row_of(p.padded);
+  const bool single = p.queries == 1;
+  int64_t begin = j0, end = j0;  // the keys that some query may attend
+  zero(sums.grad_key, (j1 - j0) * row);
+  for (int64_t i = 0; i < p.queries; ++i) {
+    const StepGradients<T> q(g.step, b, i, memory + i * step_query_scratch(g.step));
+    const int64_t lo = q.first > j0 ? q.first : j0, hi = q.last < j1 ? q.last : j1;
+    if (lo >= hi) continue;
+    begin = single ? lo : j0, end = single ? hi : j1;
+    backward_step_tile(g, m, sums, q, lo, hi, single ? nullptr : sums.grad_key + (lo - j0) * row, ds_sum);
+  }
+  const T* grad_key = single ? m.sums : sums.grad_key;
+  for (int64_t j = j0; j < j1; ++j) {
+    const bool inside = j >= begin && j < end;
+    if (!inside && g.adds) continue;
+    put_row(g.adds, g.grad_key, b, j, p.features, inside ? grad_key + (j - begin) * row : sums.grad_key);
+  }
+}
+
 // Row b: its queries' ds first, then tile by tile of its keys what each of them gives and gets.
 template <class T>
 inline void backward_step_row(const StepBackward<T>& g, const StepTile<T>& m, const StepSums<T>& sums, int64_t b,
                               T* memory, T& ds_sum) {
   const Step<T>& s = g.step;
   const Problem<T>& p = s.problem;
-  const int64_t row = row_of(p.padded), by_query = step_query_scratch(s);
+  const int64_t by_query = step_query_scratch(s);
   for (int64_t i = 0; i < p.queries; ++i) {
     const StepGradients<T> q(s, b, i, memory + i * by_query);
     load_query(s, q);
@@ -513,20 +552,8 @@ inline void backward_step_row(const StepBackward<T>& g, const StepTile<T>& m, co
     score_row_gradients(g, m, q, memory + p.queries * by_query);
   }
   if (g.grad_value.data) step_value_gradients(g, sums, b, memory);
-  for (int64_t j0 = 0; j0 < p.keys; j0 += kStepKeys) {
-    const int64_t j1 = p.keys - j0 < kStepKeys ? p.keys : j0 + kStepKeys;
-    bool any = false;
-    zero(sums.grad_key, (j1 - j0) * row);
-    for (int64_t i = 0; i < p.queries; ++i) {
-      const StepGradients<T> q(s, b, i, memory + i * by_query);
-      const int64_t lo = q.first > j0 ? q.first : j0, hi = q.last < j1 ? q.last : j1;
-      if (lo >= hi) continue;
-      any = true;
-      backward_step_tile(g, m, sums, q, lo, hi, sums.grad_key + (lo - j0) * row, ds_sum);
-    }
-    for (int64_t j = j0; j < j1 && (any || !g.adds); ++j)
-      put_row(g.adds, g.grad_key, b, j, p.features, sums.grad_key + (j - j0) * row);
-  }
+  for (int64_t j0 = 0; j0 < p.keys; j0 += kStepKeys)
+    key_tile_gradients(g, m, sums, b, j0, p.keys - j0 < kStepKeys ? p.keys : j0 + kStepKeys, memory, ds_sum);
   for (int64_t i = 0; i < p.queries; ++i) store_step_gradients(g, StepGradients<T>(s, b, i, memory + i * by_query));
 }
 
@@ -542,8 +569,7 @@ void step_backward(const StepBackward<T>& g, int64_t task, T* memory) {
   sums.spread = sums.grad_features + kStepKeys * s.padded_filters;
   sums.grad_key = sums.spread + kStepKeys * spread_row(s);
   sums.grad_value = sums.grad_key + kStepKeys * row_of(p.padded);
-  sums.tile_weight = sums.grad_value + kKeyTile * row_of(p.padded_values);
-  memory = sums.tile_weight + p.padded;
+  memory = sums.grad_value + kKeyTile * row_of(p.padded_values);
   sums.weight = g.grad_weight + task * p.padded;
   sums.filters = g.grad_filters + task * filters, sums.projection = g.grad_projection + task * projection;
   zero(sums.weight, p.padded), zero(sums.filters, filters), zero(sums.projection, projection);
