@@ -15,13 +15,29 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from attnext.attention.family import FAMILY
-from attnext.bench import command, machine, memory, model, plots, report, studies, timing
+from attnext.bench import (
+    calls,
+    command,
+    kept,
+    loops,
+    machine,
+    memory,
+    model,
+    plain,
+    plots,
+    report,
+    steps,
+    steps_table,
+    studies,
+    timing,
+)
 from attnext.bench.cases import CASES, Case
 from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong, checked, cores, ours
 from attnext.bench.timing import Plan, measure
-from attnext.cli import main
+from attnext_command import main
 
 ROOT = Path(__file__).resolve().parents[1]
 Captured = pytest.CaptureFixture[str]
@@ -336,6 +352,244 @@ class TestModel:
         )
         assert bench("--cases", "model", "--peers", "eager", "--quick") == 1
         assert "eager and attnext differ on the model small" in capsys.readouterr().out
+
+
+def tiny(loop: loops.Loop) -> loops.Loop:
+    sizes: dict[str, Any] = {"batch": 2, "keys": 9, "features": 12, "values": 10, "steps": min(loop.steps, 4)}
+    sizes |= {"query": 6} if hasattr(loop, "query") else {}
+    return replace(loop, **sizes | ({"filters": 3, "width": 5} if getattr(loop, "filters", 0) else {}))
+
+
+LOOPS = steps.LOOPS
+TINY_LOOPS = {loop.name: tiny(loop) for loop in LOOPS}
+
+
+class TestSteps:
+    """Loops of decoders beside plain PyTorch."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, _tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(steps, "LOOPS", tuple(TINY_LOOPS.values()))
+        monkeypatch.setattr(steps, "_QUICK_STEPS", 3)
+        monkeypatch.setattr(kept, "measured", lambda loop, peer, *_: (3 << 20, 5 << 20))
+
+    def run(self, tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+        path = tmp_path / "steps.json"
+        assert bench("--cases", "steps", *arguments, "--json", str(path)) == 0
+        rows: list[dict[str, Any]] = report.load(path)["studies"]["steps"]
+        return rows
+
+    def test_study(self, tmp_path: Path, capsys: Captured) -> None:
+        *rows, memory_row = self.run(tmp_path, "--peers", "eager", "--quick")
+        expected = [(loop.shortened(3), kind) for loop in TINY_LOOPS.values() for kind in loop.kinds]
+        assert [(row["loop"], row["kind"], row["sizes"]) for row in rows] == [
+            (loop.name, kind, str(loop)) for loop, kind in expected
+        ]
+        for row, (loop, kind) in zip(rows, expected, strict=True):
+            other = "one call" if isinstance(loop, calls.StepsOfCall) else "eager"
+            assert list(row["seconds"]) == ["attnext", other]
+            assert min(map(len, row["seconds"].values())) >= 3
+            assert row["multiply_adds"] == sum(row["work"].values()) == sum(loop.work(kind).values()) > 0
+            assert (row["memory_bytes"], row["reads"]) == (loop.memory_bytes, loop.reads(kind))
+        assert memory_row["kept"] == {"attnext": 3 << 20, "eager": 3 << 20}
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        for name in TINY_LOOPS:
+            assert f"\n{name}" in shown
+        text = " ".join(shown.split())
+        assert "location, two channels: B 2, Tk 9, D 12, H 10, Q 6, 3 filters of 2 x 5, 3 steps; of the bound," in text
+        assert "bound: share of this machine's peak" in text or machine._extension.load() is None
+
+    def test_tables(self, capsys: Captured) -> None:
+        work = {"work": {"scores": 3e9, "cell": 1e9}, "multiply_adds": 4e9, "memory_bytes": 0, "reads": 1}
+        rows: list[dict[str, Any]] = [
+            {"loop": "a loop", "kind": "forward", "sizes": "B 1", "seconds": {"attnext": [8.0, 9.0, 8.0]}},
+            {"loop": "a loop", "kind": "forward + backward", "sizes": "B 1",
+             "seconds": {"attnext": [16.0] * 3, "eager": [32.0, 40.0, 64.0], "compile": [1600.0] * 3}},
+            {"loop": "queries", "kind": "forward + backward", "sizes": "B 2",
+             "seconds": {"attnext": [3.0] * 3, "one call": [2.0] * 3}},
+        ]  # fmt: skip
+        rows = [row | work for row in rows]
+        sizes = {"kept": {"attnext": 3 << 20, "eager": 30 << 20}, "peak": {"attnext": 4 << 20, "eager": 10 << 20}}
+        rows.append({"loop": "a loop", "kind": "memory", "sizes": "B 1"} | sizes)
+        report.show(Console(width=80), document() | {"studies": {"steps": rows}})
+        shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        for line in (
+            "forward 8.00 s 50% - -",
+            "forward + backward 16.0 s 25% 2.50x (2.25 - 3.25) 100x (100 - 100)",
+            "a loop: B 1; of the bound, forward: scores 75%, cell 25%",
+            "queries 3.00 s 133% 1.50x (1.50 - 1.50) 2.00 s",
+            "attnext 3.0 MiB 4.0 MiB",
+            "eager 30.0 MiB 10x 10.0 MiB 2.5x",
+        ):
+            assert line in shown
+        assert shown.count("a loop") == 1
+
+    def test_all_rounds_and_steps_without_quick(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(steps, "LOOPS", (TINY_LOOPS["location, one channel"],))
+        rows = self.run(tmp_path, "--peers", "attnext")
+        assert [row["kind"] for row in rows] == ["forward", "forward + backward", "memory"]
+        for row in rows[:2]:
+            assert list(row["seconds"]) == ["attnext"]
+            assert len(row["seconds"]["attnext"]) >= steps._ROUNDS
+            assert row["sizes"].endswith(", LSTM, 4 steps")
+
+    # Each is a way in which a plain module could be another function than attnext's, with the loop that has it.
+    WRONG = (
+        ("location, two channels", plain.PlainLocation, "remember", lambda self, c, q, w, past: (w, w)),
+        ("location, one channel", plain.PlainLocation, "total", lambda self, query, keys, past: query + keys),
+        ("location, one channel", plain.PlainLocation, "remember", lambda self, c, q, w, past: (w.detach(),)),
+        ("coverage", plain.PlainCoverage, "remember", lambda self, c, q, w, past: (w,)),
+        ("additive", plain.PlainAdditive, "align", lambda self, energies, past: energies.sigmoid()),
+        ("forward attention", plain.PlainForward, "align", lambda self, energies, past: energies.softmax(-1)),
+        ("forward with agent", plain.PlainForward, "remember", lambda self, c, q, w, past: (w, past[1] + w, past[2])),
+        ("location, beam", plain.PlainLocation, "beginning", lambda self, keys: (keys.new_ones(keys.shape[:2]),)),
+        ("one query, 16 x 100", plain, "additive", lambda query, key, value, v: value.mean(1)),
+        ("module step", plain.PlainAdditive, "total", lambda self, query, keys, past: keys),
+        ("step-small", plain, "additive", lambda query, key, value, v: value.mean(1) * float("nan")),
+        ("steps, 256 x 30", calls, "_by_step", lambda query, *rest: calls._attended(query.detach(), *rest)),
+    )
+
+    @pytest.mark.parametrize(("name", "owner", "attribute", "fault"), WRONG, ids=[f"{x[0]}, {x[2]}" for x in WRONG])
+    def test_another_function_is_refused_before_anything_is_timed(
+        self, name: str, owner: Any, attribute: str, fault: Any, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        monkeypatch.setattr(steps, "LOOPS", (replace(TINY_LOOPS[name], kinds=TINY_LOOPS[name].kinds[-1:]),))
+        monkeypatch.setattr(owner, attribute, fault)
+        monkeypatch.setattr(steps, "interleaved", lambda *_: pytest.fail("timed"))
+        assert bench("--cases", "steps", "--peers", "attnext") == 1
+        assert f"attnext differ on the loop {name}: off by" in " ".join(capsys.readouterr().out.split())
+
+    def test_the_past_is_felt_without_gradients_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At the sizes that are timed: a filter read backwards is seen in the contexts alone."""
+        full = next(loop for loop in LOOPS if loop.name == "location, beam")
+        right = plain.PlainLocation.total
+
+        def mirrored(self: Any, query: Any, keys: Any, past: Any) -> Any:
+            return right(self, query, keys, tuple(x.flip(-1) for x in past))
+
+        monkeypatch.setattr(plain.PlainLocation, "total", mirrored)
+        with pytest.raises(Wrong, match="location, beam"):
+            steps._timed(full.shortened(4), "forward", [], Plan("cpu", 0.0, 3))
+
+    @pytest.mark.usefixtures("_compiled")
+    def test_a_compiled_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        loop = replace(TINY_LOOPS["coverage"], kinds=("forward",))
+        monkeypatch.setattr(steps, "LOOPS", (loop, TINY_LOOPS["one query, 16 x 100"]))
+        compile_it, made = torch.compile, []
+        monkeypatch.setattr(torch, "compile", lambda *x, **options: made.append(options) or compile_it(*x, **options))
+        path = tmp_path / "steps.json"
+        assert bench("--cases", "steps", "--peers", "eager,compile", "--quick", "--json", str(path)) == 0
+        assert made == [{"fullgraph": True, "dynamic": False}]  # once, not for each step
+        document = report.load(path)
+        if not any("compile was left out of the loop" in note for note in document["notes"]):  # for want of a compiler
+            assert list(document["studies"]["steps"][0]["seconds"]) == ["attnext", "eager", "compile"]
+        assert "compile was left out of other loops than coverage: see --quick" in document["notes"]
+
+    def test_compile_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        def fail(*args: object, **options: object) -> None:
+            raise RuntimeError("no compiler\nand a long story")
+
+        monkeypatch.setattr(torch, "compile", fail)
+        chosen = ("location, beam", "one query, 16 x 100", "module step")
+        monkeypatch.setattr(steps, "LOOPS", tuple(TINY_LOOPS[name] for name in chosen))
+        rows = self.run(tmp_path, "--peers", "eager,compile")
+        assert [list(row["seconds"]) for row in rows[:-1]] == [["attnext", "eager"]] * 4
+        shown = " ".join(capsys.readouterr().out.split())
+        for name in chosen:
+            assert f"note: compile was left out of the loop {name}: no compiler" in shown
+        assert "long story" not in shown
+
+    def test_memory_that_can_not_be_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        def unavailable(loop: Any, peer: str, *_: object) -> tuple[int, int]:
+            if peer == "eager":
+                raise Unavailable("its memory at 3 steps could not be measured: out of it")
+            return 1 << 20, 2 << 20
+
+        monkeypatch.setattr(steps, "LOOPS", (TINY_LOOPS["additive"],))
+        monkeypatch.setattr(kept, "measured", unavailable)
+        assert self.run(tmp_path, "--peers", "eager", "--quick")[-1]["kept"] == {"attnext": 1 << 20}
+        assert "note: eager: its memory at 3 steps could not be measured" in " ".join(capsys.readouterr().out.split())
+
+    def test_compare(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setattr(steps, "LOOPS", (TINY_LOOPS["additive"],))
+        self.run(tmp_path, "--peers", "eager", "--quick")
+        first, second = tmp_path / "steps.json", tmp_path / "slower.json"
+        slower = json.loads(first.read_text())
+        for row in slower["studies"]["steps"][:2]:
+            row["seconds"]["attnext"] = [2.0 * max(row["seconds"]["attnext"])] * 3
+        second.write_text(json.dumps(slower))
+        capsys.readouterr()
+        assert bench("--compare", str(first), str(second)) == 0
+        shown = capsys.readouterr().out
+        lines = [line for line in shown.splitlines() if line.endswith(("same", "slower ", "slower"))]
+        assert [line.split()[-1] for line in lines] == ["slower", "same"] * 2, shown
+        slower["studies"]["steps"][0]["seconds"]["eager"] = []
+        second.write_text(json.dumps(slower))
+        assert bench("--compare", str(first), str(second)) == 2
+        assert "is not a result of attnext bench --json" in capsys.readouterr().err
+
+    def test_work(self) -> None:
+        b, tk, d, h, q, n = 2, 5, 7, 11, 3, 4
+        sizes: dict[str, Any] = {"name": "", "batch": b, "keys": tk, "features": d, "values": h, "steps": n}
+        located = loops.Decoder(**sizes, query=q, score="location", channels=2, filters=6, width=9, cell=True)
+        pairs = b * tk * n
+        forward = {
+            "exponentials": pairs * d * 12,
+            "scores": pairs * d * 3,
+            "contexts": pairs * h,
+            "location": pairs * (2 * 9 * 6 + 6 * d),
+            "projections": b * n * q * d + b * tk * h * d,
+            "cell": b * n * 4 * q * (h + q),
+        }
+        assert located.work("forward") == forward
+        more = {"exponentials": 2, "scores": 2.5, "contexts": 3, "location": 4, "projections": 3, "cell": 3}
+        assert located.work("forward + backward") == {part: forward[part] * more[part] for part in forward}
+        assert located.memory_bytes == 4 * (b * tk * (d + h) + q * d + 4 * q * (h + q))
+        assert (located.reads("forward"), located.reads("forward + backward")) == (n, 2 * n)
+        beam = replace(located, beam=3)
+        assert beam.work("forward")["scores"] == 3 * forward["scores"]
+        assert beam.memory_bytes == located.memory_bytes
+        covered = loops.Decoder(**sizes, query=q, score="coverage").work("forward")
+        assert (covered["location"], covered["cell"]) == (pairs * d, 0)
+        additive = loops.Decoder(**sizes, query=q, score="additive").work("forward + backward")
+        assert (additive["exponentials"], additive["location"]) == (b * tk * d * 12, 0)
+        call = calls.Call(**sizes | {"steps": 1})
+        assert call.work("forward + backward")["exponentials"] == b * tk * d * 24
+        step = calls.ModuleStep(**sizes | {"steps": 1}, query=q)
+        assert step.work("forward") == {
+            "exponentials": 0, "scores": b * tk * d * 3, "contexts": b * tk * h, "projections": b * q * d,
+        }  # fmt: skip
+
+    def test_steps_read_their_memory_again(self) -> None:
+        peaks = {"multiply_adds": 100.0, "read_bandwidth": 10.0, "last_level_cache": 50}
+        row = {"multiply_adds": 200.0, "memory_bytes": 60, "reads": 4}
+        assert report.bound(row, peaks) == 24.0
+        assert report.bound(row | {"memory_bytes": 40}, peaks) == 2.0  # all of them from the cache
+
+    def test_ratios_by_round(self) -> None:
+        assert steps_table.by_round([2.0, 4.0, 6.0], [1.0, 4.0, 2.0]) == [2.0, 1.0, 3.0]
+        # Twice as many samples of the faster one: two in each round.
+        assert steps_table.by_round([8.0, 12.0], [1.0, 3.0, 2.0, 4.0]) == [4.0, 4.0]
+        assert [steps_table._short(x) for x in (0.854, 9.994, 9.996, 99.9, 123.4)] == [
+            "0.85", "9.99", "10.0", "99.9", "123",
+        ]  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark can't be set back")
+def test_memory_that_steps_keep() -> None:
+    loop = loops.Decoder(name="", batch=8, keys=128, features=256, values=64, query=32, steps=32, score="additive")
+    element = loop.rows * loop.keys * loop.features * 4  # 32 MiB
+    (ours, our_peak), (eager, eager_peak) = (kept.measured(loop, name, "cpu", 1) for name in ("attnext", "eager"))
+    # Eager keeps the tanh; attnext what is as small as the weights, beside the keys.
+    assert element <= eager < 3 * element
+    assert eager_peak > eager
+    assert 0 < ours < eager / 8
+    assert ours < our_peak < eager_peak / 4
+    with pytest.raises(Unavailable, match="its memory at 32 steps could not be measured: KeyError: 'nobody'"):
+        kept.measured(loop, "nobody", "cpu", 1)
 
 
 def document(**seconds: list[float]) -> dict[str, Any]:

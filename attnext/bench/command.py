@@ -147,6 +147,8 @@ def _measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         short = Plan(args.device, _STUDY_SECONDS, _QUICK_SAMPLES, plan.show, plan.note)
         for name in studies:
             tables[name] = STUDIES[name](kernels[0], others, short, args.quick)
+            if args.device == "cpu":
+                peaks.update(count)
             bar.advance(task)
     if args.quick and "compile" in others and not all(_compiles(case, True) for case in cases):
         notes.append(f"compile was left out of other cases than {', '.join(_QUICK_COMPILED)}: see --quick")

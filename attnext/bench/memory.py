@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from attnext.bench.cases import Case
 from attnext.bench.peers import OTHERS, Peer, Unavailable, ours
 from attnext.bench.timing import threads
 
-__all__ = ["fits", "peak"]
+__all__ = ["fits", "in_new_process", "peak", "peak_of", "resident"]
 
 _STATUS = Path("/proc/self/status")
 _TENSORS = 5  # of (B, Tq, Tk, D), forward and backward in eager: sum, tanh, and three gradients on the way
@@ -33,14 +34,23 @@ def peak(case: Case, peer: str, device: str, count: int) -> int:
         Unavailable: the process failed; the message has its last words.
     """
     sizes = {key: value for key, value in asdict(case).items() if key != "dtype"}
-    request = json.dumps({"case": sizes, "peer": peer, "device": device, "threads": count})
-    command = [sys.executable, "-m", "attnext.bench.memory", request]
+    request = {"case": sizes, "peer": peer, "device": device, "threads": count}
+    return int(in_new_process("attnext.bench.memory", request, f"Tk {case.keys}"))
+
+
+def in_new_process(module: str, request: dict[str, Any], where: str) -> Any:
+    """What a module prints of a request, both JSON.
+
+    Raises:
+        Unavailable: the process failed; the message has ``where`` and its last words.
+    """
+    command = [sys.executable, "-m", module, json.dumps(request)]
     package = Path(__file__).resolve().parents[2]  # so that it is this one that the process finds
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=package)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-        raise Unavailable(f"its memory at Tk {case.keys} could not be measured: {lines[-1]}")
-    return int(done.stdout.splitlines()[-1])
+        raise Unavailable(f"its memory at {where} could not be measured: {lines[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def fits(case: Case) -> bool:
@@ -67,8 +77,35 @@ def _measure(case: Case, peer: Peer, device: str) -> int:
         run = peer.build(case, case.inputs(device))
         if peer.name == "compile":  # its builder has run it, and left more behind than a call does
             run()
-        gc.collect()
-        return _cuda_peak(run) if device == "cuda" else _cpu_peak(run)
+        return peak_of(run, device)
+
+
+def peak_of(run: Callable[[], object], device: str) -> int:
+    """Bytes at the peak of a call, beside what was there before it."""
+    gc.collect()
+    return _cuda_peak(run) if device == "cuda" else _cpu_peak(run)
+
+
+def resident(device: str) -> int:
+    """Bytes that tensors and whatever else take now.
+
+    Raises:
+        Unavailable: the system doesn't tell.
+    """
+    gc.collect()
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    if not _STATUS.is_file():
+        raise Unavailable("what is kept can't be measured on this system")
+    _trim()
+    return _kilobytes(_STATUS, "VmRSS")
+
+
+def _trim() -> None:
+    """Gives freed memory back, which is still the process's and would hide as much of a call's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _cpu_peak(run: Callable[[], object]) -> int:
@@ -79,9 +116,7 @@ def _cpu_peak(run: Callable[[], object]) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run()
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # freed memory that is still the process's would hide as much of the call's
-        trim(0)
+    _trim()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = _kilobytes(_STATUS, "VmRSS")
     run()

@@ -17,8 +17,9 @@ from attnext.backends import choose, kernel_devices
 from attnext.bench.cases import Case
 from attnext.cases import Inputs
 from attnext.memory import Memory, prepare
+from attnext.steps import gathered
 
-__all__ = ["OTHERS", "Peer", "Unavailable", "Wrong", "checked", "cores", "exact", "ours"]
+__all__ = ["OTHERS", "Peer", "Unavailable", "Wrong", "checked", "cores", "exact", "off", "ours", "projected_memory"]
 
 Run = Callable[[], Any]
 Function = Callable[..., Tensor]
@@ -117,8 +118,14 @@ def _attnext(backend: str, case: Case, inputs: Inputs) -> Run:
         return _call(case, lambda *x: additive_attention(*x, backend=backend)[0], x, incoming)
     query, key, value, score_weight = x
     query = query.squeeze(1)
-    memory = Memory(key, value, None, None, score_weight, prepare(key, None, None, backend))
+    memory = projected_memory(key, value, score_weight, backend)
     return lambda: functional.attend(query, memory, 1.0, 0.0, False, backend)[0]
+
+
+def projected_memory(key: Tensor, value: Tensor, score_weight: Tensor, backend: str | None) -> Memory:
+    """A memory of projected keys, prepared for many steps and their gradients."""
+    prepared = prepare(key, None, None, backend)
+    return Memory(key, value, None, None, score_weight, prepared, steps=gathered(key, value, score_weight))
 
 
 def _eager(case: Case, inputs: Inputs) -> Run:
@@ -261,6 +268,12 @@ def checked(case: Case, peer: Peer, inputs: Inputs, expected: Sequence[Tensor] |
         if not error <= allowed:  # NaN is not
             raise Wrong(f"{peer.name} is wrong on the case {case.name}: off by {error:.2g}, {allowed:.2g} is rounding")
     return run
+
+
+def off(found: Tensor, right: Tensor) -> float:
+    """The largest difference, as a part of the largest element; where all are tiny, of a thousandth."""
+    found, right = found.detach().reshape(right.shape), right.detach()
+    return float((found - right).abs().max() / right.abs().max().clamp(min=1e-3))
 
 
 def _tensor(x: Any) -> Tensor:

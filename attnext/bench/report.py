@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnext._support import InputError
+from attnext.bench.study_tables import STUDIES
+from attnext.bench.tables import WIDTHS, Document, bound, duration, new_table, write
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 __all__ = ["SCHEMA", "bound", "compare", "load", "ratio", "show"]
 
 SCHEMA = 1
-Document = dict[str, Any]
 
 # Two runs of the same code differ by some per cent as the machine does, which the samples of one run can't tell.
 _MARGIN = 0.05
@@ -32,30 +32,21 @@ def show(console: Console, document: Document) -> None:
     for name in names:
         results = [result for result in document["results"] if result["case"] == name]
         first = results[0]
-        _line(console, f"\n{name}: {first['kind']}, {first['sizes']}, {first['dtype']}")
-        table = _table("peer", "median", "quartiles", "G el/s", "bound", "attnext is")
+        write(console, f"\n{name}: {first['kind']}, {first['sizes']}, {first['dtype']}")
+        table = new_table("peer", "median", "quartiles", "G el/s", "bound", "attnext is")
         for result in results:
             table.add_row(*_cells(result, results, document["peaks"]))
         console.print(table)
     for name, rows in document["studies"].items():
         if rows:
-            _STUDIES[name](console, rows)
+            STUDIES[name](console, [_bounded(row, document["peaks"]) for row in rows])
     for line in (*_caption(document), *(f"note: {text}" for text in document["notes"])):
-        _line(console, line)
+        write(console, line)
 
 
-def _table(*columns: str) -> Table:
-    """Columns of one width in all tables, 77 in all, the first aligned left."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, (name, width) in enumerate(zip(columns, (17, 9, 18, 7, 6, 14), strict=False)):
-        table.add_column(name, justify="right" if index else "left", min_width=width, no_wrap=True)
-    return table
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
+def _bounded(row: Document, peaks: Document) -> Document:
+    """The row of a study; the time that its work needs at least is there where work is counted."""
+    return row | {"bound": bound(row, peaks)} if "multiply_adds" in row else row
 
 
 def _cells(result: Document, results: Sequence[Document], peaks: Document) -> tuple[str, ...]:
@@ -68,16 +59,7 @@ def _cells(result: Document, results: Sequence[Document], peaks: Document) -> tu
     speed = f"{result['elements'] / middle / 1e9:.3g}" if not other else "-"
     times = ratio(result, results)
     than = "" if times is None else f"{times:.3g}x faster" if times >= 1 else f"{1 / times:.3g}x slower"
-    return result["peer"], _time(middle), f"{_time(low)} - {_time(high)}", speed, share, than
-
-
-def bound(result: Document, peaks: Document) -> float | None:
-    """Seconds that the machine needs at least: for the arithmetic, or to read a step's memory that no cache holds."""
-    if not peaks["multiply_adds"]:
-        return None
-    arithmetic = result["multiply_adds"] / peaks["multiply_adds"]
-    beyond = result["memory_bytes"] > peaks["last_level_cache"]
-    return float(max(arithmetic, result["memory_bytes"] / peaks["read_bandwidth"] if beyond else 0.0))
+    return result["peer"], duration(middle), f"{duration(low)} - {duration(high)}", speed, share, than
 
 
 def ratio(result: Document, results: Sequence[Document]) -> float | None:
@@ -86,12 +68,6 @@ def ratio(result: Document, results: Sequence[Document]) -> float | None:
     if ours is None or ours is result:
         return None
     return float(median(result["seconds"]) / median(ours["seconds"]))
-
-
-def _time(seconds: float) -> str:
-    unit, factor = next((pair for pair in (("s", 1.0), ("ms", 1e-3)) if seconds >= pair[1]), ("us", 1e-6))
-    value = seconds / factor
-    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
 
 
 def _caption(document: Document) -> list[str]:
@@ -109,68 +85,6 @@ def _caption(document: Document) -> list[str]:
     return lines
 
 
-def _show_threads(console: Console, rows: Sequence[Document]) -> None:
-    _line(console, f"\nthreads: one against {rows[0]['threads']}")
-    table = _table("case", "one", "all", "ratio")
-    for row in rows:
-        table.add_row(row["case"], _time(row["one"]), _time(row["all"]), f"{row['one'] / row['all']:.2f}x")
-    console.print(table)
-
-
-def _show_linearity(console: Console, rows: Sequence[Document]) -> None:
-    _line(console, "\nlinearity: time grows as a size to the power of")
-    table = _table("kind", "size", "from - to", "power")
-    for row in rows:
-        table.add_row(row["kind"], row["size"], f"{row['sizes'][0]} - {row['sizes'][-1]}", f"{row['exponent']:.2f}")
-    console.print(table)
-
-
-def _show_memory(console: Console, rows: Sequence[Document]) -> None:
-    _line(console, "\nmemory: forward + backward, B 16, Tq 128, D 256, H 512; peak beside the inputs")
-    table = _table("peer", "Tk", "median", "peak")
-    for row in rows:
-        size = f"{row['bytes'] / 2**20:.0f} MiB" if "bytes" in row else "-"
-        table.add_row(row["peer"], str(row["keys"]), _time(row["seconds"]), size)
-    console.print(table)
-
-
-def _show_family(console: Console, rows: Sequence[Document]) -> None:
-    first = rows[0]
-    sizes = f"B {first['batch']}, Tk {first['keys']}, Q and H {first['size']}, D {first['size'] // 2}"
-    _line(console, f"\nfamily: {sizes}; preparation and {first['steps']} steps of a decoder")
-    table = _table("attention", "no grad", "PyTorch takes", "training", "takes")
-    for row in rows:
-        cells = []
-        for kind in ("decode", "train"):
-            ours, eager = row[kind]["attnext"], row[kind]["reference"]
-            cells += [_time(ours), f"{eager / ours:.3g}x"]
-        table.add_row(row["attention"], *cells)
-    console.print(table)
-
-
-def _show_model(console: Console, rows: Sequence[Document]) -> None:
-    _line(console, "\nmodel: a training step, and where its time goes")
-    table = _table("model", "B, Tx, Ty", "peer", "median", "ratio")
-    for row in rows:
-        for peer, seconds in row["seconds"].items():
-            sizes = f"{row['batch']}, {row['source']}, {row['target']}"
-            ratio = seconds / row["seconds"]["attnext"]
-            table.add_row(row["model"], sizes, peer, _time(seconds), f"{ratio:.2f}x")
-    console.print(table)
-    for row in rows:
-        for peer, shares in row["shares"].items():
-            _line(console, f"{row['model']}, {peer}: {', '.join(f'{part} {x:.0%}' for part, x in shares.items())}")
-
-
-_STUDIES = {
-    "threads": _show_threads,
-    "linearity": _show_linearity,
-    "memory": _show_memory,
-    "family": _show_family,
-    "model": _show_model,
-}
-
-
 def load(path: Path) -> Document:
     """Reads what ``--json`` wrote.
 
@@ -181,9 +95,9 @@ def load(path: Path) -> Document:
         document = json.loads(path.read_bytes())
         if document["schema"] != SCHEMA:
             raise InputError(f"{str(path)!r} has schema {document['schema']!r} of results, this version reads {SCHEMA}")
-        for result in document["results"]:
-            if not (_key(result) and min(result["seconds"]) > 0):
-                raise ValueError(f"no times of {_key(result)}")
+        for key, seconds in _samples(document).items():
+            if not min(seconds) > 0:
+                raise ValueError(f"no times of {key}")
         _circumstances(document)
     except OSError as error:
         raise InputError(f"can't read {str(path)!r}: {error.strerror}") from error
@@ -201,27 +115,37 @@ def compare(console: Console, first: Path, second: Path) -> None:
         InputError: a file is not a result of ``--json``.
     """
     before, after = load(first), load(second)
-    old, new = ({_key(result): result for result in document["results"]} for document in (before, after))
-    table = _table("case", "before", "after", "ratio", "now")
-    table.columns[0].min_width = 29
+    old, new = _samples(before), _samples(after)
+    table = new_table("case", "before", "after", "ratio", "now", widths=(29, *WIDTHS[1:]))
+    table.columns[0].no_wrap = False
     for key in (key for key in old if key in new):
-        a, b = old[key]["seconds"], new[key]["seconds"]
+        a, b = old[key], new[key]
         low, high = _interval(a, b)
         verdict = "slower" if low > 1 + _MARGIN else "faster" if high < 1 / (1 + _MARGIN) else "same"
         times = f"{median(b) / median(a):.2f}x"
-        table.add_row(f"{key[0]}, {key[1]}", _time(median(a)), _time(median(b)), times, verdict)
+        table.add_row(f"{key[0]}, {key[1]}", duration(median(a)), duration(median(b)), times, verdict)
     console.print(table)
     if alone := sorted(f"{key[0]}, {key[1]}" for key in old.keys() ^ new.keys()):
-        _line(console, f"only in one of them: {'; '.join(alone)}")
+        write(console, f"only in one of them: {'; '.join(alone)}")
     circumstances = zip(_circumstances(before).items(), _circumstances(after).values(), strict=True)
     if differ := [f"{name} ({one}, then {other})" for (name, one), other in circumstances if one != other]:
-        _line(console, f"warning: not measured alike: {'; '.join(differ)}")
+        write(console, f"warning: not measured alike: {'; '.join(differ)}")
     rule = f"where its 99% bootstrap interval lies beyond a change of {_MARGIN:.0%}"
-    _line(console, f"ratio of the medians; slower or faster {rule}")
+    write(console, f"ratio of the medians; slower or faster {rule}")
 
 
-def _key(result: Document) -> tuple[str, ...]:
-    return result["case"], result["peer"], result["sizes"], result["dtype"]
+def _samples(document: Document) -> dict[tuple[str, ...], list[float]]:
+    """All that was timed in rounds, by case, peer, sizes and dtype: the cases, and the loops of the study of steps."""
+    cases = {
+        (result["case"], result["peer"], result["sizes"], result["dtype"]): result["seconds"]
+        for result in document["results"]
+    }
+    loops = [row for row in document["studies"].get("steps", []) if "seconds" in row]
+    return cases | {
+        (f"{row['loop']}, {row['kind']}", peer, row["sizes"], "float32"): seconds
+        for row in loops
+        for peer, seconds in row["seconds"].items()
+    }
 
 
 def _circumstances(document: Document) -> dict[str, Any]:

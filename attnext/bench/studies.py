@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from attnext import AttentionPooling
 from attnext.attention.family import FAMILY, Member
 from attnext.backends import use_backend
-from attnext.bench import memory, model
+from attnext.bench import memory, model, steps
 from attnext.bench.cases import CASES, Case
-from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong
+from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong, off
 from attnext.bench.timing import Plan, interleaved, measure, threads
 
 __all__ = ["STUDIES", "decode", "decoder_inputs", "exponent"]
@@ -126,7 +126,7 @@ def _of_member(member: Member, names: dict[str, str], plan: Plan) -> Row:
         attn.train(kind == "train")
         runs = {peer: partial(run, name, train=kind == "train") for peer, name in names.items()}
         for found, right in zip(*(one() for one in runs.values()), strict=True):
-            error = float((found - right).abs().max() / right.abs().max().clamp(min=1e-3))
+            error = off(found, right)
             if not error <= 1e-3:
                 raise Wrong(f"attnext {names['attnext']} is wrong on {member.name}: off by {error:.2g}")
         row[kind] = {peer: median(seconds) for peer, seconds in interleaved(runs, plan, member.name).items()}
@@ -163,5 +163,6 @@ STUDIES: dict[str, Study] = {
     "memory": _memory,
     "family": _family,
     "model": model.study,
+    "steps": steps.study,
 }
 """By name; each takes this project's peer, the names of the others, the plan, and whether to be quick."""

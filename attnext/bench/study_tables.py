@@ -1,0 +1,77 @@
+"""The studies as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from attnext.bench.steps_table import show_steps
+from attnext.bench.tables import Document, duration, new_table, write
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["STUDIES"]
+
+
+def _show_threads(console: Console, rows: Sequence[Document]) -> None:
+    write(console, f"\nthreads: one against {rows[0]['threads']}")
+    table = new_table("case", "one", "all", "ratio")
+    for row in rows:
+        table.add_row(row["case"], duration(row["one"]), duration(row["all"]), f"{row['one'] / row['all']:.2f}x")
+    console.print(table)
+
+
+def _show_linearity(console: Console, rows: Sequence[Document]) -> None:
+    write(console, "\nlinearity: time grows as a size to the power of")
+    table = new_table("kind", "size", "from - to", "power")
+    for row in rows:
+        table.add_row(row["kind"], row["size"], f"{row['sizes'][0]} - {row['sizes'][-1]}", f"{row['exponent']:.2f}")
+    console.print(table)
+
+
+def _show_memory(console: Console, rows: Sequence[Document]) -> None:
+    write(console, "\nmemory: forward + backward, B 16, Tq 128, D 256, H 512; peak beside the inputs")
+    table = new_table("peer", "Tk", "median", "peak")
+    for row in rows:
+        size = f"{row['bytes'] / 2**20:.0f} MiB" if "bytes" in row else "-"
+        table.add_row(row["peer"], str(row["keys"]), duration(row["seconds"]), size)
+    console.print(table)
+
+
+def _show_family(console: Console, rows: Sequence[Document]) -> None:
+    first = rows[0]
+    sizes = f"B {first['batch']}, Tk {first['keys']}, Q and H {first['size']}, D {first['size'] // 2}"
+    write(console, f"\nfamily: {sizes}; preparation and {first['steps']} steps of a decoder")
+    table = new_table("attention", "no grad", "PyTorch takes", "training", "takes")
+    for row in rows:
+        cells = []
+        for kind in ("decode", "train"):
+            ours, eager = row[kind]["attnext"], row[kind]["reference"]
+            cells += [duration(ours), f"{eager / ours:.3g}x"]
+        table.add_row(row["attention"], *cells)
+    console.print(table)
+
+
+def _show_model(console: Console, rows: Sequence[Document]) -> None:
+    write(console, "\nmodel: a training step, and where its time goes")
+    table = new_table("model", "B, Tx, Ty", "peer", "median", "ratio")
+    for row in rows:
+        for peer, seconds in row["seconds"].items():
+            sizes = f"{row['batch']}, {row['source']}, {row['target']}"
+            ratio = seconds / row["seconds"]["attnext"]
+            table.add_row(row["model"], sizes, peer, duration(seconds), f"{ratio:.2f}x")
+    console.print(table)
+    for row in rows:
+        for peer, shares in row["shares"].items():
+            write(console, f"{row['model']}, {peer}: {', '.join(f'{part} {x:.0%}' for part, x in shares.items())}")
+
+
+STUDIES: dict[str, Callable[[Console, Sequence[Document]], None]] = {
+    "threads": _show_threads,
+    "linearity": _show_linearity,
+    "memory": _show_memory,
+    "family": _show_family,
+    "model": _show_model,
+    "steps": show_steps,
+}
