@@ -282,8 +282,11 @@ class _Differentiable(torch.autograd.Function):
 def differentiable(op: Any, inputs: Sequence[Tensor | None], rest: tuple[Any, ...]) -> Any:
     """Calls an operator with its leading tensors and its other arguments, outside compilation, transforms and autocast.
 
-    The way that ``torch.library`` has for gradients takes a tenth of a millisecond more, forward and again backward.
+    The way that ``torch.library`` has for gradients takes a tenth of a millisecond more, forward and again backward; it
+    serves what is wrapped around an operator.
     """
+    if op not in _gradients:
+        return op(*inputs, *rest)
     return _Differentiable.apply(op, rest, *inputs)  # type: ignore[no-untyped-call]
 
 

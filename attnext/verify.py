@@ -19,7 +19,7 @@ import torch
 from attnext._support import InputError
 from attnext.backends import backends, kernel_devices, serves
 from attnext.backends.triton import INTERPRETED
-from attnext.cases import CASES, DTYPES, Case, compare, random_cases
+from attnext.cases import CASES, DTYPES, PAST_INPUTS, Case, compare, random_cases
 from attnext.cli import non_negative
 
 if TYPE_CHECKING:
@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 
 Call = tuple[str, Case, int]
 """A backend, a case and the seed of its inputs."""
-RESULTS = ("scores", "context", "weights", "grad query", "grad key", "grad value", "grad score_weight")
+COLUMNS = {
+    "scores": ["scores"],
+    "context": ["context"],
+    "weights": ["weights"],
+    "grad\nquery": ["grad query"],
+    "grad\nkey": ["grad key"],
+    "grad\nvalue": ["grad value"],
+    "grad\nv": ["grad score_weight"],
+    "grad\npast": [f"grad {name}" for name in PAST_INPUTS],
+}
+"""Of the table, each with the results whose worst it shows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,15 +91,15 @@ class Report:
         table = Table(
             title="Worst error against the float64 reference, in units of the tolerance",
             box=box.SIMPLE,
-            padding=(0, 1, 0, 0),
+            padding=0,
         )
         for name in ("backend", "dtype"):
             table.add_column(name, no_wrap=True)
-        for name in ("cases", *RESULTS):
-            table.add_column(name.replace("grad ", "grad\n").replace("score_weight", "v"), justify="right")
+        for name in ("cases", *COLUMNS):
+            table.add_column(name, justify="right")
         for key, row in self.worst.items():
-            cells = (_cell(row[name]) if name in row else "-" for name in RESULTS)
-            table.add_row(*key, str(self.cases[key]), *cells)
+            found = ([row[name] for name in names if name in row] for names in COLUMNS.values())
+            table.add_row(*key, str(self.cases[key]), *(_cell(max(errors)) if errors else "-" for errors in found))
         return table
 
 
