@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnext import functional, reference
-from attnext.memory import Memory
+from attnext.memory import Memory, prepare
 from attnext.ops import operators
 from attnext.steps import gathered
 
@@ -159,21 +159,25 @@ def test_many_steps_of_a_memory(steps: int) -> None:
     torch.testing.assert_close(run("cpu"), run("reference"), rtol=1e-8, atol=1e-10)
 
 
-def test_other_scales_and_operators_between_the_steps() -> None:
-    """Steps that differ in what they share are not put together."""
+@pytest.mark.parametrize("order", ["aabb", "abab", "aapp", "ppaa", "abpb"])
+def test_other_scales_and_operators_between_the_steps(order: str) -> None:
+    """Steps that differ in what they share are not put together: two scales of attention, and those that see a past."""
     x = inputs(torch.float64)
-    queries = torch.randn(6, BATCH, SIZE, dtype=torch.float64)
+    queries = torch.randn(len(order), BATCH, SIZE, dtype=torch.float64)
     leaves = [x[name] for name in NAMES[1:4]]
 
     def run(backend: str) -> tuple[Tensor, ...]:
-        memory = Memory(
-            *leaves[:2], LENGTHS, None, leaves[2], None, steps=gathered(*leaves) if backend == "cpu" else None
-        )
+        key, value, v = leaves
+        on_cpu = backend == "cpu"
+        prepared, steps = (prepare(key, LENGTHS, None, "cpu"), gathered(*leaves)) if on_cpu else (None, None)
+        memory = Memory(key, value, LENGTHS, None, v, prepared, steps=steps)
         total = torch.zeros((), dtype=torch.float64)
-        for number, query in enumerate(queries):
-            context, _ = functional.attend(query, memory, 1.0 + number // 2, 0.0, False, backend)
-            again, _ = attend(x | {"query": query}, backend, memory)
-            total = total + context.sin().sum() + again.cos().sum()
+        for kind, query in zip(order, queries, strict=True):
+            if kind == "p":
+                context, _ = attend(x | {"query": query}, backend, memory)
+            else:
+                context, _ = functional.attend(query, memory, {"a": 1.0, "b": 1.5}[kind], 0.0, False, backend)
+            total = total + context.sin().sum()
         return torch.autograd.grad(total, leaves)
 
     torch.testing.assert_close(run("cpu"), run("reference"))
