@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import additive, dot, gradients
+from . import additive, dot, gradients, steps
 from .tiles import Tiles, tiles
 
 __all__ = ["DTYPES", "TARGETS", "Build", "Usage", "build", "builds", "disassembly", "try_usage", "usage"]
@@ -43,24 +43,39 @@ DTYPES = {"float32": "fp32", "float64": "fp64", "float16": "fp16", "bfloat16": "
 
 _INPUTS = {
     "rows", "weight", "query", "key", "value", "grad_context", "context", "weights", "grad_weights", "x", "x_more",
+    "filters", "projection", "of_value",
 }  # fmt: skip
 _OTHER_TYPES = {
-    "lengths": "*i64", "seed": "*i64", "mask": "*i1", "threshold": "i64",
+    "lengths": "*i64", "seed": "*i64", "mask": "*i1", "threshold": "i64", "window": "*i64", "stays": "*i32",
 } | dict.fromkeys(
     ("scale", "scale_rest", "keep_scale", "keep_rest"), "fp32",
 ) | dict.fromkeys(
     ("B", "T", "heads", "Tq", "Tk", "D", "H", "HALF", "both", "q_rows", "k_rows", "mask_row", "keys_each",
      "padded_rows", "padded_features", "splits", "i_first", "slab", "add", "count", "rows_each", "row_splits",
      "key_splits", "rows_of", "terms", "columns", "w_batch", "w_row", "w_term", "x_rows", "x_first", "out_rows",
-     "out_first", "each"), "i32",
+     "out_first", "each", "F", "width", "tiles_each", "channel"), "i32",
 )  # fmt: skip
 # Arguments that a launch leaves out, as None, where a flag is not set.
 _OPTIONAL = {
     "HAS_LENGTHS": ("lengths",), "HAS_MASK": ("mask",), "DROPOUT": ("seed",), "EXP": ("limits",),
     "FOLD": ("fold",), "ROWS": ("by_row",), "MORE": ("w_more", "x_more"),
-    "CONTEXT": ("grad_context", "value_columns", "grad_columns"), "WEIGHTS": ("grad_weights",),
+    "CONTEXT": ("grad_context", "value_columns", "grad_columns"), "WEIGHTS": ("grad_weights", "grad_wide"),
+    "HAS_WINDOW": ("window",), "AGENT": ("transition", "grad_transition"),
 }  # fmt: skip
-_FLAGS = ("HAS_LENGTHS", "HAS_MASK", "DROPOUT", "WEIGHTS", "EXP", "FOLD", "ROWS", "SHARED", "MORE", "HIDE")
+_FLAGS = (
+    "HAS_LENGTHS",
+    "HAS_MASK",
+    "DROPOUT",
+    "WEIGHTS",
+    "EXP",
+    "FOLD",
+    "ROWS",
+    "SHARED",
+    "MORE",
+    "HIDE",
+    "HAS_WINDOW",
+    "AGENT",
+)
 # Sizes of which a launch may know that 16 divides them, and those of which it always does.
 _MULTIPLES_OF_16 = {"D", "H", "q_rows", "k_rows", "padded_rows", "slab", "keys_each", "columns"}
 _ALWAYS_MULTIPLES_OF_16 = {"k_rows", "keys_each"}
@@ -122,6 +137,17 @@ _LAUNCHES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("dot_forward", "dot, more features", "dot 1024", {"WHOLE": False, "SHARED": False}),
     ("dot_score_gradients", "dot, backward: pairs", "dot pairs", {}),
     ("weighted_sums", "dot, backward: sums", "dot sums", {}),
+    ("step_scores", "past: scores", "step sums", {"CHANNELS": 2, "PROJECTED": True, "BF": 32}),
+    ("step_scores", "past: scores, no projection", "step sums", {"CHANNELS": 1, "PROJECTED": False, "BF": 16}),
+    ("step_context", "past: context", "step rows", {"RULE": 2}),
+    ("step_slots", "past, backward: slots", "step rows", {"RULE": 2}),
+    ("step_previous", "past, backward: previous", "step places", {}),
+    ("step_values", "past, backward: values", "step values", {}),
+    ("step_gradients", "past, backward: sums", "step sums",
+     {"CHANNELS": 2, "PROJECTED": True, "BF": 32, "SIGMOID_RULE": True}),
+    ("step_gradients", "past, backward: sums, no projection", "step sums",
+     {"CHANNELS": 1, "PROJECTED": False, "BF": 16, "SIGMOID_RULE": False}),
+    ("step_past", "past, backward: past", "step places", {"CHANNELS": 2, "TILE": 16}),
 )  # fmt: skip
 """Kernel, label, kind of tiles and constants of every launch.
 
@@ -131,7 +157,7 @@ numbers.
 
 
 def _file(kernel: str) -> ModuleType:
-    return next(file for file in (additive, gradients, dot) if hasattr(file, kernel))
+    return next(file for file in (additive, gradients, dot, steps) if hasattr(file, kernel))
 
 
 def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Build]:

@@ -649,6 +649,15 @@ def _weighted_sums(
     )  # fmt: skip
 
 
+def _of_steps(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        from . import launch_steps  # which is built on this file
+
+        return getattr(launch_steps, name)(*arguments)
+
+    return call
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "additive_prepare": prepare,
     "additive_attention": attention,
@@ -657,5 +666,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "additive_scores_backward": scores_backward,
     "dot_attention": dot_attention,
     "dot_attention_backward": dot_attention_backward,
+    "additive_step": _of_steps("step"),
+    "additive_step_backward": _of_steps("step_backward"),
 }
 """The family's kernels by the name of their operator, as ``attnext.ops`` defines it."""

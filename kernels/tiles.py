@@ -68,13 +68,17 @@ def _of_dots(share: int, keys: int) -> Kinds:
 
 # BM queries, BN keys, BH value columns; BJ keys and BD pairs of features, a pair a thread; BT rows. The
 # pairs' BN is KEY_BLOCK, as many sums of ds as there are blocks of keys. Of dot products: BD features; BR rows, BT
-# terms and BC columns of a sum.
+# terms and BC columns of a sum. Of a step that sees its past BK keys.
 _ANY: Kinds = {
     "fold": (_tiles(4),),  # one program, with all features at once
     "features first": (_tiles(4, BT=32, BD=32),),
     "combine": (_tiles(4, BH=128, BN=128),),
     "row sums": (_tiles(4, BLOCK=256),),
     "sums of parts": (_tiles(4, BLOCK=256),),
+    "step sums": (_tiles(8, BK=16, BD=16),),
+    "step rows": (_tiles(4, BK=32, BH=64),),
+    "step values": (_tiles(4, BK=16, BH=64),),
+    "step places": (_tiles(4, BK=128),),
 }
 _FLOAT32: Kinds = _ANY | {
     **_of_dots(512, 4),
@@ -120,6 +124,9 @@ _INTERPRETED: Kinds = _ANY | {  # an operation costs the same for many numbers
     "dot pairs": (_tiles(1, BM=32, BN=64, BD=64),),
     "dot sums of one": (_tiles(1, BR=1, BT=64, BC=64),),
     "dot sums": (_tiles(1, BR=64, BT=32, BC=32),),
+    "step sums": (_tiles(4, BK=64, BD=64),),
+    "step rows": (_tiles(4, BK=64, BH=64),),
+    "step values": (_tiles(4, BK=64, BH=64),),
 }
 TARGETS: dict[str, tuple[Kinds, Kinds]] = {
     "sm_80": (_FLOAT32, _FLOAT64),
