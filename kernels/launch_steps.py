@@ -190,6 +190,6 @@ def _gradients(p: _Step, ds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | N
             )  # fmt: skip
     return (
         of_query.sum(0).view(p.batch, p.queries, p.features), of_key, of_weight.sum(0),
-        None if of_filters is None else of_filters.sum(0).permute(2, 0, 1),
+        None if of_filters is None else of_filters.sum(0).permute(2, 0, 1).contiguous(),
         None if of_projection is None else of_projection.sum(0), pasts,
     )  # fmt: skip

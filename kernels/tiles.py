@@ -106,7 +106,10 @@ _FLOAT64: Kinds = _ANY | {  # a number takes two registers, so a program has few
     "dot sums": (_tiles(1, BR=8, BT=2, BC=64),),
 }
 _OF_64_LANES: Kinds = {"inputs": (_tiles(1, BJ=8, BD=64, BN=16, BH=128), _tiles(1, BJ=4, BD=64, BN=16, BH=128))}
-_FLOAT64_OF_64_LANES: Kinds = {"inputs": (_tiles(1, BJ=4, BD=64, BN=8, BH=128),)}
+_FLOAT64_OF_64_LANES: Kinds = {
+    "inputs": (_tiles(1, BJ=4, BD=64, BN=8, BH=128),),
+    "step sums": (_tiles(4, BK=16, BD=16),),
+}
 _FLOAT32_OF_SM_100: Kinds = {  # the assembler spills where half types have as many columns as elsewhere
     "forward": (_tiles(1, BM=4, BN=128, BH=128), _tiles(2, BM=8, BN=128, BH=64)),
 }

@@ -263,6 +263,10 @@ def nothing_waits(backend: str) -> None:
         for y in (x[:3], [*x[:2], None]):
             found = op("dot_attention")(*y, *rest, True)
             op("dot_attention_backward")(*grads_like(found), *y, *rest, *found)
+        tensors, options = step_inputs()
+        saved = [y.detach() for y in tensors]
+        context, weights = op("additive_step")(*saved, *options, 1.0, 0.0, 2)
+        op("additive_step_backward")(context, weights, *saved, *options, 1.0, 0.0, 2, weights)
 
 
 def one_graph(backend: str) -> None:
@@ -279,8 +283,48 @@ def one_graph(backend: str) -> None:
     close(list(torch.autograd.grad(whole(*x), x)), list(torch.autograd.grad(loss(*x), x)))
 
 
+def step_inputs() -> tuple[list[Tensor], list[Tensor | None]]:
+    """Of a step that sees its past: what may have a gradient, for a beam of two; and lengths, mask, window, no seed."""
+    shapes = ((2, 2, 12), (2, 21, 12), (2, 21, 7), (12,), (3, 2, 5), (12, 3))
+    x = [torch.randn(shape) for shape in shapes] + [torch.rand(2, 2, 21) for _ in range(3)] + [torch.rand(2, 2, 1)]
+    window = torch.tensor([[[0, 9], [2, 30]], [[-3, 3], [1, 2]]])
+    return [y.requires_grad_() for y in x], [LENGTHS, torch.rand(2, 21) < 0.8, window, None]
+
+
+def steps(backend: str) -> None:
+    """Steps that see their past: the operators' contract, the same bits again, and any of the incoming gradients."""
+    op = operators(backend)
+    x, rest = step_inputs()
+    for rule in range(3):
+        inputs_ = [*x[:8], *(x[8:] if rule == 2 else (None, None))]
+        torch.library.opcheck(op("additive_step"), (*inputs_, *rest, 1.0, 0.0, rule))
+        saved = [None if y is None else y.detach() for y in inputs_]
+        context, weights = op("additive_step")(*saved, *rest, 1.0, 0.0, rule)
+        of = [torch.randn_like(context), torch.randn(2, 2, 1).expand(weights.shape)]
+        for grads in (of, [None, of[1]], [of[0], None]):
+            args = (*grads, *saved, *rest, 1.0, 0.0, rule)
+            first, second = (op("additive_step_backward")(*args, weights) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            expected = torch.ops.attnext.additive_step_backward_cpu(*args, weights)
+            close(list(first), list(expected))
+        close([context, weights], list(torch.ops.attnext.additive_step_cpu(*saved, *rest, 1.0, 0.0, rule)))
+    torch.library.opcheck(
+        op("additive_step_backward"), (*of, *saved, *rest, 1.0, 0.0, 2, weights),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+    # An empty row, for which what comes in is NaN.
+    key, value = (y.detach().requires_grad_() for y in x[1:3])
+    context, _ = op("additive_step")(
+        x[0], key, value, x[3], *(None,) * 6, torch.tensor([0, 5]), None, None, None, 1.0, 0.0, 0
+    )
+    for grad in torch.autograd.grad(context.square().sum(-1).sqrt().sum(), (key, value)):
+        assert grad.isfinite().all()
+        assert (grad[1] != 0).any()
+
+
 CHECKS = (
     opcheck,
+    steps,
     determinism_and_any_subset,
     prepared_memory,
     weights_add_up_to_one,

@@ -60,6 +60,8 @@ cases = (
     Case("scores", batch=1, queries=9, keys=140, features=5, lengths=True),
     Case("dot", batch=1, queries=5, keys=9, features=130, values=130, shared=True, **options),
     Case("dot", batch=1, queries=1, keys=50, features=1030, values=6, scale=0.03),
+    Case("past", batch=1, queries=2, keys=40, features=20, values=70, channels=2, filters=3, width=5, rule="sigmoid"),
+    Case("past", batch=1, queries=1, keys=20, features=20, values=5, channels=1, width=3, rule="forward"),
 )
 tried = set()
 for target, kinds in [(t, k) for t, k in TARGETS.items() if t != "interpreter"]:
