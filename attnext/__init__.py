@@ -16,7 +16,7 @@ from attnext.attention import (
     Past,
 )
 from attnext.backends import Backend, backends, use_backend
-from attnext.functional import additive_attention, additive_scores, dot_attention
+from attnext.functional import additive_attention, additive_scores, additive_step, dot_attention, prepare
 from attnext.memory import Memory
 
 __all__ = [
@@ -35,12 +35,14 @@ __all__ = [
     "__version__",
     "additive_attention",
     "additive_scores",
+    "additive_step",
     "backends",
     "coverage_loss",
     "dot_attention",
     "forward_weights",
     "monotonic_weights",
     "normalize",
+    "prepare",
     "use_backend",
 ]
 

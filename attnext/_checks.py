@@ -33,9 +33,16 @@ def size(name: str, x: Tensor, dim: int, expected: int, of: str) -> None:
 
 def same_kind(query: Tensor, **others: Tensor) -> None:
     """One floating dtype (or one that autocast will make of them) and one device."""
-    dtype, device = query.dtype, query.device
-    for name, x in {"query": query, **others}.items():
-        _kind(name, x, dtype, device, "query's")
+    floating("query", query.dtype)
+    for name, x in others.items():
+        _kind(name, x, query.dtype, query.device, "query's")
+
+
+def same_kind_as_key(key: Tensor, **others: Tensor) -> None:
+    """The same of what is given with a key alone."""
+    floating("key", key.dtype)
+    for name, x in others.items():
+        _kind(name, x, key.dtype, key.device, "the key's")
 
 
 def same_kind_as_module(name: str, x: Tensor, parameter: Tensor | None) -> None:
@@ -67,25 +74,59 @@ def in_transforms() -> bool:
 def additive(query: object, key: object, score_weight: object) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments of a score: query (B, [Tq,] D), key (B, Tk, D), score_weight ([heads,] D)."""
     query, key = dot(query, key)
-    score_weight = tensor("score_weight", score_weight, 1, 2)
-    size("score_weight", score_weight, -1, query.shape[-1], "query's last dimension")
-    if score_weight.dim() == 2 and (score_weight.shape[0] == 0 or query.shape[0] % score_weight.shape[0]):
+    return query, key, weight_of_score(score_weight, query, "query's last dimension")
+
+
+def weight_of_score(x: object, of: Tensor, whose: str) -> Tensor:
+    """``score_weight`` ([heads,] D), for a tensor (B, ..., D)."""
+    x = tensor("score_weight", x, 1, 2)
+    size("score_weight", x, -1, of.shape[-1], whose)
+    if x.dim() == 2 and (x.shape[0] == 0 or of.shape[0] % x.shape[0]):
         raise ValueError(
-            f"score_weight must have a number of heads of which the batch, {query.shape[0]}, is a multiple, got shape "
-            f"{tuple(score_weight.shape)}"
+            f"score_weight must have a number of heads of which the batch, {of.shape[0]}, is a multiple, got shape "
+            f"{tuple(x.shape)}"
         )
-    return query, key, score_weight
+    return x
 
 
 def dot(query: object, key: object) -> tuple[Tensor, Tensor]:
     """The arguments of a dot product: query (B, [Tq,] D), key (B, Tk, D)."""
-    query = tensor("query", query, 2, 3)
+    query = sized("query", query, 2, 3)
     key = tensor("key", key, 3)
-    if query.shape[-1] == 0:
-        raise ValueError(f"query must have an attention size (last dimension) of at least 1, got {tuple(query.shape)}")
     size("key", key, 0, query.shape[0], "query's batch")
     size("key", key, 2, query.shape[-1], "query's last dimension")
     return query, key
+
+
+def sized(name: str, x: object, *ranks: int) -> Tensor:
+    """``x`` as a tensor of one of these ranks, with an attention size."""
+    x = tensor(name, x, *ranks)
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} must have an attention size (last dimension) of at least 1, got {tuple(x.shape)}")
+    return x
+
+
+def value(x: object, key: Tensor) -> Tensor:
+    """``value`` (B, Tk, H)."""
+    x = tensor("value", x, 3)
+    size("value", x, 0, key.shape[0], "key")
+    size("value", x, 1, key.shape[1], "key")
+    return x
+
+
+def fits(query: object, size: int, like: Tensor) -> bool:
+    """Whether a query is right at a glance: of rank 2 or 3, of this last size, and as a tensor that was checked.
+
+    Most are, and a small step is short. Where it says no, the checks above say why, or that autocast makes it right.
+    """
+    return (
+        isinstance(query, Tensor)
+        and query.dim() in (2, 3)
+        and query.shape[-1] == size
+        and query.dtype == like.dtype
+        and query.device == like.device
+        and query.layout == torch.strided
+    )
 
 
 def lengths(x: object, key: Tensor) -> Tensor | None:
@@ -190,3 +231,80 @@ def choice(name: str, x: object, choices: tuple[str, ...]) -> str:
     if x not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {x!r}")
     return str(x)
+
+
+def pasts(x: object, query: Tensor, keys: int) -> tuple[Tensor, ...]:
+    """``past``: a tensor, or up to two, of a weight for each key."""
+    found = (x,) if isinstance(x, Tensor) else x
+    if not isinstance(found, (tuple, list)):
+        raise TypeError(f"past must be a torch.Tensor or up to two of them, got {type(x).__name__}")
+    if len(found) > 2:
+        raise ValueError(f"past must be a torch.Tensor or up to two of them, got {len(found)}")
+    return tuple(of_rows("past", one, query, keys, "the number of keys") for one in found)
+
+
+def filters(x: object, projection: object, bias: object, pasts: int, query: Tensor) -> None:
+    """Filters (F, C, width) over C pasts, their bias (F,), and a projection (D, F) without which F is D."""
+    if x is None:
+        for name, other in (("projection", projection), ("bias", bias)):
+            if other is not None:
+                raise ValueError(f"{name} must be None without filters, got {type(other).__name__}")
+        if pasts:
+            raise ValueError(f"past must be left out without filters, got {pasts}")
+        return
+    of = {"filters": (x := tensor("filters", x, 3))}
+    if pasts == 0:
+        raise ValueError("past must be a torch.Tensor or two of them with filters, got none")
+    size("filters", x, 1, pasts, "the number of pasts")
+    if x.shape[0] == 0 or x.shape[2] % 2 == 0:
+        raise ValueError(f"filters must be (F, C, width), F at least 1 and the width odd, got shape {tuple(x.shape)}")
+    if projection is None:
+        size("filters", x, 0, query.shape[-1], "query's last dimension where there is no projection")
+    else:
+        of["projection"] = projection = tensor("projection", projection, 2)
+        size("projection", projection, 0, query.shape[-1], "query's last dimension")
+        size("projection", projection, 1, x.shape[0], "the number of filters")
+    if bias is not None:
+        of["bias"] = bias = tensor("bias", bias, 1)
+        size("bias", bias, 0, x.shape[0], "the number of filters")
+    same_kind(query, **of)
+
+
+def of_rows(name: str, x: object, query: Tensor, last: int, what: str, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+    """(B, last) or (B, Tq, last), as the query is (B, D) or (B, Tq, D); of a floating dtype, or of one of these."""
+    x = tensor(name, x, query.dim())
+    if not dtypes:
+        floating(name, x.dtype)
+    elif x.dtype not in dtypes:
+        raise TypeError(f"{name} must be a tensor of integers, got {x.dtype}")
+    for dim in range(query.dim() - 1):
+        size(name, x, dim, query.shape[dim], "query")
+    size(name, x, -1, last, what)
+    if x.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
+    return x
+
+
+def previous(x: object, rule: str, query: Tensor, keys: int) -> Tensor | None:
+    """``previous``, which forward attention takes and no other rule."""
+    if rule == "forward":
+        return of_rows("previous", x, query, keys, "the number of keys")
+    if x is not None:
+        raise ValueError(f"previous must be None for rule={rule!r}, got {type(x).__name__}")
+    return None
+
+
+def transition(x: object, rule: str, query: Tensor) -> Tensor | None:
+    """``transition``, which forward attention may have."""
+    if x is None:
+        return None
+    if rule != "forward":
+        raise ValueError(f"transition must be None for rule={rule!r}, got {type(x).__name__}")
+    return of_rows("transition", x, query, 1, "one for each query")
+
+
+def window(x: object, query: Tensor) -> Tensor | None:
+    """``window`` as int64: the first key of each query and the one after the last."""
+    if x is None:
+        return None
+    return of_rows("window", x, query, 2, "the first key and the one after the last", _INTEGERS).to(torch.int64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,18 +13,71 @@ from torch.autograd import forward_ad
 
 from attnext import _checks, reference
 from attnext.backends import choose, chosen_freely
-from attnext.memory import Memory
+from attnext.memory import Memory, prepared_memory
+from attnext.memory import prepare as ahead
 from attnext.ops import RULES, accumulator, differentiable, operators
-from attnext.steps import Steps
+from attnext.steps import Steps, gathered
 
-__all__ = ["additive_attention", "additive_scores", "dot_attention"]
+__all__ = ["additive_attention", "additive_scores", "additive_step", "dot_attention", "prepare"]
+
+
+def prepare(
+    key: Tensor,
+    value: Tensor | None,
+    score_weight: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Memory:
+    """Projected keys made ready for many steps: what is computed of them alone is computed once.
+
+    What comes back stands in the place of the keys in :func:`additive_attention`, :func:`additive_scores` and
+    :func:`additive_step`, or, without a score weight, in :func:`dot_attention`; modules take one of their sizes too.
+    The gradients of all steps are summed without a copy for each. Under ``torch.no_grad`` it is without gradients.
+
+    Args:
+        key: (B, Tk, D) projected keys. float32, float64, float16 or bfloat16; the others have its dtype and device
+            (under autocast, its dtype). Don't change it in place afterwards.
+        value: (B, Tk, H) encoder states, or None where the keys are the values.
+        score_weight: (D,) or (heads, D), the vector of an additive score, of which a copy is kept; None for dot
+            products.
+        lengths: (B,) integers: how many leading keys of each row are real.
+        mask: bool (B, Tk), True where a key may be attended.
+        dtype: that of the memory, to which all is cast once; by default the key's, under autocast that of autocast.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it.
+    """
+    key = _checks.sized("key", key, 3)
+    given = {"key": key}
+    if value is not None:
+        given["value"] = _checks.value(value, key)
+    if score_weight is not None:
+        given["score_weight"] = _checks.weight_of_score(score_weight, key, "the key's last dimension")
+    _checks.same_kind_as_key(**given)
+    lengths, mask = _checks.lengths(lengths, key), _checks.mask(mask, key, None)
+    if dtype is not None:
+        dtype = _checks.floating("dtype", dtype)
+    elif _checks.autocasts(key.device.type) and key.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(key.device.type)
+    of_memory = {name: x if torch.is_grad_enabled() else x.detach() for name, x in given.items()}
+    if dtype is not None:
+        of_memory = {name: x.to(dtype) for name, x in of_memory.items()}
+    key, v = of_memory["key"], of_memory.get("score_weight")
+    memory = Memory(key, of_memory.get("value", key), lengths, mask, None, None)
+    if v is not None:
+        heads = v.shape[0] if v.dim() == 2 else 1
+        v = v.clone() if heads > 1 else v.reshape(-1).clone()
+        memory = replace(memory, score_weight=v, heads=heads, prepared=ahead(key, lengths, mask, None))
+    return replace(memory, steps=gathered(key, memory.value, v))
 
 
 def additive_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score_weight: Tensor,
+    key: Tensor | Memory,
+    value: Tensor | None = None,
+    score_weight: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
@@ -40,7 +94,8 @@ def additive_attention(
     Args:
         query: (B, Tq, D) or (B, D) projected queries, W h'. float32, float64, float16 or bfloat16, any strides; all
             four tensors have one dtype and device (under autocast, its dtype). Half types are computed in float32.
-        key: (B, Tk, D) projected keys, U h.
+        key: (B, Tk, D) projected keys, U h; or what :func:`prepare` made of them, with value, score_weight, lengths and
+            mask in it.
         value: (B, Tk, H) encoder states, h.
         score_weight: (D,) the weight vector of the score, v; or (heads, D), where the batch is one of sentences times
             heads: row b has the vector b % heads.
@@ -63,19 +118,14 @@ def additive_attention(
         RuntimeError: the backend asked for is not available. Also when a second derivative is taken of a backend other
             than "reference".
     """
-    query, key, score_weight = _checks.additive(query, key, score_weight)
-    value = _checks.tensor("value", value, 3)
-    _checks.size("value", value, 0, key.shape[0], "key")
-    _checks.size("value", value, 1, key.shape[1], "key")
-    _checks.same_kind(query, key=key, value=value, score_weight=score_weight)
-    memory = Memory(
-        key,
-        value,
-        _checks.lengths(lengths, key),
-        _checks.mask(mask, key, _queries(query)),
-        score_weight,
-        None,
-    )
+    if isinstance(key, Memory):
+        memory = _in_place_of_key(query, key, True, value, score_weight, lengths, mask)
+    else:
+        query, key, score_weight = _checks.additive(query, key, score_weight)
+        value = _checks.value(value, key)
+        _checks.same_kind(query, key=key, value=value, score_weight=score_weight)
+        lengths, mask = _slots(query, key, lengths, mask)
+        memory = Memory(key, value, lengths, mask, score_weight, None)
     return attend(
         query,
         memory,
@@ -97,7 +147,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Additive attention of checked arguments; the memory may be prepared, and dropout draws its own seed for None."""
     assert memory.score_weight is not None
-    family = choose(backend, query.device.type, query.dtype)
+    family = _family(query, memory, backend)
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
     if family == "reference":
@@ -111,6 +161,12 @@ def attend(
             seed=seed,
         )
     prepared = memory.prepared if memory.prepared is not None and memory.prepared.backend == family else None
+    if prepared is None and query.dim() == 2 and _as_a_step(memory, dropout_p, need_weights):
+        options = (memory.lengths, memory.mask, None, seed, scale, dropout_p, 0)
+        of_past = (None,) * 6
+        others = (memory.value, memory.score_weight, *of_past)
+        context, weights = _call(operators[family].step, query, memory.key, others, *options, steps=memory.steps)
+        return context, weights.to(context.dtype) if need_weights else None
     context, weights, _ = _call(
         operators[family].attention,
         query,
@@ -127,6 +183,103 @@ def attend(
         steps=memory.steps,
     )
     return context, weights if need_weights else None
+
+
+def _as_a_step(memory: Memory, dropout_p: float, need_weights: bool) -> bool:
+    """Whether the operator of a step serves one query whose keys are not prepared.
+
+    It takes exp of the sums, which for one query are no more than the keys. The weights that it returns are those
+    before dropout.
+    """
+    of_one_head = memory.score_weight is not None and memory.score_weight.dim() == 1
+    by_key = memory.mask is None or memory.mask.dim() == 2
+    return of_one_head and by_key and not (need_weights and dropout_p > 0.0)
+
+
+def additive_step(
+    query: Tensor,
+    memory: Memory,
+    filters: Tensor | None = None,
+    projection: Tensor | None = None,
+    past: Tensor | Sequence[Tensor] = (),
+    *,
+    bias: Tensor | None = None,
+    rule: str = "softmax",
+    previous: Tensor | None = None,
+    transition: Tensor | None = None,
+    window: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    follow_past: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A decoder step that sees where it attended before: ``scale * v . tanh(query + key_j + P f_j)``, and its context.
+
+    f_j are filters over the past weights around key j, with zeros beyond the ends: those of the last step (Chorowski,
+    Bahdanau, Serdyuk, Cho and Bengio, "Attention-based models for speech recognition", 2015) or their sum over all
+    steps, or both (Shen et al., "Natural TTS synthesis by conditioning WaveNet on mel spectrogram predictions", 2018).
+    Filters of width 1 without a projection are coverage (See, Liu and Manning, "Get to the point: summarization with
+    pointer-generator networks", 2017). Without filters it is a step of :func:`additive_attention` with another rule, or
+    within a window. No feature is written to memory, and the backward pass makes them again.
+
+    Args:
+        query: (B, D), or (B, Tq, D) for the hypotheses of a beam, each with a past of its own. Of the memory's dtype.
+        memory: what :func:`prepare` made of the keys, with a score weight (D,).
+        filters: (F, C, width) of an odd width, over C pasts, as the weight of a ``torch.nn.Conv1d``; of the query's
+            dtype, as projection and bias are.
+        projection: (D, F), P; None is for F = D.
+        past: (B, Tk) or (B, Tq, Tk) as the query, or a sequence of one or two of them, in the order of the filters'
+            channels; of any floating dtype, as previous and transition are. What they start from is the caller's: 0,
+            1 at the first key, ``1 / length`` at each. What stands in hidden slots is not read.
+        bias: (F,) of the filters: the same for every key, so that it enters with the query.
+        rule: "softmax"; "sigmoid", ``sigmoid(s_j) / sum_j sigmoid(s_j)`` (Chorowski 2015); or "forward", which
+            multiplies the softmax by ``previous_j + previous_{j-1}`` and normalises again: Zhang, Ling and Dai,
+            "Forward attention in sequence-to-sequence acoustic modeling for speech synthesis", 2018; see
+            :func:`attnext.forward_weights`.
+        previous: the shape of a past: the last step's weights, for rule="forward" alone.
+        transition: (B, 1) or (B, Tq, 1), from 0 to 1, how likely the reader moves on, likewise: the factor is then
+            ``(1 - u) previous_j + u previous_{j-1}``.
+        window: integers (B, 2) or (B, Tq, 2): the first key to be attended and the one after the last, which may lie
+            beyond the ends. Other keys are not read at this step; the past is seen everywhere.
+        scale: multiplies the scores.
+        dropout_p: probability that a weight is dropped from the context, the rest scaled by 1 / (1 - dropout_p).
+        follow_past: with False no gradient flows into past and previous. It flows into the transition all the same,
+            by which an agent learns.
+        backend: None chooses by device; "reference", "cpu", "triton" or "cuda" is exactly that one, or an error.
+
+    Returns:
+        The context, (B, H) or (B, Tq, H), and the weights before dropout, (B, Tk) or (B, Tq, Tk), both differentiable.
+        The weights are in the dtype of the arithmetic, float64 for float64 and float32 for the others, so that their
+        sum over many steps is not rounded. A row without a key to attend has context 0, and weights 0 (by
+        rule="forward" the reader stays: ``previous`` in the visible slots).
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it.
+        RuntimeError: the backend asked for is not available. Also when a second derivative is taken of a backend other
+            than "reference".
+
+    Example:
+        >>> memory = attnext.prepare(key, encoder_states, v, lengths=lengths)   # once a sentence
+        >>> weights = total = key.new_zeros(key.shape[:2])
+        >>> context, weights = attnext.additive_step(query, memory, filters, projection, (weights, total))
+        >>> total = total + weights   # at every step
+    """
+    memory = _in_place_of_key(query, prepared_memory(memory), True, name="memory")
+    if memory.heads > 1:
+        raise ValueError(f"memory must be prepared with a score_weight of (D,), got one for heads={memory.heads}")
+    rule, keys = _checks.choice("rule", rule, RULES), memory.key.shape[1]
+    pasts = _checks.pasts(past, query, keys)
+    _checks.filters(filters, projection, bias, len(pasts), query)
+    previous, transition = _checks.previous(previous, rule, query, keys), _checks.transition(transition, rule, query)
+    window = _checks.window(window, query)
+    scale, dropout_p = _checks.scale(scale), _checks.probability("dropout_p", dropout_p)
+    if not _checks.flag("follow_past", follow_past):
+        pasts = tuple(x.detach() for x in pasts)
+        previous = None if previous is None else previous.detach()
+    if bias is not None:
+        query = query + (bias if projection is None else projection @ bias)
+    return attend_step(query, memory, filters, projection, pasts, rule=rule, previous=previous, transition=transition,
+                       window=window, scale=scale, dropout_p=dropout_p, backend=backend)  # fmt: skip
 
 
 def attend_step(
@@ -147,28 +300,26 @@ def attend_step(
 ) -> tuple[Tensor, Tensor]:
     """A step that sees its past, of checked arguments; the weights are in the dtype of the arithmetic."""
     assert memory.score_weight is not None
-    family = choose(backend, query.device.type, query.dtype)
+    family = _family(query, memory, backend)
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
+    wide = accumulator(query.dtype)
+    first, second = (*past, None, None)[:2]
+    first, second, previous, transition = (
+        x if x is None or x.dtype == wide else x.to(wide) for x in (first, second, previous, transition)
+    )
     linear = (memory.score_weight, filters, projection)
     if family == "reference":
-        query, key, value, *others = autocast_some(query, memory.key, memory.value, *linear)
-        wide = accumulator(query.dtype)
-        context, weights = reference.additive_step(
-            *(None if x is None else x.to(wide) for x in (query, key, value, *others)),
-            past,
-            rule=rule,
-            previous=previous,
-            transition=transition,
-            lengths=memory.lengths,
-            mask=memory.mask,
-            window=window,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
+        query, *others = autocast_some(query, memory.key, memory.value, *linear)
+        inputs: list[Any] = [
+            *(None if x is None else x.to(wide) for x in (query, *others)),
+            [x for x in (first, second) if x is not None],
+        ]
+        with _without_autocast(query.device.type):
+            context, weights = reference.additive_step(*inputs, rule=rule, previous=previous,
+                transition=transition, lengths=memory.lengths, mask=memory.mask, window=window, scale=scale,
+                dropout_p=dropout_p, seed=seed)  # fmt: skip
         return context.to(query.dtype), weights
-    first, second = (*past, None, None)[:2]
     context, weights = _call(
         operators[family].step,
         query,
@@ -188,8 +339,8 @@ def attend_step(
 
 def additive_scores(
     query: Tensor,
-    key: Tensor,
-    score_weight: Tensor,
+    key: Tensor | Memory,
+    score_weight: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
@@ -209,12 +360,21 @@ def additive_scores(
         TypeError, ValueError: an argument is not what it must be; the message names it.
         RuntimeError: the backend asked for is not available.
     """
-    query, key, score_weight = _checks.additive(query, key, score_weight)
-    _checks.same_kind(query, key=key, score_weight=score_weight)
-    lengths = _checks.lengths(lengths, key)
-    mask = _checks.mask(mask, key, _queries(query))
-    scale = _checks.scale(scale)
-    family = choose(backend, query.device.type, query.dtype)
+    if isinstance(key, Memory):
+        memory = _in_place_of_key(query, key, True, None, score_weight, lengths, mask)
+    else:
+        query, key, score_weight = _checks.additive(query, key, score_weight)
+        _checks.same_kind(query, key=key, score_weight=score_weight)
+        lengths, mask = _slots(query, key, lengths, mask)
+        memory = Memory(key, key, lengths, mask, score_weight, None)
+    return scores_of(query, memory, _checks.scale(scale), backend)
+
+
+def scores_of(query: Tensor, memory: Memory, scale: float, backend: str | None = None) -> Tensor:
+    """The scores of additive attention, of checked arguments."""
+    key, score_weight, lengths, mask = memory.key, memory.score_weight, memory.lengths, memory.mask
+    assert score_weight is not None
+    family = _family(query, memory, backend)
     if family == "reference":
         query, key, score_weight = autocast(query, key, score_weight)
         return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
@@ -224,7 +384,7 @@ def additive_scores(
 
 def dot_attention(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | Memory,
     value: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
@@ -243,7 +403,7 @@ def dot_attention(
     Args:
         query: (B, Tq, D) or (B, D). float32, float64, float16 or bfloat16, any strides; all tensors have one dtype and
             device (under autocast, its dtype). Half types are computed in float32.
-        key: (B, Tk, D).
+        key: (B, Tk, D); or what :func:`prepare` made of them, with value, lengths and mask in it.
         value: (B, Tk, H), or None where the keys are the values.
         lengths: (B,) integers: how many leading keys of each row are real.
         mask: bool (B, Tk) or (B, Tq, Tk), True where a key may be attended. What stands in other slots, NaN included,
@@ -267,17 +427,17 @@ def dot_attention(
 
     A score that overflows to minus infinity counts as masked.
     """
-    query, key = _checks.dot(query, key)
-    others = {"key": key}
-    if value is not None:
-        value = others["value"] = _checks.tensor("value", value, 3)
-        _checks.size("value", value, 0, key.shape[0], "key")
-        _checks.size("value", value, 1, key.shape[1], "key")
-    _checks.same_kind(query, **others)
-    lengths, mask = _checks.lengths(lengths, key), _checks.mask(mask, key, _queries(query))
+    if isinstance(key, Memory):
+        memory = _in_place_of_key(query, key, False, value, None, lengths, mask)
+    else:
+        query, key = _checks.dot(query, key)
+        value = key if value is None else _checks.value(value, key)
+        _checks.same_kind(query, key=key, value=value)
+        lengths, mask = _slots(query, key, lengths, mask)
+        memory = Memory(key, value, lengths, mask, None, None)
     return attend_by_dot(
         query,
-        Memory(key, key if value is None else value, lengths, mask, None, None),
+        memory,
         _checks.scale(scale),
         _checks.probability("dropout_p", dropout_p),
         _checks.flag("need_weights", need_weights),
@@ -365,14 +525,65 @@ def dot_scores(
     query, key = autocast(query, key)
     flat, dtype = query.dim() == 2, query.dtype
     query, key = ((x.unsqueeze(1) if x.dim() == 2 else x).to(accumulator(dtype)) for x in (query, key))
-    off = torch.autocast(query.device.type, enabled=False) if _checks.autocasts(query.device.type) else nullcontext()
-    with off:
+    with _without_autocast(query.device.type):
         scores = reference.dot_scores(query, key, lengths=lengths, mask=mask, scale=scale).to(dtype)
     return scores.squeeze(1) if flat else scores
 
 
-def _queries(query: Tensor) -> int:
-    return 1 if query.dim() == 2 else query.shape[1]
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """For arithmetic in a dtype that was chosen."""
+    return torch.autocast(device_type, enabled=False) if _checks.autocasts(device_type) else nullcontext()
+
+
+def _slots(
+    query: Tensor, key: Tensor, lengths: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Lengths, and a mask of (B, Tk) or (B, Tq, Tk), of which one query (B, D) needs no more than the first."""
+    queries = 1 if query.dim() == 2 else query.shape[1]
+    lengths, mask = _checks.lengths(lengths, key), _checks.mask(mask, key, queries)
+    return lengths, mask.squeeze(1) if mask is not None and mask.dim() > query.dim() else mask
+
+
+def _in_place_of_key(
+    query: Tensor,
+    memory: Memory,
+    additive: bool,
+    value: Tensor | None = None,
+    score_weight: Tensor | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    name: str = "key",
+) -> Memory:
+    """The memory itself: what it holds was checked when it was made, the query is now."""
+    if not (value is None and score_weight is None and lengths is None and mask is None):
+        given = {"value": value, "score_weight": score_weight, "lengths": lengths, "mask": mask}
+        refuse_beside_memory(**given)
+    if (memory.score_weight is not None) != additive:
+        wanted, got = ("an additive score", "dot products")[:: 1 if additive else -1]
+        raise ValueError(f"{name} must be prepared for {wanted}, got one for {got}")
+    key = memory.key
+    if not _checks.fits(query, key.shape[2], key) or query.shape[0] != key.shape[0]:
+        query = _checks.sized("query", query, 2, 3)
+        _checks.size(name, key, 0, query.shape[0], "query's batch")
+        _checks.size(name, key, 2, query.shape[-1], "query's last dimension")
+        _checks.same_kind(query, **{name: key})
+    return memory
+
+
+def refuse_beside_memory(**given: Tensor | None) -> None:
+    """Says which argument a prepared memory has of its own."""
+    for name, x in given.items():
+        if x is not None:
+            got = type(x).__name__
+            raise ValueError(f"{name} must be None with a prepared memory, got {got}: pass it to prepare() instead")
+
+
+def _family(query: Tensor, memory: Memory, backend: str | None) -> str:
+    """The backend that serves a call: of a prepared memory the one that has prepared it, if no other is asked for."""
+    if memory.prepared is not None and chosen_freely(backend):
+        return memory.prepared.backend
+    return choose(backend, query.device.type, query.dtype)
 
 
 def _call(

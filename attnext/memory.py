@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnext import _checks
+from attnext import _checks, reference
 from attnext.backends import choose
 from attnext.ops import operators
 from attnext.steps import Steps, gathered
 
-__all__ = ["Memory", "Prepared", "prepare"]
+__all__ = ["Memory", "Prepared", "prepare", "prepared_memory"]
 
 
 class Prepared(NamedTuple):
@@ -28,18 +28,19 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Projected encoder states, made by the ``prepare`` of an attention module.
+    """Projected encoder states, made by :func:`attnext.prepare` or by the ``prepare`` of an attention module.
 
     Attributes:
         key: (B, Tk, D) projected encoder states, with their gradient.
-        value: (B, Tk, H) the encoder states themselves; the very tensor of the keys where the states are the keys.
+        value: (B, Tk, H) the encoder states themselves; the very tensor of the keys where the keys are the values.
         lengths: (B,) int64, or None: how many leading states of each row are real.
         mask: (B, Tk) bool, or None: True where a state may be attended.
-        score_weight: (D,) or (heads, D), the weight vector of an additive score, as it was when the memory was
-            prepared, or None.
+        score_weight: (D,), or (heads, D) of several heads, the weight vector of an additive score, as it was when the
+            memory was prepared, or None.
         prepared: what the backend computed ahead of the steps, or None.
         heads: rows of the tensors for each sentence, one after another.
         steps: the keys and values for steps, whose gradients are then summed in place, or None.
+        cleared: whether the values in hidden slots are known to be 0.
     """
 
     key: Tensor
@@ -50,11 +51,20 @@ class Memory:
     prepared: Prepared | None
     heads: int = 1
     steps: Steps | None = None
+    cleared: bool = False
 
     @property
     def shared(self) -> bool:
         """Whether the keys are the values."""
         return self.value is self.key
+
+    @property
+    def factor(self) -> Tensor:
+        """The values to be multiplied by weights of 0, which would keep a NaN in a hidden slot: there they are 0."""
+        if self.cleared or (self.lengths is None and self.mask is None):
+            return self.value
+        visible = reference.valid_slots(self.key, self.key, self.lengths, self.mask).any(1)
+        return self.value.masked_fill(~visible.unsqueeze(-1), 0.0)
 
     def select(self, indices: Tensor) -> Memory:
         """The rows of the batch at ``indices``, in that order: finished sentences dropped, or hypotheses reordered.
@@ -105,7 +115,7 @@ class Memory:
         value = key if self.shared else self.value.to(device, dtype)
         score_weight = None if self.score_weight is None else self.score_weight.to(device, dtype)
         steps = self.steps and gathered(key, value, score_weight)
-        return Memory(key, value, lengths, mask, score_weight, prepared, self.heads, steps)
+        return Memory(key, value, lengths, mask, score_weight, prepared, self.heads, steps, self.cleared)
 
 
 def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:
@@ -115,3 +125,10 @@ def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: s
         return None
     with torch.no_grad():
         return Prepared(family, *operators[family].prepare(key.detach(), lengths, mask))
+
+
+def prepared_memory(memory: object) -> Memory:
+    """A memory, and not encoder states."""
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
+    return memory

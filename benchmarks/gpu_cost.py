@@ -85,7 +85,8 @@ class Cost:
     def bound(self) -> float:
         """Elements a clock and multiprocessor, at most."""
         arithmetic = MULTIPLY_ADDS[self.target] / self.multiply_adds
-        return min(SPECIAL / self.special, ISSUED / self.slots, arithmetic)
+        special = SPECIAL / self.special if self.special else arithmetic
+        return min(special, ISSUED / self.slots, arithmetic)
 
 
 @triton.jit
@@ -115,8 +116,11 @@ def compile_tanh(target: str) -> Any:
     return triton.compile(source, target=ahead.TARGETS[target], options=options)
 
 
-def loops(code: str) -> Iterator[Counter[str]]:
-    """Instructions of each innermost loop, by name; some kinds that matter have a longer one."""
+def loops(code: str, *, outer: bool = False) -> Iterator[Counter[str]]:
+    """Instructions of each innermost loop, by name; some kinds that matter have a longer one.
+
+    Or of the loops around others, without those.
+    """
     lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);", code)
     instructions = [(int(address, 16), _kind(name, rest), rest) for address, name, rest in lines]
     found = []
@@ -125,8 +129,13 @@ def loops(code: str) -> Iterator[Counter[str]]:
         if target and int(target[1], 16) < address:
             found.append((int(target[1], 16), address))
     for first, last in found:
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in found):
-            yield Counter(name for address, name, _ in instructions if first <= address <= last)
+        inside = [(a, b) for a, b in found if first <= a and b <= last and (a, b) != (first, last)]
+        if bool(inside) == outer:
+            yield Counter(
+                name
+                for address, name, _ in instructions
+                if first <= address <= last and not any(a <= address <= b for a, b in inside)
+            )
 
 
 def _kind(name: str, rest: str) -> str:
@@ -144,8 +153,11 @@ def near_loop(code: str) -> Counter[str]:
 def cost(
     loop: str, family: str, target: str, counts: Counter[str], registers: int, warps: int, per_special: int = 2
 ) -> Cost:
-    """The cost of a loop in which each special-unit operation serves ``per_special`` elements."""
-    elements = per_special * counts["MUFU"]
+    """The cost of a loop in which each special-unit operation but exponentials serves ``per_special`` elements.
+
+    Without one, as in the products of a step that sees its past, a multiply-add is an element.
+    """
+    elements = per_special * counts["MUFU"] or counts["FFMA"]
 
     def share(*names: str) -> float:
         return sum(counts[name] for name in names) / elements
@@ -153,7 +165,7 @@ def cost(
     single, double = share("FFMA", "FMUL", "FADD"), share("FFMA2", "FMUL2", "FADD2")
     loads, stores = share("LDG", "LDG.128", "LDGSTS"), share("STG")
     exchange = share("LDS", "STS", "LDSM", "STSM", "SHFL", "BAR")
-    slots, special = counts.total() / elements, share("MUFU")
+    slots, special = counts.total() / elements, share("MUFU", "MUFU.EX2")
     registers = -(-registers // 8) * 8
     programs = REGISTERS // (registers * 32 * warps)
     return Cost(
@@ -188,6 +200,9 @@ CUDA_LOOPS = {
     "backward: gradients": "15input_gradientsIfE",
 }
 """The same in the CUDA kernels, by what is in the name of the function in float32."""
+CUDA_PAST = {"past: {}": "11step_scoresIfE", "past: {}, backward": "20step_input_gradientsIfE"}
+"""The CUDA kernels of a step that sees its past: the loop over features, without the products that it goes around, and
+the two of these that have most to do, of places and of filters."""
 CUDA_WARPS = 4
 BACKWARD = ["forward: scores", "backward: scores again", "backward: gradients"]
 PUBLISHED = (
@@ -212,7 +227,23 @@ def costs(target: str) -> list[Cost]:
         (function,) = (f for f in resources if part in f)
         counts = near_loop(code[function])
         result.append(cost(name, "CUDA", target, counts, resources[function].registers, CUDA_WARPS))
+    for name, part in CUDA_PAST.items() if resources else ():
+        (function,) = (f for f in resources if part in f)
+        for what, counts in past_loops(code[function]).items():
+            registers = resources[function].registers
+            result.append(cost(name.format(what), "CUDA", target, counts, registers, CUDA_WARPS))
     return result
+
+
+def past_loops(code: str) -> dict[str, Counter[str]]:
+    """Of a kernel of a step that sees its past: filters are laid over 8 keys and 8 places at a time, which is the
+    longest loop, the columns of the projection multiplied in turns of 4 filters by 8 keys and 2 columns."""
+    products = [c for c in loops(code) if c["FFMA"] and not c["MUFU"]]
+    return {
+        "sums": next(c for c in loops(code, outer=True) if c["MUFU.EX2"]),
+        "features": max(products, key=lambda c: c["FFMA"]),
+        "projection": next(c for c in products if c["FFMA"] == 4 * 8 * 2),
+    }
 
 
 def _cuobjdump(target: str, option: str) -> str:

@@ -1,22 +1,30 @@
 """Holds the CUDA kernels, compiled for the CPU, to the cases that every backend is held to.
 
-    python tests/cuda_cases.py LIBRARY table|random|tiny|digest
+    python tests/cuda_cases.py LIBRARY table|random|tiny|digest|memory|rules
 
 A program of its own: the library registers the CUDA operators for CPU tensors, and a sanitizer's runtime has to be
 there before Python. Prints what is beyond its tolerance, and "held" if nothing is; or a digest of all results' bits.
+"memory" holds the steps that see their past to what they may allocate, "rules" their weights to attnext.alignments.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from attnext.alignments import forward_weights, normalize
 from attnext.backends._base import Backend, Family
-from attnext.cases import CASES, Case, compare, draw, random_cases, results
+from attnext.cases import CASES, INPUTS, PAST_INPUTS, Case, compare, draw, random_cases, results
+from attnext.functional import attend_step
+from attnext.memory import Memory
+from attnext.ops import RULES
+from attnext.reference import additive_scores
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TINY = (
@@ -31,16 +39,103 @@ TINY = (
     Case("dot", batch=2, queries=1, keys=30, features=8, values=8, lengths=True, weights=True, shared=True),
     Case("dot", batch=1, queries=3, keys=9, features=36, values=5, mask="slots", dropout_p=0.3),  # two warps
     Case("dot", batch=1, queries=18, keys=130, features=3, values=3, lengths=True, shared=True),
+    Case("past", batch=2, queries=2, keys=40, features=70, values=3, channels=2, filters=3, width=5, window=True),
+    Case("past", batch=1, queries=1, keys=70, features=5, values=3, channels=1, width=67, rule="forward", mask="keys"),
+    Case("past", batch=1, queries=1, keys=33, features=70, values=70, rule="sigmoid", dropout_p=0.3, weights=True),
 )
 """Few threads: a race detector takes its time."""
+MANY_FILTERS = (
+    Case("past", queries=2, keys=70, features=70, values=3, channels=2, filters=150, width=3, weights=True),
+    Case("past", batch=5, queries=1, keys=70, features=130, values=3, channels=1, filters=33, width=67, lengths=True),
+    Case("past", queries=3, keys=40, features=130, values=3, channels=2, width=3, rule="forward", mask="keys"),
+)
+"""More filters than a block keeps the features of, than a warp has lanes, and one for each of many features."""
+LONG = (
+    Case("past", batch=1, queries=1, keys=500, features=64, values=8, channels=2, filters=10, width=31, weights=True),
+    Case("past", batch=3, queries=2, keys=300, features=40, values=8, channels=1, width=1, weights=True),
+)
+"""A number for each slot and feature, or filter, would show."""
 
 
 def cases(which: str) -> Iterator[Case]:
     if which == "tiny":
         yield from TINY
-    for case in CASES if which == "table" else random_cases(60, 7) if which == "random" else ():
+    for case in (*CASES, *MANY_FILTERS) if which == "table" else random_cases(60, 7) if which == "random" else ():
         for dtype in DTYPES:
             yield replace(case, dtype=dtype)
+
+
+def allocated(work: Callable[[], Any]) -> tuple[int, Any]:
+    """The bytes that a call allocates, those that it gives back included, and what it returns."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = work()
+    events = recorded.profiler.kineto_results.events()
+    return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]"), result
+
+
+def wrong_memory(case: Case) -> list[str]:
+    """Beside the results, a step may have a number for each slot; its gradients three, and parts of their sums."""
+
+    def size(*tensors: torch.Tensor) -> int:
+        return sum(4 * x.numel() for x in tensors)
+
+    x = draw(case, 1)
+    others = (x.lengths, x.mask, x.window, x.seed, case.scale, case.dropout_p, RULES.index(case.rule))
+    inputs = (*(getattr(x, name) for name in (*INPUTS, *PAST_INPUTS)), *others)
+    new, (context, weights) = allocated(lambda: torch.ops.attnext.additive_step_cuda(*inputs))
+    right = size(context, weights) < new <= size(context, weights, weights)
+    found = [] if right else [f"forward allocates {new} bytes"]
+    grads = (x.grads["context"], x.grads["weights"])
+    new, results = allocated(lambda: torch.ops.attnext.additive_step_backward_cuda(*grads, *inputs, weights))
+    right = size(*results) < new <= size(weights, weights, weights) + 5 * size(*results)
+    return found if right else [*found, f"backward allocates {new} bytes"]
+
+
+LENGTHS = torch.tensor([40, 33, 7])
+WINDOW = torch.tensor([[[0, 40], [3, 8]], [[-5, 99], [35, 30]], [[0, 7], [0, 7]]])
+
+
+def by_kernel(rule: str, scale: float, x: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, v, *of_forward = x
+    previous, transition = of_forward or (None, None)
+    memory, options = Memory(key, value, LENGTHS, None, v, None), {"window": WINDOW, "scale": scale, "backend": "cuda"}
+    return attend_step(query, memory, None, None, (), rule=rule, previous=previous, transition=transition, **options)
+
+
+def by_alignments(rule: str, scale: float, x: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, v, *of_forward = x
+    slots = torch.arange(40)
+    hidden = slots >= LENGTHS.view(-1, 1, 1)
+    outside = hidden | (slots < WINDOW[..., :1]) | (slots >= WINDOW[..., 1:])
+    scores = additive_scores(query, key, v, scale=scale).masked_fill(outside, -torch.inf)
+    if of_forward:
+        weights = forward_weights(scores, of_forward[0].masked_fill(hidden, 0.0), of_forward[1])
+    else:
+        weights = normalize(scores, rule)
+    return weights @ value, weights
+
+
+def hold_rules() -> None:
+    """Where forward attention reaches no key, or not all, and where every sigmoid is 0."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 5), torch.rand(3, 40, 5) + 2, torch.randn(3, 40, 3)
+    previous = torch.rand(3, 2, 40) * (torch.arange(40) % 5 == 0)
+    previous[0, 0], previous[1, 0] = 0.0, torch.arange(40) == 32  # nowhere; at the last key
+    previous[2, 0] = 1e-34  # too little to divide by
+    of_forward = [previous, torch.rand(3, 2, 1)]
+    for rule, scale, more in (("forward", 1.0, of_forward), ("forward", 30.0, of_forward), ("sigmoid", -200.0, [])):
+        x = [t.clone().requires_grad_() for t in (query, key, value, torch.ones(5), *more)]
+        found = []
+        for attend in (by_kernel, by_alignments):
+            results = attend(rule, scale, x)
+            loss = sum((y * (k + 1)).cos().sum() for k, y in enumerate(results))
+            found.append([*results, *torch.autograd.grad(loss, x)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    key[2, 3] = torch.nan  # of a key that is attended: it shows
+    context, _ = by_kernel("softmax", 1.0, [query, key, value, torch.ones(5)])
+    assert context[2].isnan().all()
+    assert context[:2].isfinite().all()
 
 
 def serve_cuda_on_cpu(library: str) -> None:
@@ -60,6 +155,14 @@ def main(library: str, which: str) -> int:
             for _, x in sorted(results(case, draw(case, 1), "cuda").items()):
                 digest.update(x.contiguous().numpy().tobytes())
         print(digest.hexdigest())
+        return 0
+    if which == "memory":
+        found = [f"{case}: {what}" for case in LONG for what in wrong_memory(case)]
+        print("\n".join(found) or "held")
+        return 1 if found else 0
+    if which == "rules":
+        hold_rules()
+        print("held")
         return 0
     off = 0
     for seed, case in enumerate(cases(which)):

@@ -4,6 +4,7 @@
 #include "dot_backward.cuh"
 #include "forward.cuh"
 #include "prepare.cuh"
+#include "step_gradients.cuh"
 
 namespace attnext::cuda {
 
@@ -40,5 +41,15 @@ template __global__ void dot_input_gradients(const __grid_constant__ Problem<flo
                                              const __grid_constant__ Backward<float>,
                                              const __grid_constant__ DotGradients<float>);
 template __global__ void add_parts(const float*, float*, int, int64_t);
+template __global__ void step_scores(const __grid_constant__ Step<float>, float*);
+template __global__ void step_context(const __grid_constant__ Step<float>, const float*, float*, float*);
+template __global__ void step_value_gradients(const __grid_constant__ Step<float>,
+                                              const __grid_constant__ StepBackward<float>);
+template __global__ void step_score_gradients(const __grid_constant__ Step<float>,
+                                              const __grid_constant__ StepBackward<float>);
+template __global__ void step_input_gradients(const __grid_constant__ Step<float>,
+                                              const __grid_constant__ StepBackward<float>);
+template __global__ void step_totals(const __grid_constant__ Step<float>, const __grid_constant__ StepBackward<float>,
+                                     int64_t);
 
 }  // namespace attnext::cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import pytest
@@ -40,8 +41,8 @@ def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*args: object, **options: object) -> NoReturn:
         pytest.fail("a kernel was reached")  # no Exception: `raises` does not take it for the error it waits for
 
-    monkeypatch.setitem(operators, "cpu", Operators(reached, reached, reached, reached))
-    for name in ("additive_attention", "additive_scores", "dot_attention"):
+    monkeypatch.setitem(operators, "cpu", Operators(*[reached] * len(fields(Operators))))
+    for name in ("additive_attention", "additive_scores", "additive_step", "dot_attention"):
         monkeypatch.setattr(reference, name, reached)
 
 
@@ -200,6 +201,187 @@ class TestErrors:
         arguments = {name: x.to("meta") for name, x in good().items()}
         wrong = ("key", arguments["key"].half(), TypeError, "query's dtype torch.float32", "torch.float16")
         refuses(attnext.additive_attention, arguments, wrong)
+
+
+OF_QUERY = [wrong for wrong in ALL if wrong[0] == "query"]
+BESIDE_MEMORY = [*OF_QUERY, *NUMBERS]
+BESIDE_MEMORY += [
+    (name, value, ValueError, "None with a prepared memory", type(value).__name__)
+    for name, value in (
+        ("value", zeros(2, 5, 6)),
+        ("value", [1.0]),
+        ("score_weight", zeros(8)),
+        ("lengths", torch.tensor([1, 2])),
+        ("mask", ones(2, 5)),
+    )
+]
+
+
+@pytest.mark.usefixtures("additive", "of_dot", "_no_kernel")
+class TestErrorsBesideAMemory:
+    """What it holds was checked when it was made; the query is checked at each call."""
+
+    @pytest.fixture
+    def additive(self) -> attnext.Memory:
+        return attnext.prepare(zeros(2, 5, 8), zeros(2, 5, 6), zeros(8))
+
+    @pytest.fixture
+    def of_dot(self) -> attnext.Memory:
+        return attnext.prepare(zeros(2, 5, 8), zeros(2, 5, 6))
+
+    @pytest.mark.parametrize("wrong", BESIDE_MEMORY, ids=ids(BESIDE_MEMORY))
+    def test_whatever_the_function(self, additive: attnext.Memory, of_dot: attnext.Memory, wrong: Wrong) -> None:
+        for call, memory, unknown in (
+            (attnext.additive_attention, additive, ()),
+            (attnext.additive_scores, additive, ("value", "dropout_p", "need_weights")),
+            (attnext.dot_attention, of_dot, ("score_weight",)),
+        ):
+            if wrong[0] not in unknown:
+                refuses(call, {"query": zeros(2, 3, 8), "key": memory}, wrong)
+
+    @pytest.mark.parametrize("query", [zeros(3, 8), zeros(2, 7), zeros(2, 8).double(), zeros(2, 8).half()])
+    def test_of_another_query(self, additive: attnext.Memory, of_dot: attnext.Memory, query: Tensor) -> None:
+        with pytest.raises((ValueError, TypeError)) as of_key:
+            attnext.dot_attention(query, of_dot.key)
+        assert str(of_key.value).startswith("key must have ")
+        for call in (attnext.additive_attention, attnext.additive_scores):
+            with pytest.raises(type(of_key.value)) as caught:
+                call(query, additive)
+            assert str(caught.value) == str(of_key.value)
+        with pytest.raises(type(of_key.value)) as caught:
+            attnext.dot_attention(query, of_dot)
+        assert str(caught.value) == str(of_key.value)
+
+
+def prepared_parts() -> dict[str, Any]:
+    return {name: x for name, x in good().items() if name != "query"}
+
+
+OF_PREPARE: list[Wrong] = [
+    (name, value, error, takes.replace("query's", "the key's"), got)
+    for name, value, error, takes, got in [*TENSORS, *SHAPES, *SLOTS]
+    if name != "query" and not (name == "key" and "query's" in takes)
+    if not (value is None and name in ("value", "score_weight"))
+    if "2 or 3" not in takes and not (isinstance(value, Tensor) and name == "mask" and value.dim() == 3)
+]
+OF_PREPARE += [
+    ("key", zeros(2, 5, 0), ValueError, "an attention size (last dimension) of at least 1", "(2, 5, 0)"),
+    ("mask", ones(2, 3, 5), ValueError, "2 dimensions", "3: shape (2, 3, 5)"),
+    ("dtype", torch.int64, TypeError, FLOATS, "torch.int64"),
+    ("dtype", "half", TypeError, FLOATS, "half"),
+]
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.parametrize("wrong", OF_PREPARE, ids=ids(OF_PREPARE))
+def test_errors_of_prepare(wrong: Wrong) -> None:
+    refuses(attnext.prepare, prepared_parts(), wrong)
+
+
+FILTERS, WIDTH = 4, 3
+
+
+def step_parts(rule: str = "softmax") -> dict[str, Any]:
+    x: dict[str, Any] = {
+        "query": zeros(2, 8), "filters": zeros(FILTERS, 2, WIDTH), "projection": zeros(8, FILTERS),
+        "past": (zeros(2, 5), zeros(2, 5)), "bias": zeros(FILTERS), "rule": rule,
+    }  # fmt: skip
+    return x | ({"previous": zeros(2, 5), "transition": zeros(2, 1)} if rule == "forward" else {})
+
+
+OF_STEP = [*OF_QUERY, *(wrong for wrong in NUMBERS if wrong[0] != "need_weights")]
+OF_STEP += [
+    ("memory", zeros(2, 5, 8), TypeError, "what prepare() returned", "Tensor"),
+    ("memory", None, TypeError, "what prepare() returned", "NoneType"),
+    ("filters", [1.0], TypeError, "a torch.Tensor", "list"),
+    ("filters", zeros(4, 3), ValueError, "3 dimensions", "2: shape (4, 3)"),
+    ("filters", zeros(4, 1, 3), ValueError, "size 2 in dimension 1, as the number of pasts", "shape (4, 1, 3)"),
+    ("filters", zeros(4, 2, 4), ValueError, "the width odd", "shape (4, 2, 4)"),
+    ("filters", zeros(4, 2, 0), ValueError, "the width odd", "shape (4, 2, 0)"),
+    ("filters", zeros(0, 2, 3), ValueError, "F at least 1", "shape (0, 2, 3)"),
+    ("filters", zeros(4, 2, 3).double(), TypeError, "query's dtype torch.float32", "torch.float64"),
+    ("filters", zeros(4, 2, 3).to("meta"), ValueError, "query's device cpu", "meta"),
+    ("projection", 2.0, TypeError, "a torch.Tensor", "float"),
+    ("projection", zeros(8), ValueError, "2 dimensions", "1: shape (8,)"),
+    ("projection", zeros(7, 4), ValueError, "size 8 in dimension 0, as query's last", "shape (7, 4)"),
+    ("projection", zeros(8, 3), ValueError, "size 4 in dimension 1, as the number of filters", "shape (8, 3)"),
+    ("projection", zeros(8, 4).half(), TypeError, "query's dtype torch.float32", "torch.float16"),
+    ("bias", "b", TypeError, "a torch.Tensor", "str"),
+    ("bias", zeros(4, 1), ValueError, "1 dimension", "2: shape (4, 1)"),
+    ("bias", zeros(8), ValueError, "size 4 in dimension 0, as the number of filters", "shape (8,)"),
+    ("bias", zeros(4).int(), TypeError, FLOATS, "torch.int32"),
+    ("past", 1.0, TypeError, "a torch.Tensor or up to two of them", "float"),
+    ("past", None, TypeError, "a torch.Tensor or up to two of them", "NoneType"),
+    ("past", (zeros(2, 5),) * 3, ValueError, "a torch.Tensor or up to two of them", "3"),
+    ("past", (), ValueError, "with filters", "none"),
+    ("past", (zeros(2, 5), [0.0]), TypeError, "a torch.Tensor", "list"),
+    ("past", zeros(2, 1, 5), ValueError, "2 dimensions", "3: shape (2, 1, 5)"),
+    ("past", zeros(2, 4), ValueError, "size 5 in dimension 1, as the number of keys", "shape (2, 4)"),
+    ("past", zeros(1, 5), ValueError, "size 2 in dimension 0, as query", "shape (1, 5)"),
+    ("past", zeros(2, 5).int(), TypeError, FLOATS, "torch.int32"),
+    ("past", zeros(2, 5).to("meta"), ValueError, "query's device cpu", "meta"),
+    ("past", zeros(2, 5).to_sparse(), ValueError, "dense", "layout torch.sparse_coo"),
+    ("rule", "sparsemax", ValueError, "'softmax', 'sigmoid', 'forward'", "'sparsemax'"),
+    ("rule", None, ValueError, "'softmax', 'sigmoid', 'forward'", "None"),
+    ("previous", zeros(2, 5), ValueError, "None for rule='softmax'", "Tensor"),
+    ("transition", zeros(2, 1), ValueError, "None for rule='softmax'", "Tensor"),
+    ("window", [0, 5], TypeError, "a torch.Tensor", "list"),
+    ("window", zeros(2, 2), TypeError, "integers", "torch.float32"),
+    ("window", zeros(2, 2, dtype=torch.bool), TypeError, "integers", "torch.bool"),
+    ("window", zeros(2, dtype=torch.int64), ValueError, "2 dimensions", "1: shape (2,)"),
+    ("window", zeros(2, 1, dtype=torch.int64), ValueError, "size 2 in dimension 1, as the first key", "shape (2, 1)"),
+    ("window", zeros(3, 2, dtype=torch.int64), ValueError, "size 2 in dimension 0, as query", "shape (3, 2)"),
+    ("window", zeros(2, 2, dtype=torch.int64).to("meta"), ValueError, "query's device cpu", "meta"),
+    ("follow_past", 1, TypeError, "bool", "int"),
+    ("follow_past", None, TypeError, "bool", "NoneType"),
+]
+OF_FORWARD: list[Wrong] = [
+    ("previous", None, TypeError, "a torch.Tensor", "NoneType"),
+    ("previous", zeros(2, 6), ValueError, "size 5 in dimension 1, as the number of keys", "shape (2, 6)"),
+    ("previous", zeros(2, 5).bool(), TypeError, FLOATS, "torch.bool"),
+    ("transition", 0.5, TypeError, "a torch.Tensor", "float"),
+    ("transition", zeros(2, 5), ValueError, "size 1 in dimension 1, as one for each query", "shape (2, 5)"),
+    ("transition", zeros(2), ValueError, "2 dimensions", "1: shape (2,)"),
+]
+WITHOUT_FILTERS: list[Wrong] = [
+    ("past", zeros(2, 5), ValueError, "left out without filters", "1"),
+    ("projection", zeros(8, 4), ValueError, "None without filters", "Tensor"),
+    ("bias", zeros(4), ValueError, "None without filters", "Tensor"),
+]
+
+
+@pytest.mark.usefixtures("memory", "_no_kernel")
+class TestErrorsOfAStep:
+    @pytest.fixture
+    def memory(self) -> attnext.Memory:
+        return attnext.prepare(zeros(2, 5, 8), zeros(2, 5, 6), zeros(8))
+
+    @pytest.mark.parametrize("wrong", OF_STEP, ids=ids(OF_STEP))
+    def test_of_any_rule(self, memory: attnext.Memory, wrong: Wrong) -> None:
+        refuses(attnext.additive_step, step_parts() | {"memory": memory}, wrong)
+
+    @pytest.mark.parametrize("wrong", OF_FORWARD, ids=ids(OF_FORWARD))
+    def test_of_forward_attention(self, memory: attnext.Memory, wrong: Wrong) -> None:
+        refuses(attnext.additive_step, step_parts("forward") | {"memory": memory}, wrong)
+
+    @pytest.mark.parametrize("wrong", WITHOUT_FILTERS, ids=ids(WITHOUT_FILTERS))
+    def test_without_filters(self, memory: attnext.Memory, wrong: Wrong) -> None:
+        refuses(attnext.additive_step, {"query": zeros(2, 8), "memory": memory}, wrong)
+
+    def test_without_a_projection(self, memory: attnext.Memory) -> None:
+        wrong = ("filters", zeros(4, 2, 3), ValueError, "size 8 in dimension 0, as query's last", "shape (4, 2, 3)")
+        parts = step_parts() | {"memory": memory, "projection": None, "bias": None}
+        refuses(attnext.additive_step, parts, wrong)
+
+    @pytest.mark.parametrize("name", ["past", "window"])
+    def test_of_a_beam(self, memory: attnext.Memory, name: str) -> None:
+        beams = {"query": zeros(2, 3, 8), "past": (zeros(2, 3, 5),) * 2, "memory": memory}
+        dtype = torch.int64 if name == "window" else torch.float32
+        last = 2 if name == "window" else 5
+        for shape, takes in (((2, 2, last), "size 3 in dimension 1, as query"), ((2, last), "3 dimensions")):
+            got = f"{len(shape)}: shape {shape}" if len(shape) == 2 else f"shape {shape}"
+            wrong = (name, zeros(*shape, dtype=dtype), ValueError, takes, got)
+            refuses(attnext.additive_step, step_parts() | beams, wrong)
 
 
 SIZES: list[Wrong] = [

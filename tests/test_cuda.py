@@ -124,6 +124,12 @@ def test_a_step_reads_each_number_of_its_memory_once(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "D + H numbers a key, or D\n", "")
 
 
+@pytest.mark.parametrize("what", ["memory", "rules"])
+def test_a_step_that_sees_its_past(libraries: Path, what: str) -> None:
+    """It makes no tensor of its features; its weights follow their rules to the corners."""
+    assert_held(run("cuda_cases.py", libraries / "plain.so", what))
+
+
 def test_random_cases(libraries: Path) -> None:
     assert_held(run("cuda_cases.py", libraries / "plain.so", "random"))
 
@@ -194,7 +200,7 @@ def test_no_kernel_spills(built: str) -> None:
         found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
         registers, stack, shared, local = ([int(x) for x in column] for column in zip(*found, strict=True))
         print(f"sm_{arch:5}{len(found):7}{max(registers):11}{sum(stack + local):15}{max(shared):21}")
-        assert len(found) == 57, "nineteen kernels in three dtypes"
+        assert len(found) == 75, "twenty-five kernels in three dtypes"
         assert sum(stack + local) == 0
         # Four blocks of 128 threads, or three, have a multiprocessor's registers.
         assert max(registers) <= 168
@@ -215,6 +221,13 @@ def test_the_inner_loops_stay_within_their_budgets(built: str, tmp_path: Path) -
         assert cost[name]["slots"] <= 4.0
     assert cost["backward: gradients"]["special"] <= 1.0
     assert cost["backward: gradients"]["slots"] <= 8.5
+    for kernel in ("", ", backward"):  # a multiply-add
+        assert cost[f"past: features{kernel}"]["slots"] <= 1.3
+        assert cost[f"past: projection{kernel}"]["slots"] <= 1.5
+        assert cost[f"past: sums{kernel}"]["special"] <= 1.5
+    # The number of a key, and backward that of its gradient, from and to memory take longer on cards of today.
+    assert cost["past: sums"]["slots"] <= 24
+    assert cost["past: sums, backward"]["slots"] <= 52
     # A score element of a step is a number of F, which one load brings; what comes with it is the same for all lanes.
     assert cost["step: scores"]["vector_bytes"] == 4.0
 

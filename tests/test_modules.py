@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from family import Recorded
 from torch import Tensor
 
 import attnext
@@ -411,3 +412,90 @@ def test_bad_options() -> None:
     for name, options in (("normalizer", {"normalizer": "max"}), ("temperature", {"temperature": 0.0})):
         with pytest.raises(ValueError, match=name):
             BahdanauAttention(QUERY, MEMORY, SIZE, **options)  # type: ignore[arg-type]
+
+
+class TestOneQueryWithoutAPreparedMemory:
+    """It is served by the operator of a step, which takes exp of the sums: nothing is computed of the keys ahead."""
+
+    @staticmethod
+    def served(*arguments: Any, **options: Any) -> str:
+        with torch.no_grad(), Recorded() as recorded:
+            attnext.additive_attention(*arguments, **options)
+        (name,) = recorded.names
+        return name
+
+    def test_what_serves_it(self) -> None:
+        query, key, value, v = (
+            torch.randn(4, SIZE),
+            torch.randn(4, KEYS, SIZE),
+            torch.randn(4, KEYS, 2),
+            torch.randn(SIZE),
+        )
+        mask = torch.ones(4, KEYS, dtype=torch.bool)
+        for step in ({}, {"mask": mask}, {"mask": mask.unsqueeze(1)}, {"need_weights": True}, {"dropout_p": 0.5}):
+            assert self.served(query, key, value, v, **step) == "additive_step_cpu", step
+        assert self.served(query, key, value, v, need_weights=True, dropout_p=0.5) == "additive_attention_cpu"
+        assert self.served(query, key, value, v.expand(2, SIZE)) == "additive_attention_cpu"
+        assert self.served(query.unsqueeze(1), key, value, v) == "additive_attention_cpu"
+        assert self.served(query, attnext.prepare(key, value, v)) == "additive_attention_cpu"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_results_are_in_the_dtype_of_the_query(self, dtype: torch.dtype) -> None:
+        attn, (query, states) = module(dtype), inputs(dtype)
+        found = attn(query[:, 0], states, lengths=LENGTHS, need_weights=True)
+        several = attn(query[:, :1], states, lengths=LENGTHS, need_weights=True)
+        for one, other in zip(found, several, strict=True):
+            assert one.dtype == dtype
+            # Of the sums, or of factors, both in float32: then a rounding to the dtype.
+            torch.testing.assert_close(one, other[:, 0], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+    def test_under_autocast(self) -> None:
+        attn, (query, states) = module(torch.float32), inputs(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = attn(query[:, 0], states, need_weights=True)
+            expected = attn(query[:, :1], states, need_weights=True)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype == torch.bfloat16
+            torch.testing.assert_close(one, other[:, 0], rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-5)
+
+    def test_dropout_is_the_same_on_every_backend_and_with_a_memory(self) -> None:
+        attn, (query, states) = module(dropout=0.4), inputs()
+        leaves, found = (query, states, *attn.parameters()), []
+        for backend, prepared in (("cpu", False), ("reference", False), ("cpu", True)):
+            torch.manual_seed(4)
+            with use_backend(backend):
+                context, _ = attn(query[:, 0], attn.prepare(states) if prepared else states)
+            found.append((context, *torch.autograd.grad(context.sum(), leaves)))
+        assert not torch.allclose(found[0][0], attn.eval()(query[:, 0], states)[0])
+        close(found[1], found[0])
+        close(found[2], found[0])
+
+
+def test_a_step_runs_the_hooks_of_the_module() -> None:
+    attn, (query, states) = module(), inputs()
+    memory, seen = attn.prepare(states), []
+    expected = attn.step(query[:, 0], memory, need_weights=True)[:2]
+    attn.register_forward_hook(lambda _, arguments, results: seen.append(results[1]))
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda layer, _: seen.append(type(layer)))
+    try:
+        close(attn.step(query[:, 0], memory, need_weights=True)[:2], expected)
+    finally:
+        hook.remove()
+    kinds, (weights,) = seen[:-1], seen[-1:]
+    assert kinds == [BahdanauAttention, torch.nn.Linear]
+    close(weights, expected[1])
+
+
+def test_a_module_compiled_in_place_is_compiled_in_its_steps() -> None:
+    attn, (query, states) = module(), inputs()
+    memory, graphs = attn.prepare(states), []
+    expected = attn.step(query[:, 0], memory)[0]
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    attn.compile(backend=counted)
+    close(attn.step(query[:, 0], memory)[0], expected)
+    assert len(graphs) == 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from family import Recorded
 from torch import Tensor
 
 from attnext import (
@@ -39,9 +41,12 @@ KINDS: dict[str, tuple[type[Module], dict[str, Any]]] = {
 KINDS |= {
     "local-m": (LocalAttention, {"window": 1}),
     "local-p": (LocalAttention, {"window": 2, "position": "predicted"}),
+    "window": (LocalAttention, {"window": 2, "position": "last", "normalizer": "sigmoid"}),
     "local, last": (LocalAttention, {"window": 3, "position": "last", "normalizer": "entmax15"}),
 }
 ONWARD = ("monotonic", "recursive", "forward", "agent")
+APART = ("sparse", "monotonic", "recursive", "local-p", "local, last")
+"""Those with a kernel for the scores and PyTorch for the rest; the others are one kernel."""
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -164,11 +169,16 @@ def test_all_steps_in_one_call(kind: str, lengths: Tensor | None) -> None:
 def test_step_by_step(kind: str) -> None:
     attn, (query, states) = module(kind), inputs()
     memory, state, steps = attn.prepare(states, LENGTHS), None, []
+    assert (memory.steps is not None) == (kind not in APART)
     for one in query.unbind(1):
         context, weights, state = attn.step(one, memory, state, need_weights=True)
         steps.append((context, weights))
     expected = formula(attn, kind, query, states, LENGTHS)
-    close(tuple(torch.stack(x, 1) for x in zip(*steps, strict=True)), expected)
+    context, weights = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+    close((context, weights), expected)
+    leaves = (query, states, *attn.parameters())
+    close(gradients(context, weights, *leaves), gradients(*expected, *leaves))
+    expected = tuple(x.detach() for x in expected)
     assert state is not None
     close(state.cumulative, expected[1].sum(1))
     first, none, _ = attn.step(query[:, 0], memory)
@@ -196,6 +206,98 @@ def test_hypotheses_have_pasts_of_their_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_hypotheses_are_attended_in_one_call(kind: str) -> None:
+    attn, (query, states) = module(kind), inputs()
+    memory = attn.prepare(states, LENGTHS)
+    _, _, state = attn.step(query[:, :3], memory)
+    with torch.no_grad(), Recorded() as recorded:
+        attn.step(query[:, :3], memory, state)
+    assert recorded.names == ["additive_scores_cpu" if kind in APART else "additive_step_cpu"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_a_state_of_another_dtype(kind: str, dtype: torch.dtype) -> None:
+    """Of the caller's, who may start with the same weight on each key."""
+    attn, (query, states) = module(kind, torch.float32), inputs(torch.float32)
+    memory, uniform = attn.prepare(states), torch.full((BATCH, KEYS), 0.125)
+    _, _, state = attn.step(query[:, 0], memory)
+    state = state._replace(weights=uniform, cumulative=uniform)
+    expected = attn.step(query[:, 1], memory, state)
+    found = attn.step(query[:, 1], memory, state._replace(weights=uniform.to(dtype), cumulative=uniform.to(dtype)))
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[2].weights.dtype == torch.float32
+
+
+def doubled(layer: torch.nn.Module, *results: Any) -> Any:
+    return 2 * results[-1]
+
+
+def with_a_hook(attn: Module, name: str) -> None:
+    attn.get_submodule(name).register_forward_hook(doubled)
+
+
+def with_another_forward(attn: Module, name: str) -> None:
+    layer = attn.get_submodule(name)
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def with_a_parametrization(attn: Module, name: str) -> None:
+    torch.nn.utils.parametrize.register_parametrization(attn.get_submodule(name), "weight", Doubled())
+
+
+def with_weights_of_old_norms(attn: Module, name: str) -> None:
+    """Which a hook makes anew before each call."""
+    layer = attn.get_submodule(name)
+    weight = layer._parameters.pop("weight")
+    layer.register_parameter("raw", weight)
+    layer.weight = torch.zeros_like(weight)
+    layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "weight", 2 * layer.raw))
+
+
+CHANGES = [with_a_hook, with_another_forward, with_a_parametrization, with_weights_of_old_norms]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["query_projection", "location_convolution", "location_projection"])
+@pytest.mark.parametrize("kind", ["previous", "agent", "sparse"])
+def test_layers_may_be_changed_from_outside(kind: str, name: str, change: Callable[[Module, str], None]) -> None:
+    attn, (query, states) = module(kind), inputs()
+    changed = copy.deepcopy(attn)
+    change(changed, name)
+    with torch.no_grad():
+        attn.get_submodule(name).weight.mul_(2)
+    expected = attn(query, states, lengths=LENGTHS)[0]
+    close(changed(query, states, lengths=LENGTHS)[0], expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_what_a_kernel_cannot_know_keeps_a_step_from_being_one(change: Callable[[Module, str], None]) -> None:
+    attn, (query, states) = module("both"), inputs()
+    change(attn, "location_convolution")
+    with torch.no_grad(), Recorded() as recorded:
+        attn(query[:, 0], states)
+    assert recorded.names == ["additive_step_cpu" if change is with_a_parametrization else "additive_scores_cpu"]
+
+
+def test_hooks_of_all_modules_are_called() -> None:
+    attn, (query, states), seen = module("both"), inputs(), set()
+    expected = attn(query, states)[0]
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.add(type(layer)))
+    try:
+        close(attn(query, states)[0], expected)
+    finally:
+        hook.remove()
+    assert seen == {LocationSensitiveAttention, torch.nn.Linear, torch.nn.Conv1d}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_taken_from_the_batch(kind: str) -> None:
     attn, (query, states) = module(kind), inputs()
     memory = attn.prepare(states, LENGTHS)
@@ -216,8 +318,8 @@ def test_half_types(kind: str, dtype: torch.dtype) -> None:
             parameter.mul_(0.3)
     context, weights, state = attn.step(query[:, 0], attn.prepare(states, LENGTHS), need_weights=True)
     _, _, state = attn.step(query[:, 1], attn.prepare(states, LENGTHS), state)
-    assert context.dtype == weights.dtype == state.weights.dtype == dtype
-    assert state.cumulative.dtype == torch.float32
+    assert context.dtype == weights.dtype == attn(query, states, need_weights=True)[1].dtype == dtype
+    assert state.weights.dtype == state.cumulative.dtype == torch.float32
     exact = formula(attn.double(), kind, query.double(), states.double(), LENGTHS)
     # Keys and queries are of size 1 or so: with D weights of 0.3, scores are off by a few roundings, p by as many.
     close_to = torch.finfo(dtype).eps * 4
@@ -259,6 +361,19 @@ def test_nothing_to_attend(kind: str) -> None:
     assert weights.shape == (BATCH, STEPS, 0)
     assert torch.equal(context, torch.zeros(BATCH, STEPS, MEMORY, dtype=context.dtype))
     assert attn(query[:, :0], states)[0].shape == (BATCH, 0, MEMORY)
+    query, states = inputs()
+    context, weights, _ = attn.step(query[:0, :3], attn.prepare(states[:0]), need_weights=True)
+    assert (context.shape, weights.shape) == ((0, 3, MEMORY), (0, 3, KEYS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_values_are_cleared_once_where_they_are_multiplied(kind: str) -> None:
+    attn, (_, states) = module(kind), inputs()
+    with torch.no_grad():
+        memory = attn.prepare(states, LENGTHS)
+    cleared = kind in APART and not kind.startswith("local")  # whose windows are cleared as they are cut out
+    assert memory.cleared == cleared
+    assert (memory.value[1] == 0).all() == cleared
 
 
 def test_bad_arguments() -> None:

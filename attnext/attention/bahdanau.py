@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attnext import _checks
+from attnext import _checks, functional
 from attnext.alignments import NORMALIZERS
 from attnext.alignments import normalize as normalized
-from attnext.attention.base import Attention, context_of
+from attnext.attention.base import Attention, context_of, linear
 from attnext.memory import Memory
 
 __all__ = ["BahdanauAttention"]
@@ -43,6 +43,7 @@ class BahdanauAttention(Attention):
     """
 
     score_weight: nn.Parameter
+    _is_additive = True
 
     def __init__(
         self,
@@ -78,8 +79,7 @@ class BahdanauAttention(Attention):
             nn.init.zeros_(self.query_projection.bias)
 
     def _project_query(self, query: Tensor) -> Tensor:
-        projected: Tensor = self.query_projection(query)
-        return projected
+        return linear(self, "query_projection", query)
 
     def _project_states(self, states: Tensor) -> Tensor:
         projected: Tensor = self.memory_projection(states)
@@ -92,16 +92,20 @@ class BahdanauAttention(Attention):
         return self.gain * self.score_weight / length
 
     @property
+    def _parameter(self) -> Tensor | None:
+        weight = self._parameters.get("score_weight")
+        return next(self.parameters(), None) if weight is None else weight
+
+    @property
     def _scale(self) -> float:
         return 1.0 / self.temperature
 
-    def _attend(
-        self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        dropout_p = self.dropout if self.training else 0.0
         if self.normalizer == "softmax":
-            return super()._attend(query, memory, need_weights, dropout_p)
+            return functional.attend(query, memory, 1.0 / self.temperature, dropout_p, need_weights, None)
         weights = nn.functional.dropout(normalized(self._scores(query, memory), self.normalizer), dropout_p)
-        return context_of(weights, memory.value), weights if need_weights else None
+        return context_of(weights, memory.factor), weights if need_weights else None
 
     @property
     def _multiplies_values(self) -> bool:

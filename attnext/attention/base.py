@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _of_modules
 
 from attnext import _checks, functional, reference
-from attnext.memory import Memory, prepare
+from attnext.memory import Memory, prepare, prepared_memory
 from attnext.steps import gathered
 
-__all__ = ["Attention", "context_of", "prepared_memory"]
+__all__ = ["Attention", "context_of", "linear", "weight_of"]
 
 
 class Attention(nn.Module, ABC):
@@ -52,6 +53,16 @@ class Attention(nn.Module, ABC):
     def _kept_weight(self) -> Tensor | None:
         """The vector of an additive score, as a memory keeps it."""
         return self.score_weight
+
+    @property
+    def _is_additive(self) -> bool:
+        """Whether the score is additive, or a dot product."""
+        return self.score_weight is not None
+
+    @property
+    def _value_size(self) -> int:
+        """The size of a value of the memory."""
+        return self.memory_size
 
     @property
     def _parameter(self) -> Tensor | None:
@@ -108,9 +119,13 @@ class Attention(nn.Module, ABC):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
-        query, need_weights = self._checked(query), _checks.flag("need_weights", need_weights)
-        memory = self._memory(memory, lengths, mask, self._masks_by_query(query))
-        return self._over_queries(self._projected(query, memory), memory, need_weights)
+        query = self._checked(query)
+        _checks.flag("need_weights", need_weights)
+        if not isinstance(memory, Memory):
+            memory = self._project("memory", memory, lengths, mask, self._masks_by_query(query))
+        elif not (lengths is None and mask is None):
+            functional.refuse_beside_memory(lengths=lengths, mask=mask)
+        return self._attend(self._projected(query, memory), memory, need_weights)
 
     def step(
         self, query: Tensor, memory: Memory, state: Any = None, *, need_weights: bool = False
@@ -131,39 +146,43 @@ class Attention(nn.Module, ABC):
         """
         if state is not None:
             raise TypeError(f"state must be None for {type(self).__name__}, got {type(state).__name__}")
-        return *self(query, prepared_memory(memory), need_weights=need_weights), None
+        hooked = _has_hooks(self) or self._compiled_call_impl is not None
+        attend = self if hooked else self.forward  # as the call of a module takes its time
+        return *attend(query, prepared_memory(memory), need_weights=need_weights), None
 
     def _checked(self, query: Tensor) -> Tensor:
+        like = self._parameter
+        if like is not None and _checks.fits(query, self.query_size, like):
+            return query
         query = _checks.tensor("query", query, 2, 3)
         _checks.size("query", query, -1, self.query_size, "query_size")
-        _checks.same_kind_as_module("query", query, self._parameter)
+        _checks.same_kind_as_module("query", query, like)
         return query
-
-    def _memory(
-        self, memory: Memory | Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
-    ) -> Memory:
-        """The memory itself, or encoder states as one for a single call."""
-        if not isinstance(memory, Memory):
-            return self._project("memory", memory, lengths, mask, queries)
-        if lengths is not None or mask is not None:
-            name = "lengths" if lengths is not None else "mask"
-            raise ValueError(f"{name} must be None with a prepared memory: pass it to prepare() instead")
-        return memory
 
     def _projected(self, query: Tensor, memory: Memory) -> Tensor:
         """The query in the space of the keys."""
-        wanted, got = ("dot products" if x.score_weight is None else "an additive score" for x in (self, memory))
-        if wanted != got:
+        additive, value_size = memory.score_weight is not None, self._value_size
+        if additive != self._is_additive or memory.heads != self.heads or memory.value.shape[2] != value_size:
+            self._refuse(memory, value_size)
+        key, batch = memory.key, query.shape[0]
+        if key.shape[0] != batch * self.heads:
+            _checks.size("memory", key if self.heads == 1 else key[:: self.heads], 0, batch, "query's batch")
+        query = self._project_query(query)
+        if not _checks.fits(query, key.shape[2], key):
+            name = "attention_size" if self._projects_states else "memory_size"
+            _checks.size("memory", key, 2, query.shape[-1], name + " / heads" * (self.heads > 1))
+            _checks.same_kind(query, memory=key)
+        return query
+
+    def _refuse(self, memory: Memory, value_size: int) -> NoReturn:
+        """Says what this memory is not: it comes from another module, or from :func:`attnext.prepare`."""
+        additive = memory.score_weight is not None
+        if additive != self._is_additive:
+            wanted, got = ("dot products", "an additive score")[:: 1 if additive else -1]
             raise ValueError(f"memory must be prepared for {wanted}, got one for {got}")
         if memory.heads != self.heads:
             raise ValueError(f"memory must be prepared for heads={self.heads}, got one for heads={memory.heads}")
-        key = memory.key if self.heads == 1 else memory.key[:: self.heads]
-        _checks.size("memory", key, 0, query.shape[0], "query's batch")
-        name = "attention_size" if self._projects_states else "memory_size"
-        _checks.size("memory", key, 2, self.attention_size // self.heads, name + " / heads" * (self.heads > 1))
-        query = self._project_query(query)
-        _checks.same_kind(query, memory=memory.key)
-        return query
+        raise ValueError(f"memory must have values of size {value_size}, got {memory.value.shape[2]}")
 
     def scores(self, query: Tensor, memory: Memory) -> Tensor:
         """The scores before the softmax: logits over the encoder states.
@@ -183,25 +202,19 @@ class Attention(nn.Module, ABC):
 
     def _scores(self, query: Tensor, memory: Memory) -> Tensor:
         """The logits of projected queries."""
-        key, v, lengths, mask = memory.key, memory.score_weight, memory.lengths, memory.mask
-        if v is None:
-            return functional.dot_scores(query, key, lengths=lengths, mask=mask, scale=self._scale)
-        return functional.additive_scores(query, key, v, lengths=lengths, mask=mask, scale=self._scale)
+        if memory.score_weight is not None:
+            return functional.scores_of(query, memory, self._scale)
+        lengths, mask = memory.lengths, memory.mask
+        return functional.dot_scores(query, memory.key, lengths=lengths, mask=mask, scale=self._scale)
 
-    def _attend(
-        self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Context and weights of projected queries."""
         kernel = functional.attend_by_dot if memory.score_weight is None else functional.attend
-        return kernel(query, memory, self._scale, dropout_p, need_weights, None)
+        return kernel(query, memory, self._scale, self.dropout if self.training else 0.0, need_weights, None)
 
     def _masks_by_query(self, query: Tensor) -> int | None:
         """How many queries a mask may tell apart; None where it is one of the keys alone."""
         return 1 if query.dim() == 2 else query.shape[1]
-
-    def _over_queries(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """Context and weights of projected queries."""
-        return self._attend(query, memory, need_weights, self.dropout if self.training else 0.0)
 
     def _project(
         self, name: str, encoder_states: Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
@@ -223,14 +236,41 @@ class Attention(nn.Module, ABC):
         score_weight = self._kept_weight()
         if score_weight is not None:  # a copy: the memory keeps v as it is now
             score_weight = score_weight.to(key.dtype, copy=True)
-        return Memory(key, value, lengths, mask, score_weight, None)
+        return Memory(key, value, lengths, mask, score_weight, None, cleared=needs_finite)
 
 
-def prepared_memory(memory: object) -> Memory:
-    """A memory, and not encoder states."""
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be what prepare() returned, got {type(memory).__name__}")
-    return memory
+def linear(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What a layer of a module gives, past the layer's call where that adds nothing: it takes a fifth of a small step.
+
+    By dictionaries, as each attribute that a module looks up takes as long as a check of the query.
+    """
+    layer: Any = module._modules[name]
+    if type(layer) is nn.Linear and _is_only(layer, nn.Linear):
+        parameters = layer._parameters
+        weight: Any = parameters["weight"]
+        return nn.functional.linear(x, weight, parameters["bias"])
+    projected: Tensor = layer(x)
+    return projected
+
+
+def weight_of(module: nn.Module, name: str, cls: type[nn.Module]) -> Tensor | None:
+    """The weight of a layer without bias that does what its class does; None where the layer's call may do more."""
+    layer: Any = module._modules[name]
+    if not _is_only(layer, cls):
+        return None
+    weight: Tensor | None = layer._parameters.get("weight")
+    return layer.weight if weight is None else weight  # of a parametrization
+
+
+def _is_only(layer: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a layer does what its class does and no more: its call runs no hook, and no forward of another's."""
+    return type(layer).forward is cls.forward and "forward" not in layer.__dict__ and not _has_hooks(layer)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether the call of a module runs more than its forward."""
+    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(own or _of_modules._has_any_global_hook())
 
 
 def context_of(weights: Tensor, value: Tensor) -> Tensor:

@@ -48,5 +48,11 @@ class CoverageAttention(PastAttention):
         bound = self.attention_size**-0.5
         nn.init.uniform_(self.coverage_weight, -bound, bound)
 
+    def _filters(self) -> tuple[Tensor, None]:
+        return self.coverage_weight.view(-1, 1, 1), None
+
+    def _seen(self, past: Past) -> tuple[Tensor, ...]:
+        return (past.cumulative,)
+
     def _features(self, past: Past) -> Tensor:
         return past.cumulative.to(self.coverage_weight.dtype).unsqueeze(-1) * self.coverage_weight

@@ -84,6 +84,14 @@ class MultiHeadAttention(Attention):
     def _project_states(self, states: Tensor) -> Tensor:
         return self._split(self.memory_projection(states))
 
+    def _kept_weight(self) -> Tensor | None:
+        v = self.score_weight
+        return v[0] if v is not None and self.heads == 1 else v
+
+    @property
+    def _value_size(self) -> int:
+        return self.head_size
+
     @property
     def _scale(self) -> float:
         return self.head_size**-0.5 if self.score == "scaled_dot" else 1.0
@@ -110,10 +118,8 @@ class MultiHeadAttention(Attention):
         """(B * heads, ...) as (B, heads, ...)."""
         return x.reshape(x.shape[0] // self.heads, self.heads, *x.shape[1:])
 
-    def _attend(
-        self, query: Tensor, memory: Memory, need_weights: bool, dropout_p: float
-    ) -> tuple[Tensor, Tensor | None]:
-        context, weights = super()._attend(query, memory, need_weights, dropout_p)
+    def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        context, weights = super()._attend(query, memory, need_weights)
         context = self._by_head(context)
         context = (context if context.dim() == 3 else context.transpose(1, 2)).flatten(-2)
         projected: Tensor = self.output_projection(context)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from attnext import _checks
 from attnext.alignments import normalize
-from attnext.attention.past import Past, PastAttention, first_visible
+from attnext.attention.past import Filters, Past, PastAttention, first_visible
 from attnext.memory import Memory
+from attnext.ops import accumulator
 
 __all__ = ["LocalAttention"]
 
@@ -71,38 +72,50 @@ class LocalAttention(PastAttention):
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
 
+    def _filters_of_kernel(self) -> Filters | None:
+        return None if self.position == "predicted" else super()._filters_of_kernel()  # whose weights fall off
+
     def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
-        keys = memory.key.shape[1]
-        if keys == 0:
+        if memory.key.shape[1] == 0:
             return super()._step(query, memory, past)
-        position = self._position(query, memory, past)
-        reach = min(self.window, keys)
-        near = torch.arange(-reach, reach + 1, device=query.device)
-        slots = position.round().long() + near
-        inside = (slots >= 0) & (slots < _lengths(memory)) & ((slots - position).abs() <= self.window)
-        slots = slots.clamp(0, keys - 1)
-        within = _window(memory, slots, inside)
-        if self.position != "predicted":
-            context, weights = self._attend_once(query, within)
+        position, filters = self._position(query, memory, past), self._filters_of_kernel()
+        if filters is None:
+            context, weights = self._attend_cut_out(query, memory, position)
         else:
-            weights = normalize(self._scores(query, within), self.normalizer)
-            weights = weights * (-2 * ((slots - position) / self.window).square()).exp().to(weights.dtype)
-            context = self._dropped_context(weights, within.value)
-        weights = weights.new_zeros(past.weights.shape).scatter_add(1, slots, weights)
+            reach = min(self.window, memory.key.shape[1])
+            window = torch.cat([position - reach, position + (reach + 1)], -1)
+            context, weights = self._attend_at_once(query, memory, past, filters, window=window)
         steps = None if past.position is None else past.position + 1
         return context, Past(weights, past.cumulative + weights, position=steps)
 
     def _position(self, query: Tensor, memory: Memory, past: Past) -> Tensor:
-        """The centre of the window, (B, 1), as a real number."""
-        dtype = torch.promote_types(query.dtype, torch.float32)
+        """The centre of the window, (B, 1) or (B, beam, 1): an integer, or a guess in the dtype of the weights."""
+        lengths = _by_rows(_lengths(memory), query)
         if self.position_predictor is not None:
             guess: Tensor = self.position_predictor(query)
-            return _lengths(memory) * guess.to(dtype).sigmoid()
+            return lengths * guess.to(past.weights.dtype).sigmoid()
         if past.position is None:
-            somewhere = (past.weights > 0).any(1, keepdim=True)
-            at = torch.where(somewhere, past.weights.argmax(1, keepdim=True), first_visible(memory).unsqueeze(1))
-            return at.to(dtype)
-        return torch.minimum(past.position, (_lengths(memory) - 1).clamp(min=0)).to(dtype)
+            somewhere = (past.weights > 0).any(-1, keepdim=True)
+            first = _by_rows(first_visible(memory), query)
+            return torch.where(somewhere, past.weights.argmax(-1, keepdim=True), first)
+        return torch.minimum(past.position, lengths - 1)
+
+    def _attend_cut_out(self, query: Tensor, memory: Memory, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Context and weights of windows that are cut out of the memory, each as a sentence of its own."""
+        keys, rows = memory.key.shape[1], query.shape[:-1]
+        reach = min(self.window, keys)
+        slots = position.round().long() + torch.arange(-reach, reach + 1, device=query.device)
+        lengths = _by_rows(_lengths(memory), query)
+        inside = (slots >= 0) & (slots < lengths) & ((slots - position).abs() <= self.window)
+        slots = slots.clamp(0, keys - 1)
+        within = _window(memory, slots, inside)
+        scores = self._scores(query.flatten(0, -2), within).view(slots.shape)
+        weights = normalize(scores.to(accumulator(scores.dtype)), self.normalizer)
+        if self.position == "predicted":
+            weights = weights * (-2 * ((slots - position) / self.window).square()).exp()
+        context = self._dropped_context(weights.flatten(0, -2), within.value)
+        context = context.view(*rows, memory.value.shape[2])
+        return context, weights.new_zeros(*rows, keys).scatter_add(-1, slots, weights)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
         past = super()._beginning(memory, rows)
@@ -112,24 +125,30 @@ class LocalAttention(PastAttention):
 
     @property
     def _multiplies_values(self) -> bool:
-        return False  # the values of a window are hidden when it is cut out
+        return False  # those of a window are hidden when it is cut out
 
     def extra_repr(self) -> str:
         return f"window={self.window}, position={self.position!r}, {super().extra_repr()}"
 
 
 def _lengths(memory: Memory) -> Tensor:
-    """How many states each row has, (B, 1)."""
+    """How many states each row has, (B,)."""
     if memory.lengths is not None:
-        return memory.lengths.unsqueeze(1)
+        return memory.lengths
     batch, keys = memory.key.shape[:2]
-    return torch.full((batch, 1), keys, device=memory.key.device)
+    return torch.full((batch,), keys, device=memory.key.device)
+
+
+def _by_rows(x: Tensor, query: Tensor) -> Tensor:
+    """What is (B,), beside something of each query: (B, 1) or (B, 1, 1)."""
+    return x.view(-1, *(1,) * (query.dim() - 1))
 
 
 def _window(memory: Memory, slots: Tensor, inside: Tensor) -> Memory:
-    """The states at ``slots`` (B, n) of each row, those that are ``inside`` to be attended."""
-    rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
+    """The states at ``slots`` (B, n) or (B, beam, n), (B * beam, n, ...), those that are ``inside`` to be attended."""
+    rows = _by_rows(torch.arange(slots.shape[0], device=slots.device), slots)
     if memory.mask is not None:
         inside = inside & memory.mask[rows, slots]
     value = memory.value[rows, slots].masked_fill(~inside.unsqueeze(-1), 0.0)  # a NaN would be one as 0 * NaN too
-    return Memory(memory.key[rows, slots], value, None, inside, memory.score_weight, None)
+    key, value, inside = (x.flatten(0, slots.dim() - 2) for x in (memory.key[rows, slots], value, inside))
+    return Memory(key, value, None, inside, memory.score_weight, None)

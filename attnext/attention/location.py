@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks
+from attnext.attention.base import weight_of
 from attnext.attention.past import Past, PastAttention
 
 __all__ = ["LocationSensitiveAttention"]
@@ -69,10 +70,19 @@ class LocationSensitiveAttention(PastAttention):
         self.location_convolution.reset_parameters()
         self.location_projection.reset_parameters()
 
+    def _filters(self) -> tuple[Tensor, Tensor] | None:
+        filters = weight_of(self, "location_convolution", nn.Conv1d)
+        projection = weight_of(self, "location_projection", nn.Linear)
+        return None if filters is None or projection is None else (filters, projection)
+
+    def _seen(self, past: Past) -> tuple[Tensor, ...]:
+        if self.features == "both":
+            return past[:2]
+        return (past.weights if self.features == "previous" else past.cumulative,)
+
     def _features(self, past: Past) -> Tensor:
-        seen = {"previous": [past.weights], "cumulative": [past.cumulative], "both": list(past[:2])}[self.features]
         dtype = self.location_convolution.weight.dtype
-        channels = torch.stack([x.to(dtype) for x in seen], 1)
+        channels = torch.stack([x.to(dtype) for x in self._seen(past)], 1)
         if channels.shape[-1] == 0:  # no key, for which the convolution has no answer
             channels = channels.new_zeros(channels.shape[0], self.location_projection.in_features, 0)
         else:

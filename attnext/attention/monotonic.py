@@ -70,20 +70,19 @@ class MonotonicAttention(PastAttention):
         super().reset_parameters()
         nn.init.constant_(self.score_bias, self.initial_bias)
 
-    def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
-        energies = self._scores(query, memory) + self.score_bias
+    @property
+    def _rule(self) -> None:
+        return None
+
+    def _weights(self, scores: Tensor, past: Past) -> Tensor:
+        energies = scores + self.score_bias
         if self.training and self.noise > 0:
             energies = energies + self.noise * torch.randn_like(energies)
         mode = "hard" if self.hard and not self.training else self.mode
-        weights = monotonic_weights(energies, past.weights, mode)
-        return self._dropped_context(weights, memory.value), Past(weights, past.cumulative + weights)
+        return monotonic_weights(energies, past.weights, mode)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
         return at_the_first_key(super()._beginning(memory, rows), memory)
-
-    @property
-    def _multiplies_values(self) -> bool:
-        return True
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, hard={self.hard}, noise={self.noise:g}, {super().extra_repr()}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnext import _checks
 from attnext.alignments import forward_weights
 from attnext.attention.location import LocationSensitiveAttention
-from attnext.attention.past import Past, at_the_first_key
+from attnext.attention.past import Filters, Past, at_the_first_key
 from attnext.memory import Memory
 
 __all__ = ["ForwardAttention"]
@@ -61,24 +61,31 @@ class ForwardAttention(LocationSensitiveAttention):
         if self.transition_agent is not None:
             self.transition_agent.reset_parameters()
 
+    @property
+    def _rule(self) -> str:
+        return "forward"
+
+    def _attend_at_once(
+        self, query: Tensor, memory: Memory, past: Past, filters: Filters, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        options |= {"previous": past.weights, "transition": past.transition}
+        return super()._attend_at_once(query, memory, past, filters, **options)
+
+    def _weights(self, scores: Tensor, past: Past) -> Tensor:
+        return forward_weights(scores, past.weights, past.transition)
+
     def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
-        scores = self._scores(query, self._with_features(memory, past))
-        weights = forward_weights(scores, past.weights, past.transition)
-        context = self._dropped_context(weights, memory.value)
-        transition = None
-        if self.transition_agent is not None:
-            transition = self.transition_agent(torch.cat([context, query], -1)).sigmoid()
-        return context, Past(weights, past.cumulative + weights, transition)
+        context, past = super()._step(query, memory, past)
+        if self.transition_agent is None:
+            return context, past
+        transition = self.transition_agent(torch.cat([context, query], -1)).sigmoid()
+        return context, past._replace(transition=transition)
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
         past = at_the_first_key(super()._beginning(memory, rows), memory)
         if self.transition_agent is None:
             return past
         return past._replace(transition=past.weights.new_full((*past.weights.shape[:-1], 1), 0.5))
-
-    @property
-    def _multiplies_values(self) -> bool:
-        return True
 
     def extra_repr(self) -> str:
         return f"transition_agent={self.transition_agent is not None}, {super().extra_repr()}"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attnext import _checks
+from attnext import _checks, functional
+from attnext.alignments import normalize
 from attnext.attention.bahdanau import BahdanauAttention
-from attnext.attention.base import context_of, prepared_memory
-from attnext.memory import Memory
+from attnext.attention.base import context_of
+from attnext.memory import Memory, prepared_memory
+from attnext.ops import RULES, accumulator
+from attnext.steps import gathered
 
 __all__ = ["Past", "PastAttention"]
 
@@ -22,8 +24,9 @@ class Past(NamedTuple):
     """The weights of the steps so far, and whatever else an attention carries from step to step.
 
     Attributes:
-        weights: (B, Tk) or (B, beam, Tk), those of the last step, before dropout.
-        cumulative: the same shape: their sum over all steps (the coverage), in float32 or float64.
+        weights: (B, Tk) or (B, beam, Tk), those of the last step, before dropout, in the dtype that they are computed
+            in: float64 for float64, float32 for the others.
+        cumulative: the same shape and dtype: their sum over all steps (the coverage).
         transition: (B, 1) or (B, beam, 1), how likely forward attention with an agent moves on at the next step; else
             None.
         position: (B, 1) or (B, beam, 1) int64, how many steps local attention has made, where it counts them; else
@@ -58,9 +61,7 @@ class Past(NamedTuple):
         return Past._make(None if x is None else change(x) for x in self)
 
 
-def _stacked(states: list[Past]) -> Past:
-    """Those of (B, ...) as one of (B, beam, ...)."""
-    return Past._make(None if x[0] is None else torch.stack(x, 1) for x in zip(*states, strict=True))
+Filters = tuple[Tensor | None, Tensor | None]
 
 
 class PastAttention(BahdanauAttention):
@@ -70,24 +71,44 @@ class PastAttention(BahdanauAttention):
     (B, Tk). Weights are returned as they were before dropout.
     """
 
+    @property
+    def _rule(self) -> str | None:
+        """The kernel's name for what makes weights of the scores; None where the kernel has not got it."""
+        return self.normalizer if self.normalizer in RULES else None
+
+    def _filters(self) -> Filters | None:
+        """The filters over the past and their projection, as :func:`attnext.additive_step` takes them.
+
+        None where only the layers know what they do, as a hook may change it.
+        """
+        return None, None
+
+    def _seen(self, past: Past) -> tuple[Tensor, ...]:
+        """What the filters see."""
+        return ()
+
     def _features(self, past: Past) -> Tensor | None:
-        """(N, Tk, D) of a state of (N, Tk), to be added to the projected states; None where there are none."""
+        """By the layers, (N, Tk, D) of a state of (N, Tk), to be added to the projected states; None for none."""
         return None
+
+    def _filters_of_kernel(self) -> Filters | None:
+        """Those, where a step is one kernel; None where there is one for the scores, and the rest is PyTorch's."""
+        return None if self._rule is None else self._filters()
 
     def _masks_by_query(self, query: Tensor) -> int | None:
         return None
 
-    def _over_queries(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, query: Tensor, memory: Memory, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Step after step, from a beginning without a past: (B, Tq, D) is Tq steps in their order."""
         past = self._beginning(memory, query.shape[:1])
         if query.dim() == 2:
             context, past = self._step(query, memory, past)
-            return context, past.weights if need_weights else None
+            return context, past.weights.to(context.dtype) if need_weights else None
         contexts, weights = [], []
         for one in query.unbind(1):
             context, past = self._step(one, memory, past)
             contexts.append(context)
-            weights.append(past.weights)
+            weights.append(past.weights.to(context.dtype))
         if not contexts:  # no step
             batch, keys = memory.key.shape[:2]
             context = query.new_empty(batch, 0, memory.value.shape[2])
@@ -121,59 +142,81 @@ class PastAttention(BahdanauAttention):
         wanted = (*projected.shape[:-1], memory.key.shape[1])
         if state.weights.shape != wanted:
             raise ValueError(f"state must have weights of shape {wanted}, got {tuple(state.weights.shape)}")
-        if query.dim() == 2:
-            context, past = self._step(projected, memory, state)
-        elif query.shape[1] == 0:
+        if query.dim() == 3 and query.shape[1] == 0:
             raise ValueError("query must have at least one hypothesis, got shape " + str(tuple(query.shape)))
-        else:  # one after another, as the keys differ: the values are shared without a copy
-            steps = [
-                self._step(projected[:, k], memory, state.map(itemgetter((slice(None), k))))
-                for k in range(query.shape[1])
-            ]
-            context = torch.stack([context for context, _ in steps], 1)
-            past = _stacked([past for _, past in steps])
-        return context, past.weights if need_weights else None, past
+        wide = accumulator(memory.key.dtype)
+        if state.weights.dtype != wide:  # a state of the caller's own making
+            state = state.map(lambda x: x.to(wide) if x.is_floating_point() else x)
+        context, past = self._step(projected, memory, state)
+        return context, past.weights.to(context.dtype) if need_weights else None, past
 
     def _step(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Past]:
-        """One step of projected queries (B, D)."""
-        context, weights = self._attend_once(query, self._with_features(memory, past))
+        """One step of projected queries (B, D) or (B, beam, D)."""
+        filters = self._filters_of_kernel()
+        if filters is None:
+            context, weights = self._attend_apart(query, memory, past)
+        else:
+            context, weights = self._attend_at_once(query, memory, past, filters)
         return context, Past(weights, past.cumulative + weights)
 
-    def _attend_once(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    def _attend_at_once(
+        self, query: Tensor, memory: Memory, past: Past, filters: Filters, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """Context, after dropout, and weights, before it: what was dropped has been attended all the same."""
-        context, weights = self._attend(query, memory, True, 0.0)
-        assert weights is not None
-        return self._dropped_context(weights, memory.value) if self._drops else context, weights
+        rule, scale, dropout_p = self._rule, 1.0 / self.temperature, self.dropout if self.training else 0.0
+        assert rule is not None
+        seen = self._seen(past)
+        return functional.attend_step(
+            query, memory, *filters, seen, rule=rule, scale=scale, dropout_p=dropout_p, **options
+        )
+
+    def _attend_apart(self, query: Tensor, memory: Memory, past: Past) -> tuple[Tensor, Tensor]:
+        """The same with a kernel for the scores, which has the features as a part of the keys."""
+        scores = self._scores_apart(query, memory, past)
+        weights = self._weights(scores.to(accumulator(scores.dtype)), past)
+        return self._dropped_context(weights, memory.factor), weights
+
+    def _scores_apart(self, query: Tensor, memory: Memory, past: Past) -> Tensor:
+        """Those of hypotheses as of more sentences, as the keys differ."""
+        features = self._features(past.map(lambda x: x.flatten(0, -2)))
+        if features is None:
+            return self._scores(query, memory)
+        rows, beam = query.shape[:-1], 1 if query.dim() == 2 else query.shape[1]
+        batch, keys, size = memory.key.shape
+        key = memory.key.unsqueeze(1) + features.to(memory.key.dtype).view(batch, beam, keys, size)
+        lengths, mask = (None if x is None else x.repeat_interleave(beam, 0) for x in (memory.lengths, memory.mask))
+        of_rows = replace(memory, key=key.flatten(0, 1), lengths=lengths, mask=mask, prepared=None, steps=None)
+        return self._scores(query.flatten(0, -2), of_rows).view(*rows, keys)
+
+    def _weights(self, scores: Tensor, past: Past) -> Tensor:
+        """Weights of the scores by PyTorch."""
+        return normalize(scores, self.normalizer)
 
     def _dropped_context(self, weights: Tensor, value: Tensor) -> Tensor:
         """The context by weights that no kernel made, with dropout in training."""
         return context_of(nn.functional.dropout(weights, self.dropout, self.training).to(value.dtype), value)
 
     @property
-    def _drops(self) -> bool:
-        return self.training and self.dropout > 0.0
-
-    @property
     def _multiplies_values(self) -> bool:
-        return self._drops or super()._multiplies_values
-
-    def _with_features(self, memory: Memory, past: Past) -> Memory:
-        features = self._features(past)
-        if features is None:
-            return memory
-        return replace(memory, key=memory.key + features.to(memory.key.dtype), prepared=None)
+        return self._filters_of_kernel() is None
 
     def _beginning(self, memory: Memory, rows: torch.Size) -> Past:
         """The state before the first step: nothing was attended."""
         key = memory.key
-        weights = key.new_zeros(*rows, key.shape[1])
-        return Past(weights, weights.to(torch.promote_types(key.dtype, torch.float32)))
+        weights = key.new_zeros(*rows, key.shape[1], dtype=accumulator(key.dtype))
+        return Past(weights, weights)
+
+    def _project(
+        self, name: str, encoder_states: Tensor, lengths: Tensor | None, mask: Tensor | None, queries: int | None
+    ) -> Memory:
+        """For many steps, in a call too; nothing more can be made ahead, as the past enters each step's keys."""
+        memory = super()._project(name, encoder_states, lengths, mask, queries)
+        if self._filters_of_kernel() is None:
+            return memory
+        return replace(memory, steps=gathered(memory.key, memory.value, memory.score_weight))
 
     def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
-        """Projects encoder states once, for many steps; see :meth:`attnext.BahdanauAttention.prepare`.
-
-        Nothing more can be made ahead, as the past enters each step's keys.
-        """
+        """Projects encoder states once, for many steps; see :meth:`attnext.BahdanauAttention.prepare`."""
         return self._project("encoder_states", encoder_states, lengths, mask, queries=None)
 
 

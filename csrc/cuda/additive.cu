@@ -12,6 +12,7 @@
 #include "dot_operators.cuh"
 #include "forward.cuh"
 #include "prepare.cuh"
+#include "step_operators.cuh"
 #include "tensors.cuh"
 
 namespace attnext::cuda {
@@ -335,6 +336,8 @@ STABLE_TORCH_LIBRARY_IMPL(attnext, CUDA, m) {
   m.impl("additive_attention_backward_cuda", TORCH_BOX(&additive_attention_backward));
   m.impl("additive_scores_cuda", TORCH_BOX(&additive_scores));
   m.impl("additive_scores_backward_cuda", TORCH_BOX(&additive_scores_backward));
+  m.impl("additive_step_cuda", TORCH_BOX(&additive_step));
+  m.impl("additive_step_backward_cuda", TORCH_BOX(&additive_step_backward));
   m.impl("dot_attention_cuda", TORCH_BOX(&dot_attention));
   m.impl("dot_attention_backward_cuda", TORCH_BOX(&dot_attention_backward));
 }

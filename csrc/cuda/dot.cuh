@@ -128,34 +128,6 @@ __device__ void add_products(float (&sum)[kSums], int first, const T* stage, int
   }
 }
 
-// Neighbours in shared memory: one, or as many as an address that is a multiple of their size lets be a vector.
-template <int kNumbers>
-__device__ __forceinline__ void load_floats(const float* from, float (&out)[kNumbers]) {
-  if constexpr (kNumbers == 1) {
-    out[0] = *from;
-  } else if constexpr (kNumbers == 2) {
-    const float2 two = load2(from);
-    out[0] = two.x, out[1] = two.y;
-  } else {
-#pragma unroll
-    for (int c = 0; c < kNumbers; c += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + c);
-      out[c] = four.x, out[c + 1] = four.y, out[c + 2] = four.z, out[c + 3] = four.w;
-    }
-  }
-}
-
-template <int kNumbers>
-__device__ __forceinline__ void store_floats(float* to, const float (&x)[kNumbers]) {
-  if constexpr (kNumbers == 1) {
-    *to = x[0];
-  } else {
-#pragma unroll
-    for (int c = 0; c < kNumbers; c += 4)
-      *reinterpret_cast<float4*>(to + c) = make_float4(x[c], x[c + 1], x[c + 2], x[c + 3]);
-  }
-}
-
 // The softmax of a lane's query, lane % kDotSums / kKeys, so far; a lane has a key of each tile, lane % kKeys. Returns
 // exp(s - top), and in `shrink` by how much what was summed before shrinks.
 template <int kKeys>

@@ -32,6 +32,28 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
+// 2^x to two ulps, 0 for what is below 2^-126: the hardware's own estimate.
+__device__ __forceinline__ float power_of_two(float x) {
+#if defined(ATTNEXT_CUDA_ON_CPU)
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// The smaller of the two; a NaN stays one.
+__device__ __forceinline__ float at_most(float x, float limit) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(limit));
+  return y;
+#else
+  return x > limit ? limit : x;
+#endif
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -120,6 +142,34 @@ __device__ __forceinline__ float2 fma2(float2 x, float2 y, float2 z) {
 __device__ __forceinline__ float2 twice(float x) { return make_float2(x, x); }
 
 __device__ __forceinline__ float2 load2(const float* x) { return *reinterpret_cast<const float2*>(x); }
+
+// Neighbours in shared memory: one, or as many as an address that is a multiple of their size lets be a vector.
+template <int kNumbers>
+__device__ __forceinline__ void load_floats(const float* from, float (&out)[kNumbers]) {
+  if constexpr (kNumbers == 1) {
+    out[0] = *from;
+  } else if constexpr (kNumbers == 2) {
+    const float2 two = load2(from);
+    out[0] = two.x, out[1] = two.y;
+  } else {
+#pragma unroll
+    for (int c = 0; c < kNumbers; c += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + c);
+      out[c] = four.x, out[c + 1] = four.y, out[c + 2] = four.z, out[c + 3] = four.w;
+    }
+  }
+}
+
+template <int kNumbers>
+__device__ __forceinline__ void store_floats(float* to, const float (&x)[kNumbers]) {
+  if constexpr (kNumbers == 1) {
+    *to = x[0];
+  } else {
+#pragma unroll
+    for (int c = 0; c < kNumbers; c += 4)
+      *reinterpret_cast<float4*>(to + c) = make_float4(x[c], x[c + 1], x[c + 2], x[c + 3]);
+  }
+}
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
