@@ -44,7 +44,7 @@ bench: .venv/installed  ## measure the kernels against their peers
 lint: .venv/installed  ## check style, types and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy attnext kernels build_backend
+	$(BIN)/mypy attnext attnext_command.py kernels build_backend
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
 format: .venv/installed  ## put Python and C++ into the project's format

@@ -117,6 +117,10 @@ def additive_attention(
         TypeError, ValueError: an argument is not what it must be; the message names it.
         RuntimeError: the backend asked for is not available. Also when a second derivative is taken of a backend other
             than "reference".
+
+    Where one key has all the weight, the true gradient of the scores is 0. Of one query, and of a memory's steps on the
+    CPU, it is that to the rounding of the weight; of several queries in a call roundings remain of about
+    ``eps * |scale| * |dC| * |context|``, dC being what comes in for the context.
     """
     if isinstance(key, Memory):
         memory = _in_place_of_key(query, key, True, value, score_weight, lengths, mask)

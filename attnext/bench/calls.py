@@ -9,11 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnext import BahdanauAttention, additive_attention, functional
+from attnext import BahdanauAttention, additive_attention, functional, prepare
 from attnext.bench import plain
 from attnext.bench.cases import Kind
 from attnext.bench.loops import Loop, Side, compiled, with_compiled_step
-from attnext.bench.peers import projected_memory
 
 __all__ = ["Call", "ModuleStep", "OperatorStep", "StepsOfCall"]
 
@@ -58,7 +57,7 @@ class OperatorStep(Loop):
     def sides(self, device: str, others: Collection[str]) -> dict[str, Side]:
         query, key, value, v = _projected(self, (self.batch, self.features), device)
         with torch.no_grad():
-            memory = projected_memory(key, value, v, None)
+            memory = prepare(key, value, v)
         return {
             "attnext": Side(lambda: functional.attend(query, memory, 1.0, 0.0, False, None)[0], []),
             "eager": Side(partial(plain.additive, query, key, value, v), []),
@@ -112,5 +111,5 @@ class StepsOfCall(Loop):
 
 
 def _by_step(query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor) -> Tensor:
-    memory = projected_memory(key, value, score_weight, None)
+    memory = prepare(key, value, score_weight)
     return torch.stack([functional.attend(one, memory, 1.0, 0.0, False, None)[0] for one in query.unbind(1)], 1)

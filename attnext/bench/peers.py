@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnext import additive_attention, additive_scores, backends, dot_attention, functional, reference
-from attnext.backends import choose, kernel_devices
+from attnext import additive_attention, additive_scores, backends, dot_attention, functional, prepare, reference
+from attnext.backends import choose, kernel_devices, use_backend
 from attnext.bench.cases import Case
 from attnext.cases import Inputs
-from attnext.memory import Memory, prepare
-from attnext.steps import gathered
 
-__all__ = ["OTHERS", "Peer", "Unavailable", "Wrong", "checked", "cores", "exact", "off", "ours", "projected_memory"]
+__all__ = ["OTHERS", "Peer", "Unavailable", "Wrong", "checked", "cores", "exact", "off", "ours"]
 
 Run = Callable[[], Any]
 Function = Callable[..., Tensor]
@@ -118,14 +116,9 @@ def _attnext(backend: str, case: Case, inputs: Inputs) -> Run:
         return _call(case, lambda *x: additive_attention(*x, backend=backend)[0], x, incoming)
     query, key, value, score_weight = x
     query = query.squeeze(1)
-    memory = projected_memory(key, value, score_weight, backend)
+    with use_backend(backend):
+        memory = prepare(key, value, score_weight)
     return lambda: functional.attend(query, memory, 1.0, 0.0, False, backend)[0]
-
-
-def projected_memory(key: Tensor, value: Tensor, score_weight: Tensor, backend: str | None) -> Memory:
-    """A memory of projected keys, prepared for many steps and their gradients."""
-    prepared = prepare(key, None, None, backend)
-    return Memory(key, value, None, None, score_weight, prepared, steps=gathered(key, value, score_weight))
 
 
 def _eager(case: Case, inputs: Inputs) -> Run:
