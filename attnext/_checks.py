@@ -252,7 +252,10 @@ def filters(x: object, projection: object, bias: object, pasts: int, query: Tens
         if pasts:
             raise ValueError(f"past must be left out without filters, got {pasts}")
         return
-    of = {"filters": (x := tensor("filters", x, 3))}
+    x = tensor("filters", x, 3)
+    if _filters_fit(x, projection, bias, pasts, query):
+        return
+    of = {"filters": x}
     if pasts == 0:
         raise ValueError("past must be a torch.Tensor or two of them with filters, got none")
     size("filters", x, 1, pasts, "the number of pasts")
@@ -270,12 +273,36 @@ def filters(x: object, projection: object, bias: object, pasts: int, query: Tens
     same_kind(query, **of)
 
 
-def of_rows(name: str, x: object, query: Tensor, last: int, what: str, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
-    """(B, last) or (B, Tq, last), as the query is (B, D) or (B, Tq, D); of a floating dtype, or of one of these."""
+def _filters_fit(x: Tensor, projection: object, bias: object, pasts: int, query: Tensor) -> bool:
+    """Whether they are right at a glance."""
+    (count, channels, width), size = x.shape, query.shape[-1]
+    return (
+        channels == pasts > 0 < count
+        and width % 2 == 1
+        and _is(x, x.shape, query, (query.dtype,))
+        and (count == size if projection is None else _is(projection, (size, count), query, (query.dtype,)))
+        and (bias is None or _is(bias, (count,), query, (query.dtype,)))
+    )
+
+
+def _is(x: object, shape: tuple[int, ...], query: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.shape == shape
+        and x.dtype in dtypes
+        and x.device == query.device
+        and x.layout == torch.strided
+    )
+
+
+def of_rows(name: str, x: object, query: Tensor, last: int, what: str, integers: bool = False) -> Tensor:
+    """(B, last) or (B, Tq, last), as the query is (B, D) or (B, Tq, D); of a floating dtype, or of integers."""
+    if isinstance(x, Tensor) and _is(x, (*query.shape[:-1], last), query, _INTEGERS if integers else _FLOATS):
+        return x
     x = tensor(name, x, query.dim())
-    if not dtypes:
+    if not integers:
         floating(name, x.dtype)
-    elif x.dtype not in dtypes:
+    elif x.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be a tensor of integers, got {x.dtype}")
     for dim in range(query.dim() - 1):
         size(name, x, dim, query.shape[dim], "query")
@@ -307,4 +334,4 @@ def window(x: object, query: Tensor) -> Tensor | None:
     """``window`` as int64: the first key of each query and the one after the last."""
     if x is None:
         return None
-    return of_rows("window", x, query, 2, "the first key and the one after the last", _INTEGERS).to(torch.int64)
+    return of_rows("window", x, query, 2, "the first key and the one after the last", integers=True).to(torch.int64)
