@@ -46,9 +46,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return spied
 
     cpu = operators["cpu"]
-    calls = {name: spy("cpu", getattr(cpu, name)) for name in ("prepare", "attention", "scores")}
+    calls = {name: spy("cpu", getattr(cpu, name)) for name in ("prepare", "attention", "scores", "step")}
     monkeypatch.setitem(operators, "cpu", replace(cpu, **calls))
     monkeypatch.setattr(reference, "additive_attention", spy("reference", reference.additive_attention))
+    monkeypatch.setattr(reference, "additive_step", spy("reference", reference.additive_step))
     # Which attention calls, too: only the name is of interest.
     monkeypatch.setattr(reference, "additive_scores", spy("reference", reference.additive_scores))
     return found
