@@ -580,15 +580,15 @@ class TestSteps:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark can't be set back")
 def test_memory_that_steps_keep() -> None:
-    loop = loops.Decoder(name="", batch=8, keys=128, features=256, values=64, query=32, steps=32, score="additive")
-    element = loop.rows * loop.keys * loop.features * 4  # 32 MiB
+    loop = loops.Decoder(name="", batch=8, keys=128, features=256, values=64, query=32, steps=128, score="additive")
+    element = loop.rows * loop.keys * loop.features * 4  # 128 MiB
     (ours, our_peak), (eager, eager_peak) = (kept.measured(loop, name, "cpu", 1) for name in ("attnext", "eager"))
     # Eager keeps the tanh; attnext what is as small as the weights, beside the keys.
     assert element <= eager < 3 * element
     assert eager_peak > eager
     assert 0 < ours < eager / 8
     assert ours < our_peak < eager_peak / 4
-    with pytest.raises(Unavailable, match="its memory at 32 steps could not be measured: KeyError: 'nobody'"):
+    with pytest.raises(Unavailable, match="its memory at 128 steps could not be measured: KeyError: 'nobody'"):
         kept.measured(loop, "nobody", "cpu", 1)
 
 
@@ -713,7 +713,7 @@ class TestPicture:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark can't be set back")
 def test_memory_of_a_call() -> None:
     case = Case("memory", "forward + backward", 8, 64, 64, 256, 64)
-    intermediate = case.elements * 4  # 32 MiB
+    intermediate = case.elements * 4  # 128 MiB
     fused, eager = (memory.peak(case, name, "cpu", 1) for name in (PEERS["attnext"].name, "eager"))
     # Eager keeps the tanh while it makes its gradient; the kernels' sums are a few times the gradients of the inputs.
     assert 2 * intermediate <= eager < 6 * intermediate
