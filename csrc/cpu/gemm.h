@@ -3,6 +3,16 @@
 // Sums in an array stay in registers where its loops are unrolled before the compiler places it.
 #define UNROLL _Pragma("GCC unroll 16")
 
+// Memory that is wanted soon, one stretch and then another. While products run it comes into the second-level cache, so
+// that reading and multiplying take the time of one of them.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr, *next = nullptr, *next_end = nullptr;
+  bool more() {
+    if (at >= end) at = next, end = next_end, next = next_end = nullptr;
+    return at < end;
+  }
+};
+
 // C[i][h] += sum_k A[i][k] B[k][h], rows of C and B padded to whole vectors; A has any strides.
 template <class T>
 struct Product {
@@ -13,39 +23,50 @@ struct Product {
   const T* b;
   int64_t b_row;
   int64_t depth;
-  bool cached = false;  // B lies in the first-level cache
+  Ahead* ahead = nullptr;  // of a B that lies in the first-level cache
 };
 
-template <class T, int I, int N, bool Prefetches>
+enum class Fetch { kNextPanel, kAhead, kNothing };
+template <class T, int I, int N, Fetch F>
 inline void product_panel(const Product<T>& p, int64_t row, int64_t column) {
   constexpr int W = kLanes<T>;
   // In variables of their own: a store to c could change what p refers to, for all the compiler knows.
   const int64_t c_row = p.c_row, a_row = p.a_row, a_column = p.a_column, b_row = p.b_row, depth = p.depth;
   T* c = p.c + row * c_row + column;
   const T *a = p.a + row * a_row, *b = p.b + column;
+  const char* ahead = F == Fetch::kAhead ? p.ahead->at : nullptr;
   Vec<T> sum[I][N];
   UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n) sum[i][n] = load(c + i * c_row + n * W);
   for (int64_t k = 0; k < depth; ++k, a += a_column, b += b_row) {
     Vec<T> line[N];
     UNROLL for (int n = 0; n < N; ++n) line[n] = load(b + n * W);
     // The next panel of this row: the processor sees no pattern in steps of whole rows.
-    if constexpr (Prefetches) __builtin_prefetch(b + N * W, 0, 2);
+    if constexpr (F == Fetch::kNextPanel) __builtin_prefetch(b + N * W, 0, 2);
+    if constexpr (F == Fetch::kAhead) {
+      constexpr int lines = N > 1 ? 2 : 1;  // about what memory gives in the time
+      UNROLL for (int line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    }
     UNROLL for (int i = 0; i < I; ++i) {
       const T factor = a[i * a_row];
       UNROLL for (int n = 0; n < N; ++n) sum[i][n] += factor * line[n];
     }
   }
   UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n) store<T>(c + i * c_row + n * W, sum[i][n]);
+  if constexpr (F == Fetch::kAhead) p.ahead->at = ahead;
 }
 
 // Columns [column, end) of I rows, in panels of N vectors, then narrower ones.
 template <class T, int I, int N>
 inline void product_columns(const Product<T>& p, int64_t row, int64_t column, int64_t end) {
   constexpr int step = N * kLanes<T>;
-  if (p.cached) {
-    for (; column + step <= end; column += step) product_panel<T, I, N, false>(p, row, column);
-  } else {
-    for (; column + step <= end; column += step) product_panel<T, I, N, true>(p, row, column);
+  for (; column + step <= end; column += step) {
+    if (p.ahead == nullptr) {
+      product_panel<T, I, N, Fetch::kNextPanel>(p, row, column);
+    } else if (p.ahead->more()) {
+      product_panel<T, I, N, Fetch::kAhead>(p, row, column);
+    } else {
+      product_panel<T, I, N, Fetch::kNothing>(p, row, column);
+    }
   }
   if constexpr (N > 1) product_columns<T, I, N / 2>(p, row, column, end);
 }
@@ -70,17 +91,26 @@ inline void product_row(const Product<T>& p, int64_t row, int64_t columns) {
     for (int64_t n = 0; n < columns; n += W) add_to<T>(c + n, *a * load(b + n));
 }
 
-// Rows [row, end) in tiles of I rows and as many columns as the registers hold: of sixteen, twelve take 6 x 2 sums.
-template <int I>
-constexpr int kPanel = I == 6 ? 2 : kRegisters / 2 / I;
-template <class T, int I = (kRegisters > 16 ? 8 : 6)>
-inline void product(const Product<T>& p, int64_t row, int64_t end, int64_t columns) {
+// Rows [row, end) in tiles of I rows and as many columns as the registers hold: of 32 registers 24 take sums, of
+// sixteen twelve.
+constexpr int kSums = kRegisters > 16 ? 24 : 12;
+template <class T, int I>
+inline void product_rows(const Product<T>& p, int64_t row, int64_t end, int64_t columns) {
+  constexpr int N = kSums / I >= 8 ? 8 : kSums / I >= 4 ? 4 : kSums / I >= 2 ? 2 : 1;
   if constexpr (I > 1) {
-    for (; row + I <= end; row += I) product_columns<T, I, kPanel<I>>(p, row, 0, columns);
-    product<T, (I > 4 ? 4 : I / 2)>(p, row, end, columns);
+    for (; row + I <= end; row += I) product_columns<T, I, N>(p, row, 0, columns);
+    product_rows<T, (I > 8 ? 8 : I > 4 ? 4 : I / 2)>(p, row, end, columns);
   } else if (row < end) {
     product_row(p, row, columns);
   }
+}
+template <class T>
+inline void product(const Product<T>& p, int64_t row, int64_t end, int64_t columns) {
+  if constexpr (kRegisters > 16) {
+    // Four vectors of columns load the least; fewer columns take more rows.
+    if (columns < 4 * kLanes<T>) return product_rows<T, 12>(p, row, end, columns);
+  }
+  product_rows<T, 6>(p, row, end, columns);
 }
 
 // Keeps a vector that is used several times in its register: the compiler would rather load it for each use, and loads

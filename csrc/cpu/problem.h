@@ -22,6 +22,7 @@ constexpr int64_t kKept = 32;
 // Filters of up to so many places are laid on the past one by one, in the backward pass of a step.
 constexpr int64_t kFewPlaces = 4;
 constexpr int64_t kStepKeys = 24;  // keys of a step whose sums are in the cache at a time: whole tiles of the products
+constexpr int64_t kAheadBytes = 384 * 1024;  // of values that a second-level cache of half a MiB keeps
 // Two ways to a score differ by some roundings of sum |w|, by which p is then off. Up to this sum that is a few ulps.
 constexpr int kSmallWeights = 32;
 

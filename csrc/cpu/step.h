@@ -74,9 +74,31 @@ inline void load_query(const Step<T>& s, const StepQuery<T>& q) {
   }
 }
 
+// Where the rows [j0, j1) of a tensor lie, one after another as numbers of n features; null where they don't.
+struct Stretch {
+  const char *at = nullptr, *end = nullptr;
+};
+inline Stretch stretch(const Rows& rows, int64_t b, int64_t j0, int64_t j1, int64_t n) {
+  if (rows.element != 1 || rows.row != n || j1 <= j0) return {};
+  return {row_address(rows, b, j0), row_address(rows, b, j1)};
+}
+
+// What a step reads soon, at the tile of keys [j0, j1): the keys of the next one, and values of this tile's keys.
+// Values wait until all keys have their scores, so that only those come which the cache holds until then.
+template <class T>
+inline Ahead soon(const Step<T>& s, const StepQuery<T>& q, int64_t j0, int64_t j1, int64_t of_row) {
+  const Problem<T>& p = s.problem;
+  const int64_t end = j1 + kStepKeys < q.last ? j1 + kStepKeys : q.last;
+  const bool fits = (j1 - q.first) * p.values * bytes(p.value.type) <= kAheadBytes;
+  const Stretch keys = stretch(p.key, q.b, j1, end, p.features);
+  const Stretch values = of_row < p.batch && fits ? stretch(p.value, of_row, j0, j1, p.values) : Stretch{};
+  return {keys.at, keys.end, values.at, values.end};
+}
+
 // sums[j] = q + k_j + L f_j of keys [j0, j0 + nj). A masked key counts as 0: its score is hidden later.
 template <class T>
-inline void sum_tile(const Step<T>& s, const StepTile<T>& m, const StepQuery<T>& q, int64_t j0, int64_t nj) {
+inline void sum_tile(const Step<T>& s, const StepTile<T>& m, const StepQuery<T>& q, int64_t j0, int64_t nj,
+                     Ahead& ahead) {
   constexpr int W = kLanes<T>;
   const Problem<T>& p = s.problem;
   const int64_t row = row_of(p.padded), padded = p.padded;
@@ -97,16 +119,17 @@ inline void sum_tile(const Step<T>& s, const StepTile<T>& m, const StepQuery<T>&
   if (s.projection) zero(features, nj * s.padded_filters);
   for (int64_t c = 0; c < s.channels; ++c)
     product<T>({features, features_row, q.past[c] + j0, 1, 1, s.filters + c * s.width * s.padded_filters,
-                s.padded_filters, s.width, true},
+                s.padded_filters, s.width, &ahead},
                0, nj, s.padded_filters);
   if (s.projection)
-    product<T>({m.sums, row, features, s.padded_filters, 1, s.projection, padded, s.filter_count, true}, 0, nj, padded);
+    product<T>({m.sums, row, features, s.padded_filters, 1, s.projection, padded, s.filter_count, &ahead}, 0, nj,
+               padded);
 }
 
 // w0 r0 + w1 r1 of a pair of vectors of features, by one division where weights are not too large for that.
 template <class T, bool Paired>
 inline Vec<T> weighted_r(Vec<T> w0, Vec<T> w1, Vec<T> x0, Vec<T> x1) {
-  if constexpr (Paired) return (w0 * x1 + w1 * x0) / (x0 * x1);
+  if constexpr (Paired) return (w0 * x1 + w1 * x0) * reciprocal<T>(x0 * x1);
   return w0 / x0 + w1 / x1;
 }
 
@@ -136,7 +159,8 @@ inline void step_scores(const Step<T>& s, const StepTile<T>& m, const StepQuery<
   const Problem<T>& p = s.problem;
   for (int64_t j0 = q.first; j0 < q.last; j0 += kStepKeys) {
     const int64_t nj = q.last - j0 < kStepKeys ? q.last - j0 : kStepKeys;
-    sum_tile(s, m, q, j0, nj);
+    Ahead ahead = soon(s, q, j0, j0 + nj, q.b);
+    sum_tile(s, m, q, j0, nj, ahead);
     if (p.v.limit <= Limits<T>::max_weight) {
       scores_of_sums<T, true>(p, m.sums, nj, scores + j0);
     } else {
@@ -396,7 +420,7 @@ inline void gradients_of_sums(const Step<T>& s, T* sums, int64_t nj, const T* ds
     for (int64_t j = 0; j < nj; ++j) {
       T* x = sums + j * row + d;
       const Vec<T> x0 = one_plus_exp<T>(load(x)), x1 = one_plus_exp<T>(load(x + W));
-      const Vec<T> inverse = T(1) / (x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
+      const Vec<T> inverse = reciprocal<T>(x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
       const Vec<T> t0 = slots[j] * r0, t1 = slots[j] * r1;
       const Vec<T> u0 = (t0 - t0 * r0) * gain0, u1 = (t1 - t1 * r1) * gain1;
       store<T>(x, u0);
@@ -422,7 +446,7 @@ struct StepSums {
 // that it was laid on. A few places take a product each; many take one for all, whose rows are then added in steps.
 template <class T>
 inline void past_gradients(const Step<T>& s, const StepSums<T>& sums, const StepGradients<T>& q, const T* of_features,
-                           int64_t row, int64_t j0, int64_t nj) {
+                           int64_t row, int64_t j0, int64_t nj, Ahead& ahead) {
   constexpr int W = kLanes<T>;
   const int64_t padded_width = s.padded_width;
   for (int64_t c = 0; c < s.channels; ++c) {
@@ -435,7 +459,7 @@ inline void past_gradients(const Step<T>& s, const StepSums<T>& sums, const Step
     if (s.width <= kFewPlaces) continue;
     zero(sums.spread, nj * padded_width);
     product<T>({sums.spread, padded_width, of_features, row, 1, s.filters_by_count + c * s.filter_count * padded_width,
-                padded_width, s.filter_count, true},
+                padded_width, s.filter_count, &ahead},
                0, nj, padded_width);
     for (int64_t j = 0; j < nj; ++j)
       for (int64_t o = 0; o < padded_width; o += W) add_to<T>(grad + j + o, load(sums.spread + j * padded_width + o));
@@ -445,7 +469,7 @@ inline void past_gradients(const Step<T>& s, const StepSums<T>& sums, const Step
 // From the gradients of a tile's sums: those of L, the filters and the past.
 template <class T>
 inline void feature_gradients(const Step<T>& s, const StepTile<T>& m, const StepSums<T>& sums,
-                              const StepGradients<T>& q, int64_t j0, int64_t nj) {
+                              const StepGradients<T>& q, int64_t j0, int64_t nj, Ahead& ahead) {
   const Problem<T>& p = s.problem;
   const int64_t sums_row = row_of(p.padded), filters = s.padded_filters;
   const T* of_features = m.sums;
@@ -453,15 +477,15 @@ inline void feature_gradients(const Step<T>& s, const StepTile<T>& m, const Step
   if (s.projection) {
     of_features = sums.grad_features, row = filters;
     zero(sums.grad_features, nj * filters);
-    product<T>({sums.grad_features, filters, m.sums, sums_row, 1, s.projection_by_feature, filters, p.padded, true}, 0,
-               nj, filters);
-    product<T>({sums.projection, p.padded, m.features, 1, filters, m.sums, sums_row, nj, true}, 0, s.filter_count,
+    product<T>({sums.grad_features, filters, m.sums, sums_row, 1, s.projection_by_feature, filters, p.padded, &ahead},
+               0, nj, filters);
+    product<T>({sums.projection, p.padded, m.features, 1, filters, m.sums, sums_row, nj, &ahead}, 0, s.filter_count,
                p.padded);
   }
   for (int64_t c = 0; c < s.channels; ++c)
-    product<T>({sums.filters + c * s.width * filters, filters, q.past[c] + j0, 1, 1, of_features, row, nj, true}, 0,
+    product<T>({sums.filters + c * s.width * filters, filters, q.past[c] + j0, 1, 1, of_features, row, nj, &ahead}, 0,
                s.width, filters);
-  past_gradients(s, sums, q, of_features, row, j0, nj);
+  past_gradients(s, sums, q, of_features, row, j0, nj, ahead);
 }
 
 // What the query gets from keys [lo, hi) of a tile, and gives to its other sums; what the keys get is left in m.sums,
@@ -472,9 +496,10 @@ inline void backward_step_tile(const StepBackward<T>& g, const StepTile<T>& m, c
   const Step<T>& s = g.step;
   const Problem<T>& p = s.problem;
   const int64_t row = row_of(p.padded), nj = hi - lo;
-  sum_tile(s, m, q, lo, nj);
+  Ahead ahead = soon(s, q, lo, hi, q.b + 1);  // of which the values are first
+  sum_tile(s, m, q, lo, nj, ahead);
   gradients_of_sums(s, m.sums, nj, q.ds + lo, q.grad_query, sums.weight, ds_sum);
-  if (s.channels > 0) feature_gradients(s, m, sums, q, lo, nj);
+  if (s.channels > 0) feature_gradients(s, m, sums, q, lo, nj, ahead);
   for (int64_t j = 0; j < nj && grad_key; ++j)
     for (int64_t d = 0; d < p.padded; d += kLanes<T>) add_to<T>(grad_key + j * row + d, load(m.sums + j * row + d));
 }
@@ -619,7 +644,7 @@ inline void near_query_gradients(int64_t padded, const T* e, const T* f, const T
     UNROLL for (int j = 0; j < J; ++j) {
       const Vec<T> x0 = one_plus<T, true>(e0, load(f + j * padded + d));
       const Vec<T> x1 = one_plus<T, true>(e1, load(f + j * padded + d + W));
-      const Vec<T> inverse = T(1) / (x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
+      const Vec<T> inverse = reciprocal<T>(x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
       const Vec<T> t0 = ds[j] * r0, t1 = ds[j] * r1;
       sum0 += t0 - t0 * r0, sum1 += t1 - t1 * r1;
     }
@@ -649,7 +674,8 @@ void query_backward(const StepBackward<T>& all, int64_t task, T* memory) {
     T ds_sum = 0;
     for (int64_t j0 = 0; j0 < q.last; j0 += kStepKeys) {
       const int64_t nj = q.last - j0 < kStepKeys ? q.last - j0 : kStepKeys;
-      sum_tile(g.step, m, q, j0, nj);
+      Ahead none;
+      sum_tile(g.step, m, q, j0, nj, none);
       gradients_of_sums(g.step, m.sums, nj, q.ds + j0, q.grad_query, unused, ds_sum);
     }
   }
