@@ -135,7 +135,7 @@ def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None 
         mix = (1 - move) * before + move * moved
     hidden = wide == -torch.inf
     limits = torch.finfo(mix.dtype)
-    reached = (mix > limits.tiny / limits.eps) & ~hidden
+    reached = ~(mix <= limits.tiny / limits.eps) & ~hidden
     stays = ~reached.any(-1, keepdim=True)
     # Hidden before the logarithm, which would send a gradient of 0 / 0 to the slots out of reach. The softmax comes
     # before the sum: next to a score of 1e4 the logarithm would lose its digits.

@@ -296,4 +296,5 @@ def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None)
     weights = mix * normalize(scores, "softmax")
     total = weights.sum(-1, keepdim=True)
     stay = previous.masked_fill(scores == -torch.inf, 0.0)
-    return torch.where(total > 0.0, weights / torch.where(total > 0.0, total, 1.0), stay)
+    none = total <= 0.0
+    return torch.where(none, stay, weights / torch.where(none, 1.0, total))

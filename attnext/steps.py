@@ -104,8 +104,10 @@ class _Collected:
         query, grad_scores, weights, grad_context = (_joined(x, dtype) for x in zip(*self._waiting, strict=True))
         self._waiting, self._queries = [], 0
         with torch.autocast("cpu", enabled=False) if _checks.autocasts("cpu") else nullcontext():
+            # 0 times what came in may be NaN: of a row that attends nothing, and below of a slot that none may attend.
+            grad_context = grad_context.masked_fill((weights == 0).all(-1, keepdim=True), 0.0)
             of_value = weights.mT @ grad_context
-            if shared.lengths is not None or shared.mask is not None:  # 0 times what came in may be NaN
+            if shared.lengths is not None or shared.mask is not None:
                 of_value.masked_fill_(~_visible(key, shared.lengths, shared.mask), 0.0)
             self._add(0 if value is None else 1, of_value)
             if grad_scores is None:

@@ -193,6 +193,9 @@ LOOPS = {
     "backward: gradients": "inputs",
 }
 """Loops by the kind of tiles of their Triton kernel."""
+PAST = {"past: {}": "past: scores", "past: {}, backward": "past, backward: sums"}
+"""The Triton kernels of a step that sees its past, with 32 filters, by their label: products of places with filters,
+and the loop over features, with the product by the projection inside it."""
 CUDA_LOOPS = {
     "forward: scores": "7forwardIfE",
     "step: scores": "4stepIfLi1E",
@@ -215,13 +218,21 @@ def costs(target: str) -> list[Cost]:
     compiled = compile_tanh(target)
     counts = next(c for c in loops(ahead.disassembly(compiled)) if c["MUFU"])
     result = [cost("tanh.approx", "Triton", target, counts, ahead.usage(compiled, target).registers, 2, 1)]
-    first: dict[str, ahead.Build] = {}
-    for what in ahead.builds(target, ("float32",)):
-        first.setdefault(what.kind, what)
+    builds = list(ahead.builds(target, ("float32",)))
     for name, kind in LOOPS.items():
-        compiled = ahead.build(first[kind])
+        what = next(b for b in builds if b.kind == kind)
+        compiled = ahead.build(what)
         counts, registers = near_loop(ahead.disassembly(compiled)), ahead.usage(compiled, target).registers
-        result.append(cost(name, "Triton", target, counts, registers, first[kind].warps))
+        result.append(cost(name, "Triton", target, counts, registers, what.warps))
+    for name, label in PAST.items():
+        what = next(b for b in builds if b.label.startswith(f"{label} ("))
+        compiled = ahead.build(what)
+        registers = ahead.usage(compiled, target).registers
+        innermost = list(loops(ahead.disassembly(compiled)))
+        features = max((c for c in innermost if not c["MUFU"]), key=lambda c: c["FFMA"])
+        sums = max((c for c in innermost if c["MUFU.EX2"]), key=Counter.total)
+        result.append(cost(name.format("features"), "Triton", target, features, registers, what.warps))
+        result.append(cost(name.format("sums"), "Triton", target, sums, registers, what.warps, 1))
     resources, code = cuda_resources(target), cuda_code(target)
     for name, part in CUDA_LOOPS.items() if resources else ():
         (function,) = (f for f in resources if part in f)

@@ -43,7 +43,7 @@ def _features(
     filters, past, second_past, lengths, mask, b, row, j, f, Tk, F, width, CHANNELS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """What the filters f make of the past around the keys j, (BK, BF)."""
+    """What the filters f make of the past around the keys j, (BK, BF), place by place."""
     found = tl.zeros((BK, BF), ACC)
     for o in range(width):
         at = j + o - width // 2
@@ -63,6 +63,27 @@ def _product(a, b, ACC: tl.constexpr):
     if tl.float64 == ACC:
         return tl.sum(a[:, :, None] * b[None, :, :], 1)
     return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _features_at_once(
+    filters, past, second_past, lengths, mask, b, row, j, f, Tk, F, width, CHANNELS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """The same as products of 16 places: the past laid out, (BK, 16), times the filters, (16, BF)."""
+    found = tl.zeros((BK, BF), ACC)
+    for first in range(0, width, 16):
+        o = first + tl.arange(0, 16)
+        at = j[:, None] + o[None, :] - width // 2
+        seen = _visible(lengths, mask, b, at, Tk, HAS_LENGTHS, HAS_MASK) & (o < width)[None, :]
+        inside = (f < F)[None, :] & (o < width)[:, None]
+        place = filters + f[None, :] * (CHANNELS * width) + o[:, None]
+        weight = tl.load(place, inside, 0.0).to(ACC)
+        found += _product(tl.load(past + row * Tk + at, seen, 0.0), weight, ACC)
+        if CHANNELS == 2:
+            weight = tl.load(place + width, inside, 0.0).to(ACC)
+            found += _product(tl.load(second_past + row * Tk + at, seen, 0.0), weight, ACC)
+    return found
 
 
 @triton.jit
@@ -108,7 +129,7 @@ def step_scores(
     seen = _visible(lengths, mask, b, j, Tk, HAS_LENGTHS, HAS_MASK)
     features = tl.zeros((BK, BF), ACC)
     if PROJECTED:
-        features = _features(
+        features = _features_at_once(
             filters, past, second_past, lengths, mask, b, row, j, tl.arange(0, BF), Tk, F, width, CHANNELS,
             HAS_LENGTHS, HAS_MASK, ACC, BK, BF,
         )  # fmt: skip
@@ -166,7 +187,7 @@ def _unnormalised(
             previous, transition, lengths, mask, b, row, j, Tk, HAS_LENGTHS, HAS_MASK, AGENT, ACC
         )
         mix = stay * before + move * moved
-        e = tl.where(mix > _least(ACC), e * mix, 0.0)
+        e = tl.where(hidden | (mix <= _least(ACC)), 0.0, e * mix)
         e = tl.where(stays, tl.where(hidden, 0.0, before), e)
     return e
 
@@ -189,7 +210,7 @@ def step_context(
             before, moved, stay, move = _mixture(
                 previous, transition, lengths, mask, b, row, j, Tk, HAS_LENGTHS, HAS_MASK, AGENT, ACC
             )
-            s = tl.where(stay * before + move * moved > _least(ACC), s, float("-inf"))
+            s = tl.where(stay * before + move * moved <= _least(ACC), float("-inf"), s)
         if RULE == SIGMOID:
             s = tl.where(s == float("-inf"), s, tl.minimum(s, 0.0) - tl.log(1 + tl.exp(-tl.abs(s))))
         top = tl.maximum(top, tl.max(s, 0))
@@ -260,7 +281,7 @@ def step_slots(
                 previous, transition, lengths, mask, b, row, j, Tk, HAS_LENGTHS, HAS_MASK, AGENT, ACC
             )
             mix = stay * before + move * moved
-            reached += tl.sum((here & (mix > _least(ACC))).to(tl.int32), 0)
+            reached += tl.sum((here & ~(mix <= _least(ACC))).to(tl.int32), 0)
     of_move = tl.zeros((), ACC)
     for j0 in range(0, Tk, BK):
         j = j0 + tl.arange(0, BK)
@@ -272,7 +293,7 @@ def step_slots(
                 previous, transition, lengths, mask, b, row, j, Tk, HAS_LENGTHS, HAS_MASK, AGENT, ACC
             )
             mix = stay * before + move * moved
-            slot = tl.where((reached > 0) & (mix > _least(ACC)), slot, 0.0)
+            slot = tl.where((reached == 0) | (mix <= _least(ACC)), 0.0, slot)
             of_move += tl.sum(tl.where(slot == 0, 0.0, slot / tl.where(slot == 0, 1.0, mix) * (moved - before)), 0)
         tl.store(ds + row * Tk + j, slot, j < Tk)
     if RULE == FORWARD:
@@ -352,7 +373,7 @@ def step_gradients(
             slot = tl.load(ds + row * Tk + j, j < Tk, 0.0)
             features = tl.zeros((BK, BF), ACC)
             if PROJECTED:
-                features = _features(
+                features = _features_at_once(
                     filters, past, second_past, lengths, mask, b, row, j, f, Tk, F, width, CHANNELS, HAS_LENGTHS,
                     HAS_MASK, ACC, BK, BF,
                 )  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import attnext
 from attnext import functional, reference
 from attnext.memory import Memory, prepare
 from attnext.ops import operators
@@ -255,12 +256,100 @@ def test_nan_of_the_past_in_a_hidden_slot_reaches_nothing() -> None:
     assert (grads[6][2, 4:] == 0).all()
 
 
+def remember(
+    x: dict[str, Tensor], rule: str, *, mask: Tensor | None = None, backend: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    memory = attnext.prepare(x["key"], x["value"], x["score_weight"], mask=mask)
+    mixed = {name: x[name] for name in ("previous", "transition") if rule == "forward"}
+    past = x["past"], x["second_past"]
+    return attnext.additive_step(
+        x["query"], memory, x["filters"], x["projection"], past, rule=rule, backend=backend, **mixed
+    )
+
+
+@pytest.mark.parametrize("name", ["previous", "transition"])
+def test_nan_of_forward_attention_is_not_hidden(name: str) -> None:
+    x = {key: tensor.detach().clone() for key, tensor in inputs().items()}
+    x[name].view(-1)[0] = torch.nan
+    for backend in ("cpu", "reference"):
+        _, weights = remember(x, "forward", backend=backend)
+        assert weights[0].isnan().any(), backend
+        assert weights[1:].isfinite().all(), backend
+
+
+@pytest.mark.parametrize("rule", ["softmax", "sigmoid", "forward"])
+def test_nan_in_a_visible_slot_reaches_no_hidden_one(rule: str) -> None:
+    x = inputs()
+    mask = torch.ones(BATCH, KEYS, dtype=torch.bool)
+    mask[:, 2] = False
+    with torch.no_grad():
+        x["key"][0, 5] = torch.nan
+    context, weights = remember(x, rule, mask=mask)
+    assert context[0].isnan().any()
+    assert (weights[:, 2] == 0).all()
+    grads = torch.autograd.grad(context.sum(), [x["key"], x["value"]])
+    assert all((grad[:, 2] == 0).all() for grad in grads)
+    for query in (x["query"], x["query"].unsqueeze(1)):  # of attention that sees no past: one query, and a call of some
+        _, weights = attnext.additive_attention(
+            query, x["key"], x["value"], x["score_weight"], mask=mask, backend="cpu", need_weights=True
+        )
+        assert weights[0].isnan().any()
+        assert (weights[..., 2] == 0).all()
+
+
+@pytest.mark.parametrize("size", [torch.inf, torch.nan])
+def test_scores_of_hidden_slots_beside_infinite_weights(size: float) -> None:
+    x = inputs()
+    mask = torch.ones(BATCH, KEYS, dtype=torch.bool)
+    mask[:, 2] = False
+    for query in (x["query"], x["query"].unsqueeze(1).repeat(1, 3, 1)):
+        scores = attnext.additive_scores(query, x["key"], torch.full((SIZE,), size), mask=mask, backend="cpu")
+        assert (scores[..., 2] == -torch.inf).all()
+        assert scores[..., 3].isnan().any()
+
+
+def test_a_row_that_attends_nothing_has_no_part_in_gradients_of_steps() -> None:
+    """Whatever comes in for its context, also NaN, as of a norm at 0."""
+    x = inputs()
+    memory = attnext.prepare(x["key"], x["value"], x["score_weight"])
+    window = torch.tensor([[0, 9], [4, 4], [0, 9]])
+    contexts = [attnext.additive_step(x["query"], memory, window=window)[0] for _ in range(2)]
+    incoming = torch.ones_like(contexts[0])
+    incoming[1] = torch.nan
+    grads = torch.autograd.grad(contexts, [x["key"], x["value"], x["score_weight"]], [incoming] * 2)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[1][1] == 0).all()
+
+
+def test_a_chance_of_dropout_below_all_draws() -> None:
+    x = inputs()
+    memory = attnext.prepare(x["key"], x["value"], x["score_weight"])
+    grads = [
+        torch.autograd.grad(attnext.additive_step(x["query"], memory, dropout_p=p)[0].sum(), [x["key"], x["value"]])
+        for p in (1e-12, 0.0)
+    ]
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+    args = arguments(x, 0, seed=torch.tensor(3), dropout_p=1e-12)
+    torch.library.opcheck(STEP, args)
+
+
+def test_opcheck_of_half_types_without_a_past() -> None:
+    x = inputs(torch.bfloat16)
+    detached = [y.detach() if isinstance(y, Tensor) else y for y in arguments(x, 0, **dict.fromkeys(NAMES[4:8]))]
+    context, weights = STEP(*detached)
+    args = (torch.randn_like(context), None, *detached, weights)
+    torch.library.opcheck(BACKWARD, args, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"query": torch.randn(BATCH, SIZE + 1)}, "query has size"),
     ({"score_weight": torch.randn(1, SIZE)}, "score_weight of a step"),
     ({"filters": torch.randn(FILTERS, 1, WIDTH)}, "filters has size 1"),
     ({"filters": torch.randn(FILTERS, 2, 4)}, "odd width, got 4"),
     ({"filters": None}, "need a past"),
+    ({"previous": torch.rand(BATCH, KEYS)}, "nothing else takes it"),
+    ({"previous": None, "transition": torch.rand(BATCH, 1)}, "transition needs previous"),
     ({"past": None}, "need a past"),
     ({"projection": None}, "filters has size 4"),
     ({"projection": torch.randn(SIZE, FILTERS, dtype=torch.float64)}, "differ in dtype"),

@@ -197,6 +197,11 @@ def test_the_inner_loops_stay_within_their_budgets(tmp_path: Path) -> None:
     assert gradients["slots"] <= 11.0
     assert gradients["shared"] == 0.0
     assert max(forward["shared"], again["shared"]) <= 0.2
+    for way, most in (("", 110), (", backward", 315)):
+        assert cost[f"past: features{way}"]["slots"] <= 2.2  # a multiply-add
+        # An element, with the products of 32 filters inside it: one of them forward, three backward.
+        assert cost[f"past: sums{way}"]["slots"] <= most
+        assert cost[f"past: sums{way}"]["special"] == 2.0
     least = found["least us"]
     # A step beyond the caches is bound by memory: 64 x 1024 keys of 256 + 512 float32 at 3,350 GB/s, and its queries.
     assert 60.0 <= least["step-large"]["H100 SXM, Triton"] <= 60.5

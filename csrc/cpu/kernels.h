@@ -275,7 +275,8 @@ void scores(const Scores<T>& s, int64_t task, T* scratch) {
     const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
     if (nj) score_tile(p, {{b, i0, ni, j0, nj}, e, p.exp_key + at * p.padded, range, folded, row}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
-      for (int64_t j = 0; j < nj; ++j) tile[i * kKeyTile + j] += p.v.constant;
+      for (int64_t j = 0; j < nj; ++j)
+        if (tile[i * kKeyTile + j] != kHidden<T>) tile[i * kKeyTile + j] += p.v.constant;
       for (int64_t j = nj; j < width; ++j) tile[i * kKeyTile + j] = kHidden<T>;
       Rows out = s.scores;
       out.data = static_cast<char*>(out.data) + j0 * bytes(out.type);

@@ -110,7 +110,9 @@ struct StepSetup : Setup<T> {
     step.past[0] = take(x.past, "past", slots), step.past[1] = take(x.second_past, "second_past", slots);
     step.previous = take(x.previous, "previous", slots);
     step.transition = take(x.transition, "transition", by_query(query, 1));
-    STD_TORCH_CHECK(step.rule != Rule::kForward || x.previous, "attnext: forward attention needs previous");
+    STD_TORCH_CHECK((step.rule == Rule::kForward) == x.previous.has_value(),
+                    "attnext: forward attention needs previous, and nothing else takes it");
+    STD_TORCH_CHECK(x.previous || !x.transition, "attnext: transition needs previous");
     if (!x.window) return;
     check_shape(*x.window, "window", by_query(query, 2));
     STD_TORCH_CHECK(x.window->scalar_type() == ScalarType::Long, "attnext: window must be int64");
@@ -193,14 +195,14 @@ struct StepGradients {
       STD_TORCH_CHECK(dtype_of(*sum_key) == wide && sum_key->is_contiguous(),
                       "attnext: sum_key must be contiguous, in the dtype of the arithmetic");
       g.grad_key = rows_of(*sum_key);
-      if (p.keep_threshold) kept = empty(Shape(weights), wide), g.kept = static_cast<T*>(kept.data_ptr());
+      if (inputs.dropout_p > 0.) kept = empty(Shape(weights), wide), g.kept = static_cast<T*>(kept.data_ptr());
     } else {
       g.grad_key = output(of_key, inputs.key), g.grad_value = output(of_value, inputs.value);
     }
   }
 
   Rows output(Tensor& gradient, const Optional& x) {
-    gradient = empty(x ? Shape(*x) : Shape{0}, x ? dtype_of(*x) : wide);
+    gradient = empty(x ? Shape(*x) : Shape{0}, x ? dtype_of(*x) : dtype_of(inputs.key));
     return x ? rows_of(gradient) : Rows{};
   }
 

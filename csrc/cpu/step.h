@@ -186,7 +186,7 @@ struct Mixture {
 
   T moved(int64_t j) const { return j > 0 ? before[j - 1] : T(0); }
   T operator()(int64_t j) const { return stay * before[j] + move * moved(j); }
-  bool reaches(int64_t j) const { return visible(mask, b, 0, j) && (*this)(j) > least; }
+  bool reaches(int64_t j) const { return visible(mask, b, 0, j) && !((*this)(j) <= least); }
 
   static constexpr T least = T(sizeof(T) == 4 ? 0x1p-103 : 0x1p-970);  // the smallest normal number over epsilon
   T* before;
@@ -195,12 +195,12 @@ struct Mixture {
   int64_t b;
 };
 
-// x[j] / sum x, or 0 where all are.
+// x[j] / sum x, or 0 where all are; a 0 stays one beside NaN, as of a hidden slot.
 template <class T>
 inline void normalise(T* x, int64_t first, int64_t last) {
   T total = 0;
   for (int64_t j = first; j < last; ++j) total += x[j];
-  for (int64_t j = first; j < last; ++j) x[j] = total == 0 ? T(0) : x[j] / total;
+  for (int64_t j = first; j < last; ++j) x[j] = x[j] == 0 || total == 0 ? T(0) : x[j] / total;
 }
 
 // The largest of the scores, 0 where there is none.
@@ -227,7 +227,10 @@ inline void softmax_rule(T* x, int64_t first, int64_t last) {
 // exp(s)).
 template <class T>
 inline void sigmoid_rule(T* x, int64_t first, int64_t last, T constant, T* scratch) {
-  for (int64_t j = first; j < last; ++j) scratch[j] = -__builtin_fabs(x[j] += constant);
+  for (int64_t j = first; j < last; ++j) {
+    if (x[j] != kHidden<T>) x[j] += constant;
+    scratch[j] = -__builtin_fabs(x[j]);
+  }
   const T top = top_score(x, first, last), shift = top < 0 ? top : T(0);
   for (int64_t j = first; j < last; ++j) x[j] = x[j] > 0 ? T(0) : x[j] - shift;
   exponentiate(x, first, last, T(0));
@@ -617,7 +620,8 @@ void query_scores(const Scores<T>& f, int64_t task, T* memory) {
   T* x = memory;
   load_query(s, q);
   step_scores(s, m, q, x);
-  for (int64_t j = 0; j < q.last; ++j) x[j] += p.v.constant;
+  for (int64_t j = 0; j < q.last; ++j)
+    if (x[j] != kHidden<T>) x[j] += p.v.constant;
   for (int64_t j = q.last; j < p.keys; ++j) x[j] = kHidden<T>;
   store_row(f.scores, q.b, q.i, p.keys, x);
 }

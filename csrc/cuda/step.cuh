@@ -79,7 +79,7 @@ struct Mixture {
   __device__ bool visible(int j) const { return j >= 0 && j < length && slots.shows(b, 0, j); }
   __device__ float before(int j) const { return visible(j) ? previous[j * column] : 0.0f; }
   __device__ float of(int j) const { return fmaf(stay, before(j), move * before(j - 1)); }
-  __device__ bool reaches(int j) const { return visible(j) && of(j) > kLeast; }
+  __device__ bool reaches(int j) const { return visible(j) && !(of(j) <= kLeast); }
 };
 
 // Whether a query reaches any key by forward attention; one answer for the block.

@@ -94,7 +94,9 @@ struct StepCall : Call<T> {
     check_step(x.previous, "previous", query, problem.keys, ScalarType::Float);
     check_step(x.transition, "transition", query, 1, ScalarType::Float);
     check_step(x.window, "window", query, 2, ScalarType::Long);
-    STD_TORCH_CHECK(step.rule != Rule::kForward || x.previous, "attnext: forward attention needs previous");
+    STD_TORCH_CHECK((step.rule == Rule::kForward) == x.previous.has_value(),
+                    "attnext: forward attention needs previous, and nothing else takes it");
+    STD_TORCH_CHECK(x.previous || !x.transition, "attnext: transition needs previous");
     step.past[0] = rows_of<float>(x.past), step.past[1] = rows_of<float>(x.second_past);
     step.previous = rows_of<float>(x.previous), step.transition = rows_of<float>(x.transition);
     step.window = window ? data_as<const int64_t>(*window) : nullptr;
