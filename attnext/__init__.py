@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnext.acceleration import accelerate, restore
 from attnext.alignments import coverage_loss, forward_weights, monotonic_weights, normalize
 from attnext.attention import (
     AttentionPooling,
@@ -33,6 +34,7 @@ __all__ = [
     "MultiHeadAttention",
     "Past",
     "__version__",
+    "accelerate",
     "additive_attention",
     "additive_scores",
     "additive_step",
@@ -43,6 +45,7 @@ __all__ = [
     "monotonic_weights",
     "normalize",
     "prepare",
+    "restore",
     "use_backend",
 ]
 

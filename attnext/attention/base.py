@@ -14,7 +14,7 @@ from attnext import _checks, functional, reference
 from attnext.memory import Memory, prepare, prepared_memory
 from attnext.steps import gathered
 
-__all__ = ["Attention", "context_of", "linear", "weight_of"]
+__all__ = ["Attention", "context_of", "is_only", "linear", "weight_of"]
 
 
 class Attention(nn.Module, ABC):
@@ -245,7 +245,7 @@ def linear(module: nn.Module, name: str, x: Tensor) -> Tensor:
     By dictionaries, as each attribute that a module looks up takes as long as a check of the query.
     """
     layer: Any = module._modules[name]
-    if type(layer) is nn.Linear and _is_only(layer, nn.Linear):
+    if type(layer) is nn.Linear and is_only(layer, nn.Linear):
         parameters = layer._parameters
         weight: Any = parameters["weight"]
         return nn.functional.linear(x, weight, parameters["bias"])
@@ -256,13 +256,13 @@ def linear(module: nn.Module, name: str, x: Tensor) -> Tensor:
 def weight_of(module: nn.Module, name: str, cls: type[nn.Module]) -> Tensor | None:
     """The weight of a layer without bias that does what its class does; None where the layer's call may do more."""
     layer: Any = module._modules[name]
-    if not _is_only(layer, cls):
+    if not is_only(layer, cls):
         return None
     weight: Tensor | None = layer._parameters.get("weight")
     return layer.weight if weight is None else weight  # of a parametrization
 
 
-def _is_only(layer: nn.Module, cls: type[nn.Module]) -> bool:
+def is_only(layer: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a layer does what its class does and no more: its call runs no hook, and no forward of another's."""
     return type(layer).forward is cls.forward and "forward" not in layer.__dict__ and not _has_hooks(layer)
 

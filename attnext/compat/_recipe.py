@@ -1,0 +1,286 @@
+"""What recipes share: how a module of another code base is known, and how its class becomes one that calls kernels."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attnext import _checks
+from attnext.attention.base import is_only
+from attnext.backends import choose
+
+__all__ = [
+    "Draw",
+    "Recipe",
+    "Trial",
+    "by_name",
+    "inert",
+    "is_changed",
+    "layer_at",
+    "plain_weight",
+    "swapped",
+    "visible",
+]
+
+_KEPT = "_attnext"
+"""The attribute with what a swapped module keeps between calls beside its own class's attributes."""
+
+Sizes = Mapping[str, tuple[str | int, ...]]
+Layers = Mapping[str, type[nn.Module]]
+Draw = Callable[..., Tensor]
+"""Makes a random float64 input of the sizes it is given, which is differentiated."""
+
+
+class Trial(NamedTuple):
+    """What the probe calls: inputs, and a function of a module and these, that gives all results as tensors.
+
+    It is called with the original and with the swapped module, and must use each as its code base does, for some steps
+    with what is kept between them.
+    """
+
+    inputs: Sequence[Tensor]
+    run: Callable[..., Sequence[Tensor]]
+
+
+class Recipe:
+    """How one class of another code base calls attnext's kernels: a mixin that comes before that class.
+
+    It overrides ``forward`` and what else of the interface must differ, and goes to ``super()`` wherever a kernel
+    can't serve. What the original keeps between calls is kept under the same names, so that either may take over.
+    """
+
+    code_base: ClassVar[str]
+    """Its name as people know it."""
+    original: ClassVar[str]
+    """Where the class is found in its package, ``module:Class``."""
+    version: ClassVar[str]
+    """The package on PyPI and the version that was looked at; what the tests install."""
+    tensors: ClassVar[Sizes]
+    """Names in the state_dict, and sizes: a number is that size, a letter the same size wherever it stands."""
+    maybe: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that may be missing."""
+    arguments: ClassVar[tuple[str, ...]]
+    """The arguments of its forward, by name, without ``self``."""
+    layers: ClassVar[Layers] = {}
+    """Inner layers whose parameters the recipe reads, by path: each must do what its class does and no more."""
+    serves: ClassVar[str] = "all options"
+    """For the table of what is supported."""
+    pays: ClassVar[bool] = True
+    """Whether it is faster than the original at realistic sizes: else it is swapped only where it is asked for."""
+    probed: ClassVar[bool] = True
+    """Whether swapped and original are compared; a decoder that only opens a scope for its attention has nothing to
+    compare."""
+
+    _original: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def knows(cls, module: nn.Module) -> bool:
+        """Whether a module has the parameters and the arguments of this class, wherever it comes from."""
+        state = module.state_dict()
+        if not cls.tensors.keys() - cls.maybe <= state.keys() <= cls.tensors.keys():
+            return False
+        sizes: dict[str, int] = {}
+        for name, tensor in state.items():
+            wanted = cls.tensors[name]
+            if tensor.dim() != len(wanted):
+                return False
+            for size, is_size in zip(wanted, tensor.shape, strict=True):
+                if (sizes.setdefault(size, is_size) if isinstance(size, str) else size) != is_size:
+                    return False
+        return cls.has_its_arguments(type(module))
+
+    @classmethod
+    def has_its_arguments(cls, original: type[nn.Module]) -> bool:
+        try:
+            found = tuple(inspect.signature(original.forward).parameters)[1:]
+        except (TypeError, ValueError):
+            return False
+        return found == cls.arguments
+
+    @classmethod
+    def declines(cls, module: nn.Module) -> str:
+        """Why a module that was recognised is left alone, such as an option that is not served; else empty."""
+        return ""
+
+    @classmethod
+    def trial(cls, module: nn.Module, draw: Draw) -> Trial:
+        """A few calls on small random inputs for a module of these sizes."""
+        raise NotImplementedError
+
+    def _served(self, *tensors: Tensor | None) -> bool:
+        """Whether kernels serve a call: of one dtype and device that have some, and nothing looks at the code itself.
+
+        A traced, exported or compiled program, and torch.func or forward-mode differentiation, get the original's own
+        operations; under autocast too, whose dtypes are those of each of these operations.
+        """
+        first, *others = (x for x in tensors if x is not None)
+        return (
+            not torch.compiler.is_compiling()
+            and torch._C._get_tracing_state() is None
+            and all(x.dtype == first.dtype and x.device == first.device for x in others)
+            and choose(None, first.device.type, first.dtype) != "reference"
+            and not _checks.in_transforms()
+            and not _checks.autocasts(first.device.type)
+            and not self.changed_layer(self)  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def changed_layer(cls, module: nn.Module) -> str:
+        """The path of an inner layer that may do more than its class does; else empty."""
+        for path, kind in cls.layers.items():
+            layer: Any = module
+            *outer, last = path.split(".")
+            for name in outer:  # wrappers, which have forwards of their own
+                layer = layer._modules[name]
+                if not is_only(layer, type(layer)):
+                    return path
+            layer = layer._modules.get(last)
+            if layer is not None and (type(layer) is not kind or is_changed(layer)):
+                return path
+        return ""
+
+    def _remembered(self, source: object, make: Callable[[], Any]) -> Any:
+        """What was made of an object that the original keeps, made anew where that is another."""
+        kept = self.__dict__.get(_KEPT)
+        if kept is None or kept[0] is not source:
+            kept = self.__dict__[_KEPT] = (source, make())
+        return kept[1]
+
+    def _forget(self) -> None:
+        self.__dict__.pop(_KEPT, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept for the kernels, which is made again."""
+        parent: Any = super()
+        state = parent.__getstate__() if hasattr(parent, "__getstate__") else self.__dict__
+        return {name: value for name, value in state.items() if name != _KEPT}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the original, so that what reads it needs no attnext."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *rest = reduced
+        arguments = tuple(self._original if x is type(self) else x for x in arguments)
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]  # which must be of an object's own class
+            function, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]
+        return function, arguments, *rest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = copy.deepcopy(_Unswapped(self), memo)
+        copied.__class__ = type(self)
+        memo[id(self)] = copied
+        return copied
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: the original."""
+        found = copy.copy(self)
+        state = found.__dict__
+        state.pop(_KEPT, None)
+        found.__class__ = self._original  # type: ignore[assignment]
+        return found  # type: ignore[return-value]
+
+
+def is_changed(layer: nn.Module) -> bool:
+    """Whether a layer's call runs hooks, or its weight is made at each call: weight_norm, pruning, quantisation."""
+    weight = layer._parameters.get("weight")
+    return not is_only(layer, type(layer)) or weight is None or not weight.is_floating_point()
+
+
+class _Unswapped:
+    """Stands for a swapped module while it is copied."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = self._module
+        state = {name: value for name, value in module.__dict__.items() if name != _KEPT}
+        original = module._original
+        stand_in = original.__new__(original)
+        stand_in.__dict__.update(state)
+        return copy.deepcopy(stand_in, memo)
+
+
+class _Inert(torch.autograd.Function):
+    """The first tensor itself; the others have a gradient of zeros by it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(x) for x in ctx.saved_tensors)
+
+
+def inert(x: Tensor, *others: Tensor | None) -> Tensor:
+    """``x``, through which parameters that change no result have gradients of zeros and not none.
+
+    A bias of the scores, which the softmax takes away: distributed training stops where a parameter has no gradient.
+    """
+    wanted = [p for p in others if p is not None and p.requires_grad]
+    if not wanted or not torch.is_grad_enabled():
+        return x
+    result: Tensor = _Inert.apply(x, *wanted)  # type: ignore[no-untyped-call]
+    return result
+
+
+def visible(seen: Tensor) -> dict[str, Any]:
+    """Lengths for a mask (B, Tk) that hides ends alone, True where a key is seen, as kernels then read no hidden key;
+    else the mask."""
+    if seen.device.type == "cpu":
+        lengths = seen.sum(1)
+        if bool((seen == (torch.arange(seen.shape[1]) < lengths.unsqueeze(1))).all()):
+            return {"lengths": lengths}
+    return {"mask": seen}
+
+
+def layer_at(module: nn.Module, path: str) -> Any:
+    """An inner layer by its path; None where there is none."""
+    layer: Any = module
+    for name in path.split("."):
+        layer = None if layer is None else layer._modules.get(name)
+    return layer
+
+
+def plain_weight(module: nn.Module, path: str) -> Tensor:
+    """The weight of an inner layer, which :meth:`Recipe._served` has found to be plain."""
+    weight: Tensor = layer_at(module, path)._parameters["weight"]
+    return weight
+
+
+_swapped: dict[tuple[Any, Any], Any] = {}
+
+
+def swapped(recipe: type[Recipe], original: type[nn.Module]) -> Any:
+    """The subclass of a class that has a recipe's forward. It has the name and the docstring of the original."""
+    if (recipe, original) in _swapped:
+        return _swapped[recipe, original]
+    names = {
+        "__module__": recipe.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_original": original,
+    }
+    found = _swapped[recipe, original] = type(original.__name__, (recipe, original), names)
+    return found
+
+
+def by_name(recipes: Sequence[type[Recipe]]) -> Callable[[str], Any]:
+    """A module's ``__getattr__``: its classes as those of the code base, which must be installed, are named."""
+
+    def find(name: str) -> Any:
+        for recipe in recipes:
+            module, _, found = recipe.original.partition(":")
+            if found == name:
+                return swapped(recipe, getattr(importlib.import_module(module), found))
+        raise AttributeError(f"no class {name!r}: there are {', '.join(r.original.partition(':')[2] for r in recipes)}")
+
+    return find

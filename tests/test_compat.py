@@ -1,0 +1,143 @@
+"""Modules of other code bases, swapped and not: their real files, the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from peers import PROGRAMS
+from peers.program import SIZES, Program, Sizes
+from torch import Tensor, nn
+
+import attnext
+from attnext.compat import recipes
+
+SMALL = SIZES[0]
+
+
+def each(**wanted: Any) -> Any:
+    chosen = [p for p in PROGRAMS if all(getattr(p, name) == value for name, value in wanted.items())]
+    return pytest.mark.parametrize("program", chosen, ids=lambda p: p.name)
+
+
+def made(program: Program, sizes: Sizes = SMALL, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    """A module as its code base has it, and a swapped one with the same parameters."""
+    module = program.make(sizes)
+    ours = copy.deepcopy(module)
+    report = attnext.accelerate(ours, only=[program.recipe, f"{program.recipe}.*"])
+    assert report.swapped, str(report)
+    assert {one.recipe for one in report.swapped} >= {program.recipe}
+    return module.to(dtype), ours.to(dtype)
+
+
+def difference(found: Tensor, right: Tensor) -> float:
+    assert found.shape == right.shape
+    scale = 1.0 + float(right.abs().max()) if right.numel() else 1.0
+    return float((found.double() - right.double()).abs().max()) / scale if right.numel() else 0.0
+
+
+def tolerance(program: Program) -> float:
+    """Some dozens of roundings of sums of the sizes here."""
+    return 1e-11 if program.exact == torch.float64 else 2e-5
+
+
+@each()
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_same_outputs_and_gradients(program: Program, sizes: Sizes, training: bool) -> None:
+    dtype, most = program.exact, tolerance(program)
+    original, ours = (module.train(training) for module in made(program, sizes, dtype))
+    inputs = program.drawn(sizes, dtype)
+    (expected, expected_grads), (found, grads) = (program.results(m, sizes, inputs) for m in (original, ours))
+    assert len(found) == len(expected)
+    for one, right in zip(found, expected, strict=True):
+        assert one.dtype == right.dtype
+        assert difference(one, right) <= most
+    for name, right in expected_grads.items():  # a parameter has a gradient where the original has one
+        assert difference(grads[name], right) <= most, name
+    assert all(not grad.any() for name, grad in grads.items() if name not in expected_grads)
+    for name in program.inert:
+        assert not grads[name].any()
+
+
+@each(takes_half=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_worse_than_the_original(program: Program, dtype: torch.dtype) -> None:
+    """Errors to the original in float64, of the same parameters and inputs."""
+    sizes = SIZES[2]
+    original, ours = made(program, sizes, dtype)
+    inputs = program.drawn(sizes, dtype)
+    exact = copy.deepcopy(original).to(torch.float64)
+    truth, _ = program.results(exact, sizes, [x.detach().double().requires_grad_() for x in inputs])
+    plain, _ = program.results(original, sizes, inputs)
+    found, _ = program.results(ours, sizes, inputs)
+    eps = torch.finfo(dtype).eps
+    for one, right, other in zip(found, truth, plain, strict=True):
+        assert one.dtype == other.dtype
+        assert difference(one, right) <= 2 * difference(other, right) + eps
+
+
+@each()
+def test_state_dict_pickle_copy_and_back(program: Program) -> None:
+    original, ours = made(program, dtype=program.exact)
+    state = ours.state_dict()
+    assert list(state) == list(original.state_dict())
+    original.load_state_dict(state)
+    assert isinstance(ours, type(original))
+    inputs = program.drawn(SMALL, program.exact)
+    before, _ = program.results(original.eval(), SMALL, inputs)
+    found, _ = program.results(ours.eval(), SMALL, inputs)
+    with torch.no_grad():
+        for module in (ours, original):  # a copy has no graph
+            program.run(module, SMALL, *inputs)
+    assert {type(m) for m in copy.deepcopy(ours).modules()} == {type(m) for m in ours.modules()}
+    again, _ = program.results(copy.deepcopy(ours), SMALL, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    if program.pickles:
+        read = pickle.loads(pickle.dumps(ours))
+        assert {type(m) for m in read.modules()} == {type(m) for m in original.modules()}
+        torch.save(ours, io.BytesIO())
+    attnext.restore(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in original.modules()]
+    after, _ = program.results(ours, SMALL, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@each()
+def test_where_no_kernel_serves_the_original_does(program: Program) -> None:
+    original, ours = made(program, dtype=torch.float32)
+    inputs = program.drawn(SMALL, torch.float32)
+
+    def same_bits() -> None:
+        for one, right in zip(program.run(ours, SMALL, *inputs), program.run(original, SMALL, *inputs), strict=True):
+            assert one.dtype == right.dtype
+            assert torch.equal(one, right)
+
+    with attnext.use_backend("reference"):
+        same_bits()
+    if program.takes_half:
+        with torch.autocast("cpu", torch.bfloat16):
+            same_bits()
+
+
+@each()
+def test_weights_change_between_passes(program: Program) -> None:
+    """An optimizer's step, or a change that leaves no trace, is seen at the next sequence."""
+    original, ours = made(program, dtype=program.exact)
+    inputs = program.drawn(SMALL, program.exact)
+    for module in (original, ours):
+        program.results(module, SMALL, inputs)
+        for parameter in module.parameters():
+            parameter.data.mul_(0.9)
+    expected, found = (program.results(module, SMALL, inputs)[0] for module in (original, ours))
+    assert all(difference(a, b) <= tolerance(program) for a, b in zip(found, expected, strict=True))
+
+
+def test_every_recipe_has_a_program() -> None:
+    from attnext.acceleration import label
+
+    assert {label(recipe) for recipe in recipes()} == {program.recipe for program in PROGRAMS}
