@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from attnext import definitions
+
 __all__ = [
     "FEATURE_BLOCK",
     "KEY_BLOCK",
@@ -220,6 +222,7 @@ class _Gradient:
 
     def __init__(self, name: str, family: str) -> None:
         self._backward = getattr(torch.ops.attnext, f"{name}_backward_{family}").default
+        self._name = name
         self._inputs = _DIFFERENTIABLE[name]
         self._options = 1 if name == "additive_scores" else 3
         self._kind = name.partition("_")[2]
@@ -232,7 +235,7 @@ class _Gradient:
             ctx.mark_non_differentiable(output[2])
         elif self._kind == "step":
             results = output[1:]
-        ctx.options, ctx.count = options, len(tensors)
+        ctx.options, ctx.count, ctx.by_definition = options, len(tensors), definitions.wanted()
         ctx.save_for_backward(*tensors, *results)
         ctx.set_materialize_grads(False)
 
@@ -244,6 +247,9 @@ class _Gradient:
             return (None,) * self._inputs
         saved = ctx.saved_tensors
         tensors, results = saved[: ctx.count], saved[ctx.count :]
+        if ctx.by_definition and torch.is_grad_enabled():
+            inputs, others = tensors[: self._inputs], (*tensors[self._inputs :], *ctx.options)
+            return tuple(definitions.gradients(self._name, incoming, inputs, others))
         grads = self._backward(*incoming, *tensors, *ctx.options, *results)
         return tuple(None if x is None else grad for x, grad in zip(tensors[: self._inputs], grads, strict=True))
 

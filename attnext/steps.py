@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from attnext import _checks
+from attnext import _checks, definitions
 from attnext.ops import accumulator, of_steps, operators
 
 __all__ = ["PerPass", "Steps", "gathered", "made_anew"]
@@ -185,7 +185,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             context, weights, log_sum_exp, wide = of_steps[call.op].forward(*inputs, *call.rest)
-        ctx.call = call
+        ctx.call, ctx.by_definition = call, definitions.wanted()
         ctx.save_for_backward(*inputs, context, weights, log_sum_exp, wide)
         ctx.set_materialize_grads(False)
         need_weights: bool = call.rest[-1]
@@ -197,6 +197,9 @@ class _Attention(torch.autograd.Function):
         *inputs, context, weights, log_sum_exp, wide = ctx.saved_tensors  # read once: recomputation allows no more
         grad_context, grad_weights = (*incoming, None)[:2]
         arguments, steps = (grad_context, grad_weights, *inputs, *call.rest[:-1]), of_steps[call.op]
+        if ctx.by_definition and torch.is_grad_enabled():
+            name = "dot_attention" if call.op is _OPERATORS.dot_attention else "additive_attention"
+            return None, *definitions.gradients(name, (grad_context, grad_weights), inputs, call.rest[:-1])
         if made_anew(*incoming):
             return None, *_of_inputs(inputs, steps.whole(*arguments, context, weights, log_sum_exp))
         if grad_context is None and grad_weights is None:
@@ -214,7 +217,7 @@ class _Past(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             context, weights = of_steps[call.op].forward(*inputs, *call.rest)
-        ctx.call = call
+        ctx.call, ctx.by_definition = call, definitions.wanted()
         ctx.save_for_backward(*inputs, weights)
         ctx.set_materialize_grads(False)
         return context, weights
@@ -224,6 +227,8 @@ class _Past(torch.autograd.Function):
         call: _Call = ctx.call
         *inputs, weights = ctx.saved_tensors
         arguments, steps = (grad_context, grad_weights, *inputs, *call.rest, weights), of_steps[call.op]
+        if ctx.by_definition and torch.is_grad_enabled():
+            return None, *definitions.gradients("additive_step", (grad_context, grad_weights), inputs, call.rest)
         if made_anew(grad_context, grad_weights):
             return None, *_of_inputs(inputs, steps.whole(*arguments))
         if grad_context is None and grad_weights is None:

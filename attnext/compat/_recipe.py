@@ -7,6 +7,7 @@ import copyreg
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from attnext import _checks
 from attnext.attention.base import is_only
 from attnext.backends import choose
+from attnext.definitions import by_definition
 
 __all__ = [
     "Draw",
@@ -70,6 +72,8 @@ class Recipe:
     """The arguments of its forward, by name, without ``self``."""
     layers: ClassVar[Layers] = {}
     """Inner layers whose parameters the recipe reads, by path: each must do what its class does and no more."""
+    methods: ClassVar[tuple[str, ...]] = ("forward",)
+    """Those that call kernels."""
     serves: ClassVar[str] = "all options"
     """For the table of what is supported."""
     pays: ClassVar[bool] = True
@@ -256,6 +260,17 @@ def plain_weight(module: nn.Module, path: str) -> Tensor:
     return weight
 
 
+def _twice_differentiable(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Second derivatives of what kernels compute within are those of the definition."""
+
+    @wraps(method)
+    def called(*arguments: Any, **options: Any) -> Any:
+        with by_definition():
+            return method(*arguments, **options)
+
+    return called
+
+
 _swapped: dict[tuple[Any, Any], Any] = {}
 
 
@@ -263,12 +278,14 @@ def swapped(recipe: type[Recipe], original: type[nn.Module]) -> Any:
     """The subclass of a class that has a recipe's forward. It has the name and the docstring of the original."""
     if (recipe, original) in _swapped:
         return _swapped[recipe, original]
-    names = {
+    names: dict[str, Any] = {
         "__module__": recipe.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_original": original,
     }
+    for method in recipe.methods:
+        names[method] = _twice_differentiable(getattr(recipe, method))
     found = _swapped[recipe, original] = type(original.__name__, (recipe, original), names)
     return found
 
