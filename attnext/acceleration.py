@@ -96,7 +96,7 @@ def accelerate(
         only: swap these alone: recipes ("espnet.AttLoc", "espnet.*") or paths in the model, patterns of
             :mod:`fnmatch`. A recipe that was not faster at realistic sizes is used only where it is named here.
         skip: leave these alone, likewise.
-        probe: whether to compare. Without it a class is told by its name where parameters and arguments fit several.
+        probe: whether to compare. Without it a class must have the name that it has in its code base, too.
 
     Returns:
         Which attention modules were found, and for each whether it was swapped, or why not.
@@ -167,7 +167,7 @@ def _swap(
     candidates.sort(key=lambda recipe: class_name(recipe) != kind)  # the same name first
     reason = ""
     for recipe in candidates:
-        reason = _reason(name, recipe, module, only, skip) or _unlike(recipe, module, candidates, probe)
+        reason = _reason(name, recipe, module, only, skip) or _unlike(recipe, module, probe)
         if not reason:
             module.__class__ = swapped(recipe, type(module))
             return Found(name, kind, label(recipe), "")
@@ -195,14 +195,11 @@ def _reason(
     return f"{changed} is not a plain layer, or has hooks" if changed else ""
 
 
-def _unlike(recipe: type[Recipe], module: nn.Module, candidates: list[type[Recipe]], probe: bool) -> str:
-    if not recipe.probed:
+def _unlike(recipe: type[Recipe], module: nn.Module, probe: bool) -> str:
+    """What is known to differ from the class of a recipe."""
+    if not recipe.probed or (not probe and class_name(recipe) == type(module).__name__):
         return ""
-    if probe:
-        return difference(recipe, module)
-    if len(candidates) > 1 and class_name(recipe) != type(module).__name__:
-        return f"without a probe it may be any of {', '.join(map(label, candidates))}"
-    return ""
+    return difference(recipe, module) if probe else f"its name is not {class_name(recipe)}, and it may not be tried"
 
 
 def _named(patterns: tuple[str, ...], name: str, recipe: type[Recipe]) -> bool:
