@@ -14,7 +14,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(filter csrc/%,$(CXX_FILES))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo bench lint format clean
+.PHONY: help install test peers demo bench lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -32,8 +32,12 @@ install: .venv/installed  ## make .venv with the package and all its tools
 
 # New memory is filled with garbage, so that scratch which a kernel reads before it writes shows. A process a core, each
 # with whole files: what these build for their tests takes minutes. Threads that wait sleep, for other processes' sake.
-test: .venv/installed  ## run the tests
+test: .venv/installed peers  ## run the tests
 	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Attention modules of other code bases, without their dependencies (100 MB): what accelerate is tested with.
+peers: .venv/installed  ## install the code bases that are tested and timed against
+	$(BIN)/python -m attnext.bench.code_bases.packages
 
 demo: .venv/installed  ## train the demo model for DEMO_SECONDS and show what it attends to
 	$(BIN)/attnext demo --seconds $(DEMO_SECONDS) --out demo-output
@@ -53,6 +57,6 @@ format: .venv/installed  ## put Python and C++ into the project's format
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 clean:  ## remove everything that was built
-	rm -rf .venv build dist demo-output *.egg-info attnext/_C.*.so attnext/_build.json
+	rm -rf .venv .peers build dist demo-output *.egg-info attnext/_C.*.so attnext/_build.json
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -354,5 +354,20 @@ def test_a_class_by_name_needs_its_code_base() -> None:
     import attnext.compat
 
     assert {"espnet"} <= set(attnext.compat.CODE_BASES)
-    with pytest.raises(AttributeError, match=r"no class 'Nothing': there are AttAdd, AttLoc"):
+    with pytest.raises(AttributeError, match="no class 'Nothing': there are Att"):
         attnext.compat.espnet.Nothing  # noqa: B018
+    with pytest.raises(ImportError, match="BahdanauAttention of GNMT is not there to be made"):
+        attnext.compat.gnmt.BahdanauAttention  # noqa: B018
+
+
+def test_a_layer_may_have_a_name_that_recipes_use() -> None:
+    class Layered(Pasted):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList()
+            self.version = nn.Identity()
+
+    module = Layered()
+    assert attnext.accelerate(module)
+    assert isinstance(module.layers, nn.ModuleList)
+    assert isinstance(module.version, nn.Identity)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peers import PROGRAMS
-from peers.program import SIZES, Program, Sizes
 from torch import Tensor, nn
 
 import attnext
+from attnext.bench.code_bases import PROGRAMS
+from attnext.bench.code_bases.program import SIZES, Program, Sizes
 from attnext.compat import recipes
 
 SMALL = SIZES[0]

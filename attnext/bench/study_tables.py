@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from attnext.bench.steps_table import show_steps
+from attnext.bench.steps_table import show_steps, times
 from attnext.bench.tables import Document, duration, new_table, write
 
 if TYPE_CHECKING:
@@ -67,6 +67,19 @@ def _show_model(console: Console, rows: Sequence[Document]) -> None:
             write(console, f"{row['model']}, {peer}: {', '.join(f'{part} {x:.0%}' for part, x in shares.items())}")
 
 
+def _show_code_bases(console: Console, rows: Sequence[Document]) -> None:
+    write(console, "\npeers: how many times longer a code base takes with its own attention; quartiles of the rounds")
+    sizes = list(dict.fromkeys(row["sizes"] for row in rows))
+    table = new_table(
+        "code base", "version", *(f"{name}, {kind}" for name in sizes for kind in ("forward", "training"))
+    )
+    for program in dict.fromkeys(row["program"] for row in rows):
+        own = [row for row in rows if row["program"] == program]
+        cells = [times(row["seconds"]["original"], row["seconds"]["accelerated"]) for row in own]
+        table.add_row(program, own[0]["version"], *cells)
+    console.print(table)
+
+
 STUDIES: dict[str, Callable[[Console, Sequence[Document]], None]] = {
     "threads": _show_threads,
     "linearity": _show_linearity,
@@ -74,4 +87,5 @@ STUDIES: dict[str, Callable[[Console, Sequence[Document]], None]] = {
     "family": _show_family,
     "model": _show_model,
     "steps": show_steps,
+    "peers": _show_code_bases,
 }

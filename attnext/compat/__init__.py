@@ -16,7 +16,26 @@ from attnext.compat._recipe import Recipe
 
 __all__ = ["CODE_BASES", "recipes"]
 
-CODE_BASES = ("espnet",)
+CODE_BASES = (
+    "coqui",
+    "keras",
+    "espnet",
+    "speechbrain",
+    "tacotron2",
+    "stanza",
+    "rl4co",
+    "torchmil",
+    "doctr",
+    "mmocr",
+    "allennlp",
+    "openspeech",
+    "opennmt",
+    "eole",
+    "joeynmt",
+    "fairseq",
+    "gnmt",
+    "tutorial",
+)
 """The files with recipes; of several recipes that fit a module the first that passes the probe is taken."""
 
 

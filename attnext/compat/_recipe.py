@@ -8,15 +8,16 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from attnext import _checks
+from attnext import _checks, functional
 from attnext.attention.base import is_only
 from attnext.backends import choose
 from attnext.definitions import by_definition
+from attnext.memory import Memory
 
 __all__ = [
     "Draw",
@@ -31,6 +32,7 @@ __all__ = [
     "visible",
 ]
 
+T = TypeVar("T")
 _KEPT = "_attnext"
 """The attribute with what a swapped module keeps between calls beside its own class's attributes."""
 
@@ -49,6 +51,36 @@ class Trial(NamedTuple):
 
     inputs: Sequence[Tensor]
     run: Callable[..., Sequence[Tensor]]
+
+
+class Kept:
+    """What was made last, and of what."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[Any, ...], Any] | None = None
+
+    def once(self, sources: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """Made anew where the sources are others: a tensor is another where it was written to, and all are where
+        gradients are followed and were not."""
+        wanted, last = (torch.is_grad_enabled(), *map(_version, sources), *sources), self._last
+        if last is None or len(last[0]) != len(wanted) or not all(map(_is_same, last[0], wanted)):
+            if any(isinstance(x, Tensor) and x.is_cuda for x in sources) and torch.cuda.is_current_stream_capturing():
+                return make()  # a graph reads its inputs anew at each replay
+            last = self._last = (wanted, make())
+        made: T = last[1]
+        return made
+
+
+class _OfClass:
+    """What a recipe says of itself: of a module that name is the module's own, a layer's for instance."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is not None:
+            raise AttributeError  # by which nn.Module looks among its layers
+        return self._value
 
 
 class Recipe:
@@ -142,20 +174,18 @@ class Recipe:
             layer: Any = module
             *outer, last = path.split(".")
             for name in outer:  # wrappers, which have forwards of their own
-                layer = layer._modules[name]
-                if not is_only(layer, type(layer)):
+                layer = None if layer is None else layer._modules.get(name)
+                if layer is not None and not is_only(layer, type(layer)):
                     return path
-            layer = layer._modules.get(last)
+            layer = None if layer is None else layer._modules.get(last)
             if layer is not None and (type(layer) is not kind or is_changed(layer)):
                 return path
         return ""
 
-    def _remembered(self, source: object, make: Callable[[], Any]) -> Any:
-        """What was made of an object that the original keeps, made anew where that is another."""
-        kept = self.__dict__.get(_KEPT)
-        if kept is None or kept[0] is not source:
-            kept = self.__dict__[_KEPT] = (source, make())
-        return kept[1]
+    def _once(self, sources: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What is made of things that the original keeps, or is handed at each step: anew where they are others."""
+        kept: Kept = self.__dict__.setdefault(_KEPT, Kept())
+        return kept.once(sources, make)
 
     def _forget(self) -> None:
         self.__dict__.pop(_KEPT, None)
@@ -182,12 +212,24 @@ class Recipe:
         return copied
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles: the original."""
-        found = copy.copy(self)
-        state = found.__dict__
-        state.pop(_KEPT, None)
-        found.__class__ = self._original  # type: ignore[assignment]
-        return found  # type: ignore[return-value]
+        """What torch.jit.script compiles: the original, with the same parameters.
+
+        Where a larger module is scripted, torch puts it in this one's place there, and also in the module that was
+        scripted: that has the original from then on, and may be accelerated again.
+        """
+        found: Any = copy.copy(self)  # which is of the original's class
+        found._modules = dict(found._modules)  # of which torch replaces some, likewise
+        return found  # type: ignore[no-any-return]
+
+
+def _version(x: Any) -> int:
+    """Changes where a tensor is written to."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """The same object, or an equal number or text."""
+    return one is other or (isinstance(one, (int, str)) and type(one) is type(other) and one == other)
 
 
 def is_changed(layer: nn.Module) -> bool:
@@ -246,6 +288,25 @@ def visible(seen: Tensor) -> dict[str, Any]:
     return {"mask": seen}
 
 
+class Ready(NamedTuple):
+    """What steps attend."""
+
+    memory: Memory
+    window: Tensor | None
+    """The keys to the end of each row, (B, 2), where filters see the past: kernels read none in slots that a memory
+    hides, and the originals hide nothing of it."""
+
+
+def ready(key: Tensor, value: Tensor | None, v: Tensor | None, seen: Tensor | None, *, sees_past: bool) -> Ready:
+    """A memory of projected keys (B, Tk, D), with a mask (B, Tk), True where a key is seen."""
+    hides: dict[str, Any] = {} if seen is None else visible(seen)
+    window = None
+    if sees_past and "lengths" in hides:
+        ends = hides.pop("lengths")
+        window = torch.stack([torch.zeros_like(ends), ends], 1)
+    return Ready(functional.prepare(key, value, v, **hides), window)
+
+
 def layer_at(module: nn.Module, path: str) -> Any:
     """An inner layer by its path; None where there is none."""
     layer: Any = module
@@ -271,6 +332,7 @@ def _twice_differentiable(method: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+_SAID = [name for name in Recipe.__annotations__ if not name.startswith("_")]
 _swapped: dict[tuple[Any, Any], Any] = {}
 
 
@@ -284,6 +346,7 @@ def swapped(recipe: type[Recipe], original: type[nn.Module]) -> Any:
         "__doc__": original.__doc__,
         "_original": original,
     }
+    names |= {name: _OfClass(getattr(recipe, name)) for name in _SAID if hasattr(recipe, name)}
     for method in recipe.methods:
         names[method] = _twice_differentiable(getattr(recipe, method))
     found = _swapped[recipe, original] = type(original.__name__, (recipe, original), names)
@@ -297,7 +360,11 @@ def by_name(recipes: Sequence[type[Recipe]]) -> Callable[[str], Any]:
         for recipe in recipes:
             module, _, found = recipe.original.partition(":")
             if found == name:
-                return swapped(recipe, getattr(importlib.import_module(module), found))
+                try:
+                    original = getattr(importlib.import_module(module), found)
+                except (ImportError, AttributeError) as error:
+                    raise ImportError(f"{found} of {recipe.code_base} is not there to be made: {error}") from error
+                return swapped(recipe, original)
         raise AttributeError(f"no class {name!r}: there are {', '.join(r.original.partition(':')[2] for r in recipes)}")
 
     return find

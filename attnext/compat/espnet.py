@@ -5,6 +5,7 @@ FunASR's are the same classes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnext import functional
-from attnext.compat._recipe import Draw, Layers, Recipe, Sizes, Trial, by_name, inert, is_changed, plain_weight, visible
+from attnext.compat._recipe import (
+    Draw,
+    Layers,
+    Ready,
+    Recipe,
+    Sizes,
+    Trial,
+    by_name,
+    inert,
+    is_changed,
+    plain_weight,
+    ready,
+)
 from attnext.memory import Memory
 
 _LENGTHS = [5, 3]  # of the probe; the longest is the size, as the code base wants it
@@ -42,6 +55,9 @@ class _Additive(Recipe):
     def declines(cls, module: nn.Module) -> str:
         return "keys that change at each step (han_mode)" if getattr(module, "han_mode", False) else ""
 
+    def _served(self, *tensors: Tensor | None) -> bool:
+        return not getattr(self, "han_mode", False) and super()._served(*tensors)
+
     @classmethod
     def trial(cls, module: nn.Module, draw: Draw) -> Trial:
         this: Any = module
@@ -69,22 +85,25 @@ class _Additive(Recipe):
         super().reset()  # type: ignore[misc]
         self._forget()
 
-    def _memory(self, enc_hs_pad: Tensor, enc_hs_len: Any) -> Memory:
+    def _ready(self, enc_hs_pad: Tensor, enc_hs_len: Any) -> Ready:
         """Keys, states and mask, kept as the original keeps them, ready for the kernels."""
         this: Any = self
         if this.pre_compute_enc_h is None:
             this.enc_h, this.h_length = enc_hs_pad, enc_hs_pad.size(1)
-            this.pre_compute_enc_h = this.mlp_enc(enc_hs_pad)
+            this.pre_compute_enc_h = self._keys(this.mlp_enc(enc_hs_pad))
         if this.mask is None:
             this.mask = _padding(enc_hs_len, enc_hs_pad)
-        memory: Memory = self._remembered(this.pre_compute_enc_h, self._prepare)
-        return memory
+        return self._once((this.pre_compute_enc_h, this.enc_h, this.mask), self._prepare)
 
-    def _prepare(self) -> Memory:
+    @staticmethod
+    def _keys(projected: Tensor) -> Tensor:
+        """What the original keeps of projected states."""
+        return projected
+
+    def _prepare(self) -> Ready:
         this: Any = self
         v = inert(this.gvec.weight.squeeze(0), this.gvec.bias)
-        seen: dict[str, Any] = {} if this.sees_past else visible(~this.mask)
-        return functional.prepare(this.pre_compute_enc_h, this._values(), v, **seen)
+        return ready(this.pre_compute_enc_h, this._values(), v, ~this.mask, sees_past=this.sees_past)
 
     def _values(self) -> Tensor:
         this: Any = self
@@ -92,21 +111,13 @@ class _Additive(Recipe):
         return states
 
     def _query(self, enc_hs_pad: Tensor, dec_z: Tensor | None) -> Tensor:
-        this: Any = self
-        if dec_z is None:
-            dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), this.dunits)
-        return F.linear(dec_z.view(len(enc_hs_pad), this.dunits), plain_weight(this, "mlp_dec"))
+        return F.linear(self._state(enc_hs_pad, dec_z), plain_weight(self, "mlp_dec"))  # type: ignore[arg-type]
 
-    def _window(self, last: int | None = None, backward: int = 1, forward: int = 3) -> Tensor:
-        """The keys that a step may attend, (B, 2): to the end of each row, and near the last key where one is given."""
+    def _state(self, enc_hs_pad: Tensor, dec_z: Tensor | None) -> Tensor:
+        """Of the decoder, which is 0 before it begins."""
         this: Any = self
-        ends = (~this.mask).sum(1)
-        if last is None:
-            return torch.stack([torch.zeros_like(ends), ends], 1)
-        if len(ends) != 1:
-            raise NotImplementedError("Batch attention constraining is not yet supported.")
-        near = torch.tensor([[max(0, last - backward), last + forward]], device=ends.device)
-        return torch.minimum(near, ends.unsqueeze(1))
+        rows, size = len(enc_hs_pad), this.dunits
+        return enc_hs_pad.new_zeros(rows, size) if dec_z is None else dec_z.view(rows, size)
 
     def _uniform(self, memory: Memory, enc_hs_len: Any) -> Tensor:
         """1 / length at each key of a row: where a past begins."""
@@ -129,8 +140,39 @@ class _AttAdd(_Additive):
     ) -> Any:
         if not self._served(enc_hs_pad, dec_z):
             return super().forward(enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling)  # type: ignore[misc]
-        memory, query = self._memory(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
+        memory, query = self._ready(enc_hs_pad, enc_hs_len).memory, self._query(enc_hs_pad, dec_z)
         return functional.additive_attention(query, memory, scale=scaling, need_weights=True)
+
+
+class _AttDot(_Additive):
+    """Products of the tanh of keys and queries (Luong, Pham and Manning, "Effective approaches to attention-based
+    neural machine translation", 2015, with projections of both)."""
+
+    sees_past = False
+    original = "espnet.nets.pytorch_backend.rnn.attentions:AttDot"
+    tensors: ClassVar[Sizes] = {"mlp_enc.weight": ("D", "H"), "mlp_enc.bias": ("D",), "mlp_dec.weight": ("D", "Q"),
+                                "mlp_dec.bias": ("D",)}  # fmt: skip
+    layers: ClassVar[Layers] = {}
+
+    @staticmethod
+    def _keys(projected: Tensor) -> Tensor:
+        return torch.tanh(projected)
+
+    def _prepare(self) -> Ready:
+        this: Any = self
+        return ready(this.pre_compute_enc_h, this.enc_h, None, ~this.mask, sees_past=False)
+
+    def _query(self, enc_hs_pad: Tensor, dec_z: Tensor | None) -> Tensor:
+        this: Any = self
+        return torch.tanh(this.mlp_dec(self._state(enc_hs_pad, dec_z)))
+
+    def forward(
+        self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Tensor | None, att_prev: Any, scaling: float = 2.0
+    ) -> Any:
+        if not self._served(enc_hs_pad, dec_z):
+            return super().forward(enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling)  # type: ignore[misc]
+        memory, query = self._ready(enc_hs_pad, enc_hs_len).memory, self._query(enc_hs_pad, dec_z)
+        return functional.dot_attention(query, memory, scale=scaling, need_weights=True)
 
 
 class _AttLoc(_Additive):
@@ -154,9 +196,9 @@ class _AttLoc(_Additive):
             return super().forward(  # type: ignore[misc]
                 enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling, last_attended_idx, backward_window, forward_window
             )
-        memory, query = self._memory(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
+        (memory, window), query = self._ready(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
         past = self._uniform(memory, enc_hs_len) if att_prev is None else att_prev.view(memory.key.shape[:2])
-        window = self._window(last_attended_idx, backward_window, forward_window)
+        window = _near(window, enc_hs_pad, last_attended_idx, backward_window, forward_window)
         context, weights = functional.additive_step(query, memory, *self._located(), past, scale=scaling, window=window)
         return context, weights.to(context.dtype)
 
@@ -174,7 +216,7 @@ class _AttLocRec(_Additive):
         if not self._served(enc_hs_pad, dec_z):
             return super().forward(enc_hs_pad, enc_hs_len, dec_z, att_prev_states, scaling)  # type: ignore[misc]
         this: Any = self
-        memory, query = self._memory(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
+        memory, query = self._ready(enc_hs_pad, enc_hs_len).memory, self._query(enc_hs_pad, dec_z)
         if att_prev_states is None:
             zeros = enc_hs_pad.new_zeros(len(enc_hs_pad), this.att_dim)
             att_prev_states = self._uniform(memory, enc_hs_len), (zeros, zeros)
@@ -203,12 +245,12 @@ class _Covering(_Additive):
     ) -> Any:
         if not self._served(enc_hs_pad, dec_z, *(att_prev_list or ())[:1]):
             return super().forward(enc_hs_pad, enc_hs_len, dec_z, att_prev_list, scaling)  # type: ignore[misc]
-        memory, query = self._memory(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
+        (memory, window), query = self._ready(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
         if att_prev_list is None:
             att_prev_list = [self._uniform(memory, enc_hs_len)]
         total = torch.stack(att_prev_list).sum(0) if len(att_prev_list) > 1 else att_prev_list[0]
         context, weights = functional.additive_step(
-            query, memory, past=total, scale=scaling, window=self._window(), **self._filters()
+            query, memory, past=total, scale=scaling, window=window, **self._filters()
         )
         att_prev_list += [weights.to(context.dtype)]
         return context, att_prev_list
@@ -253,12 +295,12 @@ class _AttForward(_Additive):
 
     def _attend(
         self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Tensor | None, past: Tensor, scaling: float,
-        window: tuple[int | None, int, int], stay: Any, move: Any,
+        near: tuple[int | None, int, int], stay: Any, move: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         this: Any = self
-        memory, query = self._memory(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
+        (memory, window), query = self._ready(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
         _, weights = functional.additive_step(
-            query, memory, *self._located(), past, scale=scaling, window=self._window(*window)
+            query, memory, *self._located(), past, scale=scaling, window=_near(window, enc_hs_pad, *near)
         )
         weights = weights.to(past.dtype) * (stay * past + move * F.pad(past, (1, 0))[:, :-1])
         weights = F.normalize(torch.clamp(weights, 1e-6), p=1, dim=1)
@@ -316,7 +358,7 @@ class _AttForwardTA(_AttForward):
         past = self._begin(enc_hs_pad) if att_prev is None else att_prev
         window, stay = (last_attended_idx, backward_window, forward_window), this.trans_agent_prob
         context, weights = self._attend(enc_hs_pad, enc_hs_len, dec_z, past, scaling, window, stay, 1 - stay)
-        z = enc_hs_pad.new_zeros(len(enc_hs_pad), this.dunits) if dec_z is None else dec_z.view(-1, this.dunits)
+        z = self._state(enc_hs_pad, dec_z)
         this.trans_agent_prob = torch.sigmoid(this.mlp_ta(torch.cat([context, out_prev, z], 1)))
         return context, weights
 
@@ -334,6 +376,15 @@ class _Heads(_Additive):
         for h in range(heads if isinstance(heads, int) else 0):
             names |= {name.format(h) for name in cls.of_head}
         return bool(heads) and set(module.state_dict()) == names and cls.has_its_arguments(type(module))
+
+    @classmethod
+    def has_its_arguments(cls, original: type[nn.Module]) -> bool:
+        """FunASR's take no further ones by name."""
+        if super().has_its_arguments(original):
+            return True
+        return tuple(inspect.signature(original.forward).parameters)[1:] == tuple(
+            name for name in cls.arguments if name != "kwargs"
+        )
 
     of_head: tuple[str, ...] = ("mlp_q.{}.weight", "mlp_q.{}.bias", "mlp_k.{}.weight", "mlp_v.{}.weight",
                                 "gvec.{}.weight", "gvec.{}.bias")  # fmt: skip
@@ -363,35 +414,60 @@ class _Heads(_Additive):
                 return name
         return changed
 
-    def _memories(self, enc_hs_pad: Tensor, enc_hs_len: Any) -> list[Memory]:
+    def _ready_heads(self, enc_hs_pad: Tensor, enc_hs_len: Any) -> list[Ready]:
         this: Any = self
         if this.pre_compute_k is None or this.pre_compute_v is None:
             this.enc_h, this.h_length = enc_hs_pad, enc_hs_pad.size(1)
-            this.pre_compute_k = this.pre_compute_k or [layer(enc_hs_pad) for layer in this.mlp_k]
+            this.pre_compute_k = this.pre_compute_k or [self._keys(layer(enc_hs_pad)) for layer in this.mlp_k]
             this.pre_compute_v = this.pre_compute_v or [layer(enc_hs_pad) for layer in this.mlp_v]
         if this.mask is None:
             this.mask = _padding(enc_hs_len, enc_hs_pad)
-        memories: list[Memory] = self._remembered(this.pre_compute_k, self._prepare_heads)
-        return memories
+        return self._once((this.pre_compute_k, this.pre_compute_v, this.mask), self._prepare_heads)
 
-    def _prepare_heads(self) -> list[Memory]:
+    def _prepare_heads(self) -> list[Ready]:
         this: Any = self
-        seen: dict[str, Any] = {} if this.sees_past else visible(~this.mask)
         heads = zip(this.pre_compute_k, this.pre_compute_v, this.gvec, strict=True)
-        return [functional.prepare(k, v, inert(g.weight.squeeze(0), g.bias), **seen) for k, v, g in heads]
+        return [
+            ready(k, v, inert(g.weight.squeeze(0), g.bias), ~this.mask, sees_past=this.sees_past) for k, v, g in heads
+        ]
 
     def _by_head(
         self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Tensor | None,
-        attend: Callable[[int, Tensor, Memory], tuple[Tensor, Tensor | None]],
+        attend: Callable[[int, Tensor, Ready], tuple[Tensor, Tensor | None]],
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         this: Any = self
-        memories = self._memories(enc_hs_pad, enc_hs_len)
-        if dec_z is None:
-            dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), this.dunits)
-        z = dec_z.view(len(enc_hs_pad), this.dunits)
-        found = [attend(h, this.mlp_q[h](z), memory) for h, memory in enumerate(memories)]
+        heads = self._ready_heads(enc_hs_pad, enc_hs_len)
+        z = self._state(enc_hs_pad, dec_z)
+        found = [attend(h, this.mlp_q[h](z), kept) for h, kept in enumerate(heads)]
         contexts, weights = zip(*found, strict=True)
         return this.mlp_o(torch.cat(contexts, 1)), [w.to(z.dtype) for w in weights]
+
+
+class _AttMultiHeadDot(_Heads):
+    sees_past = False
+    original = "espnet.nets.pytorch_backend.rnn.attentions:AttMultiHeadDot"
+    arguments = ("enc_hs_pad", "enc_hs_len", "dec_z", "att_prev", "kwargs")
+    of_head = ("mlp_q.{}.weight", "mlp_q.{}.bias", "mlp_k.{}.weight", "mlp_v.{}.weight")
+
+    @staticmethod
+    def _keys(projected: Tensor) -> Tensor:
+        return torch.tanh(projected)
+
+    def _prepare_heads(self) -> list[Ready]:
+        this: Any = self
+        heads = zip(this.pre_compute_k, this.pre_compute_v, strict=True)
+        return [ready(k, v, None, ~this.mask, sees_past=False) for k, v in heads]
+
+    def forward(self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Tensor | None, att_prev: Any, **kwargs: Any) -> Any:
+        if not self._served(enc_hs_pad, dec_z):
+            return super().forward(enc_hs_pad, enc_hs_len, dec_z, att_prev, **kwargs)  # type: ignore[misc]
+        this: Any = self
+        return self._by_head(
+            enc_hs_pad, enc_hs_len, dec_z,
+            lambda _, query, kept: functional.dot_attention(
+                torch.tanh(query), kept.memory, scale=this.scaling, need_weights=True
+            ),
+        )  # fmt: skip
 
 
 class _AttMultiHeadAdd(_Heads):
@@ -405,8 +481,8 @@ class _AttMultiHeadAdd(_Heads):
         this: Any = self
         return self._by_head(
             enc_hs_pad, enc_hs_len, dec_z,
-            lambda _, query, memory: functional.additive_attention(
-                query, memory, scale=this.scaling, need_weights=True
+            lambda _, query, kept: functional.additive_attention(
+                query, kept.memory, scale=this.scaling, need_weights=True
             ),
         )  # fmt: skip
 
@@ -420,12 +496,11 @@ class _LocatedHeads(_Heads):
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         this: Any = self
 
-        def attend(h: int, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        def attend(h: int, query: Tensor, kept: Ready) -> tuple[Tensor, Tensor]:
+            memory, window = kept
             past = self._uniform(memory, enc_hs_len) if att_prev is None else att_prev[h]
             filters, projection = this.loc_conv[h].weight.squeeze(2), this.mlp_att[h].weight
-            return functional.additive_step(
-                query, memory, filters, projection, past, scale=scaling, window=self._window()
-            )
+            return functional.additive_step(query, memory, filters, projection, past, scale=scaling, window=window)
 
         return self._by_head(enc_hs_pad, enc_hs_len, dec_z, attend)
 
@@ -460,13 +535,23 @@ def _padding(lengths: Any, states: Tensor) -> Tensor:
     return torch.arange(int(ends.max()), device=states.device) >= ends.unsqueeze(1)
 
 
+def _near(window: Tensor | None, states: Tensor, last: int | None, backward: int, forward: int) -> Tensor | None:
+    """The keys that a step may attend, (B, 2), near the last one where that is given; as the code base, of one row."""
+    if last is None:
+        return window
+    if len(states) != 1:
+        raise NotImplementedError("Batch attention constraining is not yet supported.")
+    near = torch.tensor([[max(0, last - backward), last + forward]], device=states.device)
+    return near if window is None else torch.minimum(near, window[:, 1:])
+
+
 def _tensors(past: Any) -> list[Tensor]:
     """Those of whatever a step hands on."""
     return [past] if isinstance(past, Tensor) else [x for part in past for x in _tensors(part)]
 
 
 RECIPES: tuple[type[Recipe], ...] = (
-    _AttAdd, _AttLoc, _AttCov, _AttCovLoc, _AttLocRec, _AttForward, _AttForwardTA, _AttMultiHeadAdd, _AttMultiHeadLoc,
-    _AttMultiHeadMultiResLoc,
+    _AttDot, _AttAdd, _AttLoc, _AttCov, _AttCovLoc, _AttLocRec, _AttForward, _AttForwardTA, _AttMultiHeadDot,
+    _AttMultiHeadAdd, _AttMultiHeadLoc, _AttMultiHeadMultiResLoc,
 )  # fmt: skip
 __getattr__ = by_name(RECIPES)

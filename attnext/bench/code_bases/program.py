@@ -21,6 +21,13 @@ class Sizes:
     features: int
     lengths: tuple[int, ...]
     steps: int = 3
+    filters: int = 3
+    reach: int = 2
+    """Of the filters over the past, on both sides of a key."""
+
+    @property
+    def width(self) -> int:
+        return 2 * self.reach + 1
 
 
 SIZES = (
