@@ -14,7 +14,7 @@ from attnext import _checks, functional, reference
 from attnext.memory import Memory, prepare, prepared_memory
 from attnext.steps import gathered
 
-__all__ = ["Attention", "context_of", "is_only", "linear", "weight_of"]
+__all__ = ["Attention", "context_of", "has_global_hooks", "has_own_hooks", "linear", "weight_of"]
 
 
 class Attention(nn.Module, ABC):
@@ -146,7 +146,7 @@ class Attention(nn.Module, ABC):
         """
         if state is not None:
             raise TypeError(f"state must be None for {type(self).__name__}, got {type(state).__name__}")
-        hooked = _has_hooks(self) or self._compiled_call_impl is not None
+        hooked = has_own_hooks(self) or has_global_hooks() or self._compiled_call_impl is not None
         attend = self if hooked else self.forward  # as the call of a module takes its time
         return *attend(query, prepared_memory(memory), need_weights=need_weights), None
 
@@ -245,7 +245,7 @@ def linear(module: nn.Module, name: str, x: Tensor) -> Tensor:
     By dictionaries, as each attribute that a module looks up takes as long as a check of the query.
     """
     layer: Any = module._modules[name]
-    if type(layer) is nn.Linear and is_only(layer, nn.Linear):
+    if type(layer) is nn.Linear and _is_only(layer, nn.Linear):
         parameters = layer._parameters
         weight: Any = parameters["weight"]
         return nn.functional.linear(x, weight, parameters["bias"])
@@ -256,21 +256,26 @@ def linear(module: nn.Module, name: str, x: Tensor) -> Tensor:
 def weight_of(module: nn.Module, name: str, cls: type[nn.Module]) -> Tensor | None:
     """The weight of a layer without bias that does what its class does; None where the layer's call may do more."""
     layer: Any = module._modules[name]
-    if not is_only(layer, cls):
+    if not _is_only(layer, cls):
         return None
     weight: Tensor | None = layer._parameters.get("weight")
     return layer.weight if weight is None else weight  # of a parametrization
 
 
-def is_only(layer: nn.Module, cls: type[nn.Module]) -> bool:
+def _is_only(layer: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a layer does what its class does and no more: its call runs no hook, and no forward of another's."""
-    return type(layer).forward is cls.forward and "forward" not in layer.__dict__ and not _has_hooks(layer)
+    hooks = has_own_hooks(layer) or has_global_hooks()
+    return type(layer).forward is cls.forward and "forward" not in layer.__dict__ and not hooks
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_own_hooks(layer: nn.Module) -> bool:
     """Whether the call of a module runs more than its forward."""
-    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(own or _of_modules._has_any_global_hook())
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def has_global_hooks() -> bool:
+    """Whether the call of every module does."""
+    return bool(_of_modules._has_any_global_hook())
 
 
 def context_of(weights: Tensor, value: Tensor) -> Tensor:

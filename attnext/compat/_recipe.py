@@ -7,14 +7,14 @@ import copyreg
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from attnext import _checks, functional
-from attnext.attention.base import is_only
+from attnext.attention.base import has_global_hooks, has_own_hooks
 from attnext.backends import choose
 from attnext.definitions import by_definition
 from attnext.memory import Memory
@@ -150,32 +150,35 @@ class Recipe:
         """A few calls on small random inputs for a module of these sizes."""
         raise NotImplementedError
 
-    def _served(self, *tensors: Tensor | None) -> bool:
+    def _served(self, first: Tensor, *others: Tensor | None) -> bool:
         """Whether kernels serve a call: of one dtype and device that have some, and nothing looks at the code itself.
 
         A traced, exported or compiled program, and torch.func or forward-mode differentiation, get the original's own
         operations; under autocast too, whose dtypes are those of each of these operations.
         """
-        first, *others = (x for x in tensors if x is not None)
-        return (
-            not torch.compiler.is_compiling()
-            and torch._C._get_tracing_state() is None
-            and all(x.dtype == first.dtype and x.device == first.device for x in others)
-            and choose(None, first.device.type, first.dtype) != "reference"
-            and not _checks.in_transforms()
-            and not _checks.autocasts(first.device.type)
-            and not self.changed_layer(self)  # type: ignore[arg-type]
-        )
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _checks.in_transforms():
+            return False
+        dtype, device = first.dtype, first.device
+        for x in others:
+            if x is not None and (x.dtype != dtype or x.device != device):
+                return False
+        kind = device.type
+        if torch.is_autocast_enabled(kind) or choose(None, kind, dtype) == "reference":
+            return False
+        return not self.changed_layer(self)  # type: ignore[arg-type]
 
     @classmethod
     def changed_layer(cls, module: nn.Module) -> str:
         """The path of an inner layer that may do more than its class does; else empty."""
-        for path, kind in cls.layers.items():
+        if has_global_hooks():
+            return "every layer"
+        for path, outer, last, kind in _places(cls):  # type: ignore[arg-type]
             layer: Any = module
-            *outer, last = path.split(".")
             for name in outer:  # wrappers, which have forwards of their own
-                layer = None if layer is None else layer._modules.get(name)
-                if layer is not None and not is_only(layer, type(layer)):
+                layer = layer._modules.get(name)
+                if layer is None:
+                    break
+                if has_own_hooks(layer) or "forward" in layer.__dict__:
                     return path
             layer = None if layer is None else layer._modules.get(last)
             if layer is not None and (type(layer) is not kind or is_changed(layer)):
@@ -234,8 +237,17 @@ def _is_same(one: Any, other: Any) -> bool:
 
 def is_changed(layer: nn.Module) -> bool:
     """Whether a layer's call runs hooks, or its weight is made at each call: weight_norm, pruning, quantisation."""
-    weight = layer._parameters.get("weight")
-    return not is_only(layer, type(layer)) or weight is None or not weight.is_floating_point()
+    return has_own_hooks(layer) or "forward" in layer.__dict__ or layer._parameters.get("weight") is None
+
+
+@cache
+def _places(cls: Any) -> tuple[tuple[str, list[str], str, type[nn.Module]], ...]:
+    """The layers of a recipe: path, the names of what it is in, its own name, and its class."""
+    found = []
+    for path, kind in cls.layers.items():
+        *outer, last = path.split(".")
+        found.append((path, outer, last, kind))
+    return tuple(found)
 
 
 class _Unswapped:
@@ -305,6 +317,37 @@ def ready(key: Tensor, value: Tensor | None, v: Tensor | None, seen: Tensor | No
         ends = hides.pop("lengths")
         window = torch.stack([torch.zeros_like(ends), ends], 1)
     return Ready(functional.prepare(key, value, v, **hides), window)
+
+
+def attend(query: Tensor, memory: Memory, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Context and weights of a query (B, D) or (B, Tq, D), additive where the memory has a score weight.
+
+    As of :func:`attnext.additive_attention`, but for its checks: the operators make those that keep memory safe.
+    """
+    by_score = functional.attend_by_dot if memory.score_weight is None else functional.attend
+    context, weights = by_score(query, memory, scale, 0.0, True, None)
+    assert weights is not None
+    return context, weights
+
+
+def step(
+    query: Tensor,
+    memory: Memory,
+    filters: Tensor | None,
+    projection: Tensor | None,
+    *past: Tensor,
+    bias: Tensor | None = None,
+    rule: str = "softmax",
+    window: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attnext.additive_step`, likewise, with the weights in the context's dtype."""
+    if bias is not None:
+        query = query + (bias if projection is None else projection @ bias)
+    context, weights = functional.attend_step(
+        query, memory, filters, projection, past, rule=rule, window=window, scale=scale
+    )
+    return context, weights.to(context.dtype)
 
 
 def layer_at(module: nn.Module, path: str) -> Any:

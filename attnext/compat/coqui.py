@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnext import functional
-from attnext.compat._recipe import Draw, Layers, Recipe, Sizes, Trial, by_name, inert, plain_weight, visible
+from attnext.compat._recipe import Draw, Layers, Recipe, Sizes, Trial, by_name, inert, plain_weight, step, visible
 from attnext.memory import Memory
 
 _LENGTHS = (5, 3)  # of the probe
@@ -105,8 +105,7 @@ class _OriginalAttention(Recipe):
         if this.norm == "sigmoid":
             query = F.pad(query, (0, 1))
             projection = None if projection is None else F.pad(projection, (0, 0, 0, 1))
-        context, weights = functional.additive_step(query, memory, filters, projection, past, rule=this.norm)
-        return context, weights.to(query.dtype)
+        return step(query, memory, filters, projection, *past, rule=this.norm)
 
     def _memory(self, inputs: Tensor, keys: Tensor, mask: Tensor | None) -> Memory:
         """What is prepared of the caller's keys at its first step, and wherever it hands in other things with them."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnext import functional
 from attnext.compat._recipe import (
     Draw,
     Layers,
@@ -21,11 +20,13 @@ from attnext.compat._recipe import (
     Recipe,
     Sizes,
     Trial,
+    attend,
     by_name,
     inert,
     is_changed,
     plain_weight,
     ready,
+    step,
 )
 from attnext.memory import Memory
 
@@ -55,8 +56,8 @@ class _Additive(Recipe):
     def declines(cls, module: nn.Module) -> str:
         return "keys that change at each step (han_mode)" if getattr(module, "han_mode", False) else ""
 
-    def _served(self, *tensors: Tensor | None) -> bool:
-        return not getattr(self, "han_mode", False) and super()._served(*tensors)
+    def _served(self, first: Tensor, *others: Tensor | None) -> bool:
+        return not getattr(self, "han_mode", False) and super()._served(first, *others)
 
     @classmethod
     def trial(cls, module: nn.Module, draw: Draw) -> Trial:
@@ -141,7 +142,7 @@ class _AttAdd(_Additive):
         if not self._served(enc_hs_pad, dec_z):
             return super().forward(enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling)  # type: ignore[misc]
         memory, query = self._ready(enc_hs_pad, enc_hs_len).memory, self._query(enc_hs_pad, dec_z)
-        return functional.additive_attention(query, memory, scale=scaling, need_weights=True)
+        return attend(query, memory, scaling)
 
 
 class _AttDot(_Additive):
@@ -172,7 +173,7 @@ class _AttDot(_Additive):
         if not self._served(enc_hs_pad, dec_z):
             return super().forward(enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling)  # type: ignore[misc]
         memory, query = self._ready(enc_hs_pad, enc_hs_len).memory, self._query(enc_hs_pad, dec_z)
-        return functional.dot_attention(query, memory, scale=scaling, need_weights=True)
+        return attend(query, memory, scaling)
 
 
 class _AttLoc(_Additive):
@@ -199,8 +200,7 @@ class _AttLoc(_Additive):
         (memory, window), query = self._ready(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
         past = self._uniform(memory, enc_hs_len) if att_prev is None else att_prev.view(memory.key.shape[:2])
         window = _near(window, enc_hs_pad, last_attended_idx, backward_window, forward_window)
-        context, weights = functional.additive_step(query, memory, *self._located(), past, scale=scaling, window=window)
-        return context, weights.to(context.dtype)
+        return step(query, memory, *self._located(), past, scale=scaling, window=window)
 
 
 class _AttLocRec(_Additive):
@@ -223,7 +223,7 @@ class _AttLocRec(_Additive):
         past, states = att_prev_states
         seen = F.relu(this.loc_conv(past[:, None, None])).amax((2, 3))
         states = this.att_lstm(seen, states)
-        context, weights = functional.additive_attention(query + states[0], memory, scale=scaling, need_weights=True)
+        context, weights = attend(query + states[0], memory, scaling)
         return context, (weights, states)
 
 
@@ -232,7 +232,8 @@ class _Covering(_Additive):
 
     arguments = ("enc_hs_pad", "enc_hs_len", "dec_z", "att_prev_list", "scaling")
 
-    def _filters(self) -> dict[str, Any]:
+    def _filters(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Over the sum of the weights: filters, projection, bias."""
         raise NotImplementedError
 
     def forward(
@@ -249,10 +250,9 @@ class _Covering(_Additive):
         if att_prev_list is None:
             att_prev_list = [self._uniform(memory, enc_hs_len)]
         total = torch.stack(att_prev_list).sum(0) if len(att_prev_list) > 1 else att_prev_list[0]
-        context, weights = functional.additive_step(
-            query, memory, past=total, scale=scaling, window=window, **self._filters()
-        )
-        att_prev_list += [weights.to(context.dtype)]
+        filters, projection, bias = self._filters()
+        context, weights = step(query, memory, filters, projection, total, bias=bias, scale=scaling, window=window)
+        att_prev_list += [weights]
         return context, att_prev_list
 
 
@@ -261,9 +261,9 @@ class _AttCov(_Covering):
     tensors = _SCORED | {"wvec.weight": ("D", 1), "wvec.bias": ("D",)}
     layers = _LINEAR | {"wvec": nn.Linear}
 
-    def _filters(self) -> dict[str, Any]:
+    def _filters(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         this: Any = self
-        return {"filters": plain_weight(this, "wvec").unsqueeze(-1), "bias": this.wvec.bias}
+        return plain_weight(this, "wvec").unsqueeze(-1), None, this.wvec.bias
 
 
 class _AttCovLoc(_Covering):
@@ -271,8 +271,8 @@ class _AttCovLoc(_Covering):
     tensors = _SCORED | _LOCATED
     layers = _LINEAR | _FILTERS
 
-    def _filters(self) -> dict[str, Any]:
-        return dict(zip(("filters", "projection"), self._located(), strict=True))
+    def _filters(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return (*self._located(), None)
 
 
 class _AttForward(_Additive):
@@ -299,10 +299,9 @@ class _AttForward(_Additive):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         this: Any = self
         (memory, window), query = self._ready(enc_hs_pad, enc_hs_len), self._query(enc_hs_pad, dec_z)
-        _, weights = functional.additive_step(
-            query, memory, *self._located(), past, scale=scaling, window=_near(window, enc_hs_pad, *near)
-        )
-        weights = weights.to(past.dtype) * (stay * past + move * F.pad(past, (1, 0))[:, :-1])
+        window = _near(window, enc_hs_pad, *near)
+        _, weights = step(query, memory, *self._located(), past, scale=scaling, window=window)
+        weights = weights * (stay * past + move * F.pad(past, (1, 0))[:, :-1])
         weights = F.normalize(torch.clamp(weights, 1e-6), p=1, dim=1)
         return torch.bmm(weights.unsqueeze(1), this.enc_h).squeeze(1), weights
 
@@ -464,9 +463,7 @@ class _AttMultiHeadDot(_Heads):
         this: Any = self
         return self._by_head(
             enc_hs_pad, enc_hs_len, dec_z,
-            lambda _, query, kept: functional.dot_attention(
-                torch.tanh(query), kept.memory, scale=this.scaling, need_weights=True
-            ),
+            lambda _, query, kept: attend(torch.tanh(query), kept.memory, this.scaling),
         )  # fmt: skip
 
 
@@ -481,9 +478,7 @@ class _AttMultiHeadAdd(_Heads):
         this: Any = self
         return self._by_head(
             enc_hs_pad, enc_hs_len, dec_z,
-            lambda _, query, kept: functional.additive_attention(
-                query, kept.memory, scale=this.scaling, need_weights=True
-            ),
+            lambda _, query, kept: attend(query, kept.memory, this.scaling),
         )  # fmt: skip
 
 
@@ -496,13 +491,13 @@ class _LocatedHeads(_Heads):
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         this: Any = self
 
-        def attend(h: int, query: Tensor, kept: Ready) -> tuple[Tensor, Tensor]:
+        def of_head(h: int, query: Tensor, kept: Ready) -> tuple[Tensor, Tensor]:
             memory, window = kept
             past = self._uniform(memory, enc_hs_len) if att_prev is None else att_prev[h]
             filters, projection = this.loc_conv[h].weight.squeeze(2), this.mlp_att[h].weight
-            return functional.additive_step(query, memory, filters, projection, past, scale=scaling, window=window)
+            return step(query, memory, filters, projection, past, scale=scaling, window=window)
 
-        return self._by_head(enc_hs_pad, enc_hs_len, dec_z, attend)
+        return self._by_head(enc_hs_pad, enc_hs_len, dec_z, of_head)
 
 
 class _AttMultiHeadLoc(_LocatedHeads):

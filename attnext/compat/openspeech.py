@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnext import functional
 from attnext.compat._loop import Loop, Scoped
-from attnext.compat._recipe import Draw, Layers, Sizes, Trial, by_name, inert, plain_weight
+from attnext.compat._recipe import Draw, Layers, Sizes, Trial, by_name, inert, plain_weight, step
 from attnext.memory import Memory
 
 
@@ -86,8 +86,8 @@ class _LocationAwareAttention(_OneQuery):
         if this.smoothing:
             return self._smoothed(one, memory, past)
         filters = plain_weight(this, "location_conv")
-        context, weights = functional.additive_step(one, memory, filters, None, past, bias=this.location_conv.bias)
-        return context.unsqueeze(1), weights.to(context.dtype)
+        context, weights = step(one, memory, filters, None, past, bias=this.location_conv.bias)
+        return context.unsqueeze(1), weights
 
     def _smoothed(self, query: Tensor, memory: Memory, past: Tensor) -> tuple[Tensor, Tensor]:
         """The rule of a sigmoid, to which the bias of the scores matters: no kernel has one."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnext import functional
-from attnext.compat._recipe import Draw, Layers, Ready, Recipe, Sizes, Trial, by_name, plain_weight, ready
+from attnext.compat._recipe import Draw, Layers, Ready, Recipe, Sizes, Trial, attend, by_name, plain_weight, ready, step
 
 _LENGTHS = [5, 3]  # of the probe
 _SCORED = {"mlp_enc.weight": ("D", "H"), "mlp_enc.bias": ("D",), "mlp_dec.weight": ("D", "Q"), "mlp_dec.bias": ("D",),
@@ -96,7 +95,7 @@ class _ContentBasedAttention(_Additive):
         if this.precomputed_enc_h is None:
             self._begin(enc_states, enc_len)
         memory, query = self._ready(this.precomputed_enc_h, enc_states).memory, self._query(dec_states)
-        context, weights = functional.additive_attention(query, memory, scale=this.scaling, need_weights=True)
+        context, weights = attend(query, memory, this.scaling)
         return this.mlp_out(context), weights
 
 
@@ -116,16 +115,9 @@ class _LocationAwareAttention(_Additive):
             self._begin(enc_states, enc_len)
             this.prev_attn = this.mask * (1 / enc_len.float()).unsqueeze(1)
         memory, window, *_ = self._ready(this.precomputed_enc_h, enc_states)
-        context, weights = functional.additive_step(
-            self._query(dec_states) + this.mlp_loc.bias,
-            memory,
-            plain_weight(this, "conv_loc"),
-            plain_weight(this, "mlp_loc"),
-            this.prev_attn,
-            window=window,
-            scale=this.scaling,
-        )
-        weights = weights.to(context.dtype)
+        query, filters = self._query(dec_states) + this.mlp_loc.bias, plain_weight(this, "conv_loc")
+        projection, scale = plain_weight(this, "mlp_loc"), this.scaling
+        context, weights = step(query, memory, filters, projection, this.prev_attn, window=window, scale=scale)
         this.prev_attn = weights.detach()
         return this.mlp_out(context), weights
 
@@ -149,8 +141,7 @@ class _KeyValueAttention(_Attention):
             this.mask = _mask(enc_len, enc_states).unsqueeze(2)
         memory = self._ready(this.keys, this.values).memory
         query, scale = this.query_linear(dec_states), 1 / float(this.scaling)
-        context, weights = functional.dot_attention(query, memory, scale=scale, need_weights=True)
-        assert weights is not None
+        context, weights = attend(query, memory, scale)
         return context, weights.unsqueeze(1)
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnext import functional
-from attnext.compat._recipe import Draw, Layers, Recipe, Sizes, Trial, by_name, layer_at, plain_weight, ready
+from attnext.compat._recipe import Draw, Layers, Recipe, Sizes, Trial, by_name, layer_at, plain_weight, ready, step
 
 _LENGTHS = [5, 3]  # of the probe
 _KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Linear, nn.Conv1d, nn.Linear)
@@ -34,8 +33,8 @@ class _Located(Recipe):
     def declines(cls, module: nn.Module) -> str:
         return "" if _hides(module) else "a score other than minus infinity in padding (score_mask_value)"
 
-    def _served(self, *tensors: Tensor | None) -> bool:
-        return _hides(self) and super()._served(*tensors)
+    def _served(self, first: Tensor, *others: Tensor | None) -> bool:
+        return _hides(self) and super()._served(first, *others)
 
     @classmethod
     def changed_layer(cls, module: nn.Module) -> str:
@@ -86,15 +85,9 @@ class _Located(Recipe):
             (processed_memory, memory, mask),
             lambda: ready(processed_memory, memory, score.squeeze(0), None if mask is None else ~mask, sees_past=True),
         )
-        context, weights = functional.additive_step(
-            F.linear(attention_hidden_state, query),
-            replace(kept.memory, score_weight=score.squeeze(0)),
-            filters,
-            projection,
-            attention_weights_cat.unbind(1),
-            window=kept.window,
-        )
-        return context, weights.to(context.dtype)
+        live = replace(kept.memory, score_weight=score.squeeze(0))
+        past = attention_weights_cat.unbind(1)
+        return step(F.linear(attention_hidden_state, query), live, filters, projection, *past, window=kept.window)
 
 
 def _hides(module: Any) -> bool:
