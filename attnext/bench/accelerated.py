@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
-from attnext.acceleration import accelerate
+from attnext.acceleration import accelerate, class_name, label
 from attnext.bench.code_bases import PROGRAMS
 from attnext.bench.code_bases.program import Program, Sizes
 from attnext.bench.peers import Peer, Wrong, off
+from attnext.bench.steps_table import by_round
 from attnext.bench.timing import Plan, interleaved
 from attnext.compat import recipes
 
-__all__ = ["SIZES", "study"]
+__all__ = ["SIZES", "markdown", "study"]
 
 Row = dict[str, Any]
 
@@ -105,6 +110,32 @@ def _run(
 
 
 def _version(program: Program) -> str:
-    from attnext.acceleration import label
-
     return next(recipe.version for recipe in recipes() if label(recipe) == program.recipe)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of the README, of a study's rows: how many times longer the original takes, forward / training."""
+    sizes = list(dict.fromkeys(row["sizes"] for row in rows))
+    lines = [
+        f"| code base | class | looked at | served | {' | '.join(sizes)} |",
+        "| --- " * (4 + len(sizes)) + "|",
+    ]
+    of_label = {label(recipe): recipe for recipe in recipes()}
+    for name in dict.fromkeys(row["program"] for row in rows):
+        recipe = of_label[name.partition(" ")[0]]
+        cells = []
+        for of in sizes:
+            own = [row["seconds"] for row in rows if (row["program"], row["sizes"]) == (name, of)]
+            cells.append(" / ".join(f"{_ratio(seconds):.1f}x" for seconds in own))
+        kind = " ".join([f"`{class_name(recipe)}`", name.partition(" ")[2]]).strip()
+        served = recipe.serves + ("" if recipe.pays else "; where asked for by name")
+        lines.append(f"| {recipe.code_base} | {kind} | {recipe.version} | {served} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratio(seconds: Mapping[str, Sequence[float]]) -> float:
+    return median(by_round(seconds["original"], seconds["accelerated"]))
+
+
+if __name__ == "__main__":  # a file of `attnext bench --cases peers --json`
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())["studies"]["peers"]))

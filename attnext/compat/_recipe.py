@@ -21,13 +21,20 @@ from attnext.memory import Memory
 
 __all__ = [
     "Draw",
+    "Kept",
+    "Layers",
+    "Ready",
     "Recipe",
+    "Sizes",
     "Trial",
+    "attend",
     "by_name",
     "inert",
     "is_changed",
     "layer_at",
     "plain_weight",
+    "ready",
+    "step",
     "swapped",
     "visible",
 ]

@@ -44,6 +44,7 @@ class _Additive(Recipe):
     """Steps over encoder states, of which the first since ``reset`` keeps keys, states and mask."""
 
     code_base = "ESPnet"
+    serves = "all but han_mode"
     version = "espnet==202511"
     tensors: ClassVar[Sizes] = _SCORED
     arguments: ClassVar[tuple[str, ...]] = _STEP

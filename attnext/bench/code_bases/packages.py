@@ -15,6 +15,7 @@ import logging
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
@@ -257,7 +258,9 @@ def load(package: str, module: str) -> Any:
         raise FileNotFoundError(f"{folder} is not there: run `make peers`")
     if package not in _prepared:
         _prepare(package, folder)
-    return importlib.import_module(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what newer versions of torch will not have
+        return importlib.import_module(module)
 
 
 def _prepare(package: str, folder: Path) -> None:

@@ -49,6 +49,7 @@ class Program:
         run: the calls, of a module, the sizes and the inputs, with whatever is kept between them; all results.
         inert: parameters that change no result, whose gradient is 0.
         takes_half: whether the original runs in half types.
+        within_twice: whether errors stay within twice the original's: the kernels' grow with the sum of all |v|.
         pickles: whether it can be pickled.
         exact: the dtype in which results are compared, where the original can't run in float64.
     """
@@ -59,6 +60,7 @@ class Program:
     run: Callable[..., Sequence[Tensor]]
     inert: tuple[str, ...] = ()
     takes_half: bool = True
+    within_twice: bool = True
     pickles: bool = True
     exact: torch.dtype = torch.float64
 
