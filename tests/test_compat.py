@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ from torch import Tensor, nn
 import attnext
 import attnext.compat
 from attnext.acceleration import label
+from attnext.bench import accelerated
 from attnext.bench.code_bases import PROGRAMS
 from attnext.bench.code_bases.packages import load
 from attnext.bench.code_bases.program import SIZES, Program, Sizes
 from attnext.compat import recipes
+from attnext_command import main
 
 SMALL = SIZES[0]
 
@@ -179,3 +183,23 @@ def test_a_new_model_is_made_by_name() -> None:
 
 def test_every_recipe_has_a_program() -> None:
     assert {label(recipe) for recipe in recipes()} == {program.recipe for program in PROGRAMS}
+
+
+def test_the_study_of_code_bases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accelerated, "TIMED", ("espnet.AttLoc", "gnmt.BahdanauAttention normalised"))
+    kept = tmp_path / "peers.json"
+    assert main(["bench", "--cases", "peers", "--quick", "--threads", "1", "--json", str(kept)]) == 0
+    shown = capsys.readouterr().out
+    assert "espnet.AttLoc" in shown
+    assert "speech" in shown
+    rows = json.loads(kept.read_text())["studies"]["peers"]
+    assert [row["kind"] for row in rows] == ["forward", "forward + backward"] * 2
+    assert all(min(times) > 0 for row in rows for times in row["seconds"].values())
+    lines = accelerated.markdown(rows).splitlines()
+    assert lines[2].startswith("| ESPnet | `AttLoc` | espnet==202511 | all but han_mode | ")
+    assert lines[3].startswith("| GNMT | `BahdanauAttention` normalised | NVIDIA DeepLearningExamples | all options | ")
+    monkeypatch.setattr(accelerated, "FOLDER", tmp_path / "nothing")
+    assert main(["bench", "--cases", "peers", "--quick"]) == 0
+    assert "run `make peers`" in " ".join(capsys.readouterr().out.split())

@@ -15,6 +15,7 @@ from torch import nn
 
 from attnext.acceleration import accelerate, class_name, label
 from attnext.bench.code_bases import PROGRAMS
+from attnext.bench.code_bases.packages import FOLDER
 from attnext.bench.code_bases.program import Program, Sizes
 from attnext.bench.peers import Peer, Wrong, off
 from attnext.bench.steps_table import by_round
@@ -62,8 +63,9 @@ _TOLERANCE = 1e-3
 
 def study(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[Row]:
     """Other code bases' attention modules and decoders, as they are and accelerated, forward and training."""
-    if plan.device != "cpu":
-        plan.note("the study of code bases was left out: it takes a CPU")
+    if plan.device != "cpu" or not FOLDER.is_dir():
+        reason = "it takes a CPU" if plan.device != "cpu" else f"{FOLDER} is not there: run `make peers`"
+        plan.note(f"the study of code bases was left out: {reason}")
         return []
     rows = []
     by_name = {program.name: program for program in PROGRAMS}

@@ -37,8 +37,8 @@ def _show_loops(console: Console, rows: Sequence[Document]) -> None:
         table.add_row(name)
         for row in (row for row in rows if row["loop"] == name):
             ours = row["seconds"]["attnext"]
-            times = (times(row["seconds"].get(peer), ours) for peer in _PEERS)
-            table.add_row(f"  {row['kind']}", duration(median(ours)), _share(row), *times)
+            cells = (times(row["seconds"].get(peer), ours) for peer in _PEERS)
+            table.add_row(f"  {row['kind']}", duration(median(ours)), _share(row), *cells)
     console.print(table)
     for name in names:
         row = next(row for row in rows if row["loop"] == name)
