@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import attnext
 import attnext.compat
-from attnext.acceleration import label
+from attnext.acceleration import class_name, label
 from attnext.bench import accelerated
 from attnext.bench.code_bases import PROGRAMS
 from attnext.bench.code_bases.packages import load
@@ -183,6 +183,20 @@ def test_a_new_model_is_made_by_name() -> None:
 
 def test_every_recipe_has_a_program() -> None:
     assert {label(recipe) for recipe in recipes()} == {program.recipe for program in PROGRAMS}
+
+
+def test_every_recipe_is_timed_and_in_the_readme() -> None:
+    assert {name.partition(" ")[0] for name in accelerated.TIMED} == {label(recipe) for recipe in recipes()}
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = readme.partition("<!-- the code bases")[2].partition("<!-- end of the code bases -->")[0].splitlines()
+    shown = {tuple(cell.strip() for cell in row.split("|")[1:5]) for row in rows if row.startswith("| ")}
+    for recipe in recipes():
+        served = recipe.serves + ("" if recipe.pays else "; where asked for by name")
+        name = f"`{class_name(recipe)}`"
+        assert any(
+            (base, version, text) == (recipe.code_base, recipe.version, served) and kind.startswith(name)
+            for base, kind, version, text in shown
+        ), label(recipe)
 
 
 def test_the_study_of_code_bases(

@@ -17,7 +17,7 @@ from attnext.acceleration import accelerate, class_name, label
 from attnext.bench.code_bases import PROGRAMS
 from attnext.bench.code_bases.packages import FOLDER
 from attnext.bench.code_bases.program import Program, Sizes
-from attnext.bench.peers import Peer, Wrong, off
+from attnext.bench.peers import Peer, Wrong
 from attnext.bench.steps_table import by_round
 from attnext.bench.timing import Plan, interleaved
 from attnext.compat import recipes
@@ -46,7 +46,8 @@ TIMED = (
     "opennmt.InputFeedRNNDecoder general", "opennmt.InputFeedRNNDecoder dot",
     "eole.GlobalAttention mlp", "eole.GlobalAttention general", "eole.InputFeedRNNDecoder mlp",
     "fairseq.AttentionLayer", "fairseq.MLPAttention", "fairseq.LSTMDecoder of translation",
-    "fairseq.LSTMDecoder of speech", "joeynmt.RecurrentDecoder bahdanau", "joeynmt.RecurrentDecoder luong",
+    "fairseq.LSTMDecoder of speech", "joeynmt.BahdanauAttention", "joeynmt.LuongAttention",
+    "joeynmt.RecurrentDecoder bahdanau", "joeynmt.RecurrentDecoder luong",
     "gnmt.BahdanauAttention normalised", "keras.AdditiveAttention", "stanza.BasicAttention",
     "stanza.SoftDotAttention", "stanza.LSTMAttention of weights", "rl4co.SimpleAttention",
     "rl4co.Decoder of a glimpse", "torchmil.AttentionPool", "doctr.AttentionModule", "doctr.SARDecoder of letters",
@@ -90,7 +91,8 @@ def _timed(program: Program, name: str, sizes: Sizes, plan: Plan) -> list[Row]:
         plan.show(f"{program.name}, {name}: {kind}, warming up")
         with torch.set_grad_enabled(kind != "forward"):
             for one, right in zip(runs["accelerated"](), runs["original"](), strict=True):
-                if not (error := off(one, right)) <= _TOLERANCE:
+                # Beside 1: where a softmax is saturated, a gradient is all rounding.
+                if not (error := float((one - right).abs().max()) / (1 + float(right.abs().max()))) <= _TOLERANCE:
                     raise Wrong(f"{program.name} and its original differ: off by {error:.2g}")
             seconds = interleaved(runs, plan, f"{program.name}, {name}, {kind}")
         rows.append({"program": program.name, "version": _version(program), "sizes": name, "kind": kind,

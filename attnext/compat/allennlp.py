@@ -16,6 +16,7 @@ class _AdditiveAttention(Recipe):
     """Its scores; the softmax of those that a mask leaves is its own, whose denominator is not the bare sum."""
 
     code_base = "AllenNLP"
+    pays = False
     version = "allennlp==2.10.1"
     original = "allennlp.modules.attention.additive_attention:AdditiveAttention"
     tensors: ClassVar[Sizes] = {"_w_matrix": ("D", "D"), "_u_matrix": ("H", "D"), "_v_vector": ("D", 1)}

@@ -15,6 +15,7 @@ from attnext.compat._recipe import Draw, Layers, Recipe, Sizes, Trial, by_name, 
 
 class _AttentionPool(Recipe):
     code_base = "torchmil"
+    pays = False
     version = "torchmil==1.0.2"
     original = "torchmil.nn.attention.attention_pool:AttentionPool"
     tensors: ClassVar[Sizes] = {
