@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -209,7 +210,7 @@ def _named(patterns: tuple[str, ...], name: str, recipe: type[Recipe]) -> bool:
 
 def _looks_like_one(module: nn.Module) -> bool:
     own = any(True for _ in module.parameters(recurse=False)) or len(module._modules) > 0
-    named = "attention" in type(module).__name__.lower()
+    named = re.search(r"(attention|attn)(layer|module|block)?$", type(module).__name__, re.IGNORECASE) is not None
     return own and named and not type(module).__module__.startswith(("torch.", "attnext."))
 
 

@@ -123,7 +123,10 @@ def test_an_attention_without_a_recipe_is_reported() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(2))
 
-    (one,) = attnext.accelerate(nn.Sequential(MyAttention()))
+    class AttentionalDecoder(MyAttention):
+        """Which has one, and is none."""
+
+    (one,) = attnext.accelerate(nn.Sequential(MyAttention(), AttentionalDecoder()))
     assert one.name == "0"
     assert one.reason == "no recipe for its parameters and arguments"
 
