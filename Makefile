@@ -35,7 +35,7 @@ install: .venv/installed  ## make .venv with the package and all its tools
 test: .venv/installed peers  ## run the tests
 	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 
-# Attention modules of other code bases, without their dependencies (100 MB): what accelerate is tested with.
+# Attention modules of other code bases, without their dependencies (120 MB): what accelerate is tested with.
 peers: .venv/installed  ## install the code bases that are tested and timed against
 	$(BIN)/python -m attnext.bench.code_bases.packages
 

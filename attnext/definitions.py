@@ -47,10 +47,12 @@ def gradients(
         inputs: the leading tensors, which have a gradient.
         others: its other arguments, up to ``need_weights``.
     """
+    from attnext.ops import accumulator  # which imports this
+
     with torch.enable_grad():
-        # Each a tensor of its own, also where a key is the value.
+        # Each a tensor of its own, also where a key is the value; the definition computes in one dtype.
         apart = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
-        results = _DEFINITIONS[name](*apart, *others)
+        results = _DEFINITIONS[name](*(None if x is None else x.to(accumulator(x.dtype)) for x in apart), *others)
         pairs = [(y, g) for y, g in zip(results, incoming, strict=False) if g is not None and y.requires_grad]
         followed = [x for x in apart if x is not None and x.requires_grad]
         grads: Any = [None] * len(followed)

@@ -312,6 +312,13 @@ def steps(backend: str) -> None:
         op("additive_step_backward"), (*of, *saved, *rest, 1.0, 0.0, 2, weights),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+    # A NaN that forward attention sees is not taken for a key out of reach.
+    previous = x[8].detach().clone()
+    previous[0, 0, 3] = torch.nan
+    _, weights = op("additive_step")(*saved[:4], *(None,) * 4, previous, None, None, None, None, None, 1.0, 0.0, 2)
+    assert weights[0, 0].isnan().any()
+    assert weights[0, 1].isfinite().all()
+    assert weights[1].isfinite().all()
     # An empty row, for which what comes in is NaN.
     key, value = (y.detach().requires_grad_() for y in x[1:3])
     context, _ = op("additive_step")(

@@ -236,12 +236,18 @@ def test_where_the_code_is_looked_at_the_original_serves(monkeypatch: pytest.Mon
     assert len(served) == 6  # of which the last is the plain one's
 
 
-def test_compiled_as_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_and_exported_as_the_original() -> None:
     plain, swapped = both()
     inputs = arguments()
     found = torch.compile(swapped, backend="eager")(*inputs)
-    for one, right in zip(found, plain(*inputs), strict=True):
-        assert torch.equal(one, right)
+    expected = plain(*inputs)
+    assert all(torch.equal(one, right) for one, right in zip(found, expected, strict=True))
+    for module in (plain, swapped):
+        module.reset()
+    states, _, query, _ = (x.detach() if isinstance(x, Tensor) else x for x in inputs)
+    exported = torch.export.export(swapped, (states, LENGTHS, query, None), strict=False)
+    assert not [node for node in exported.graph.nodes if "attnext" in str(node.target)]
+    assert torch.equal(exported.module()(states, LENGTHS, query, None)[0], expected[0])
 
 
 def test_second_derivatives() -> None:

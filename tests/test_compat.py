@@ -71,6 +71,16 @@ def test_the_same_outputs_and_gradients(program: Program, sizes: Sizes, training
         assert not grads[name].any()
 
 
+@each()
+def test_kernels_serve(program: Program) -> None:
+    """Whether any do, as the original's own code would pass every other test."""
+    _, ours = made(program, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        program.run(ours.eval(), SMALL, *program.drawn(SMALL, torch.float32))
+    called = {event.key for event in recorded.key_averages() if event.key.startswith("attnext::")}
+    assert bool(called - {"attnext::additive_prepare_cpu"}) == program.served
+
+
 @each(takes_half=True, within_twice=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_the_original(program: Program, dtype: torch.dtype) -> None:
@@ -159,7 +169,7 @@ def test_training_and_going_on_with_the_original(program: Program) -> None:
                 # Keras's names are those of each layer.
                 one.load_state_dict(dict(zip(one.state_dict(), module.state_dict().values(), strict=True)))
             if not list(one.parameters()):
-                return
+                pytest.skip("it has nothing to train")
             optimizer = torch.optim.SGD(one.parameters(), lr=1e-2)
             for _ in range(2):
                 outputs = [x for x in program.run(one.eval(), SMALL, *inputs) if x.requires_grad]

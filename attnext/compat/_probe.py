@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnext.compat._recipe import Recipe, swapped
+from attnext.compat._recipe import Recipe, Trial, swapped
 
 __all__ = ["difference"]
 
@@ -42,19 +41,15 @@ def _compare(recipe: type[Recipe], module: nn.Module, dtype: torch.dtype) -> tup
         return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     trial = recipe.trial(module, draw)
-    seed = torch.random.get_rng_state()
     with torch.enable_grad(), _alone():
         for training in (True, False):
             try:
-                expected = _results(_copied(module, dtype, training), trial.inputs, trial.run)
+                expected = _results(_copied(module, dtype, training), trial)
             except Exception as error:
                 return f"{type(error).__name__}: {_first_line(error)}", True
-            finally:
-                torch.random.set_rng_state(seed)
             ours = _copied(module, dtype, training)
             ours.__class__ = swapped(recipe, type(module))
-            found = _results(ours, trial.inputs, trial.run)
-            torch.random.set_rng_state(seed)
+            found = _results(ours, trial)
             if where := _first_difference(found, expected, _TOLERANCE[dtype]):
                 return f"{where} differs from the original's in {'training' if training else 'evaluation'}", False
     return "", False
@@ -92,16 +87,18 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-def _results(module: nn.Module, inputs: Sequence[Tensor], run: Any) -> dict[str, Tensor | None]:
-    """Outputs and gradients, by a name for each."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    outputs = [x for x in run(module, *inputs) if x.is_floating_point()]
+def _results(module: nn.Module, trial: Trial) -> dict[str, Tensor | None]:
+    """Outputs and gradients, by a name for each; torch's random state is as before, also where the module fails."""
+    inputs = [x.detach().clone().requires_grad_() for x in trial.inputs]
+    with torch.random.fork_rng(devices=[]):
+        outputs = [x for x in trial.run(module, *inputs) if x.is_floating_point()]
     names = [f"the gradient of input {k}" for k in range(len(inputs))]
     names += [f"the gradient of {name}" for name, _ in module.named_parameters()]
     followed = [x for x in outputs if x.requires_grad]
     generator = torch.Generator().manual_seed(21)
     incoming = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in followed]
-    grads = torch.autograd.grad(followed, [*inputs, *module.parameters()], incoming, allow_unused=True)
+    found = torch.autograd.grad(followed, [*inputs, *module.parameters()], incoming, allow_unused=True)
+    grads: tuple[Tensor | None, ...] = found
     return {f"output {k}": x.detach() for k, x in enumerate(outputs)} | dict(zip(names, grads, strict=True))
 
 

@@ -216,7 +216,9 @@ class Recipe:
         return function, arguments, *rest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied: Any = copy.deepcopy(_Unswapped(self), memo)
+        plain = self._original.__new__(self._original)
+        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name != _KEPT})
+        copied: Any = copy.deepcopy(plain, memo)
         copied.__class__ = type(self)
         memo[id(self)] = copied
         return copied
@@ -255,21 +257,6 @@ def _places(cls: Any) -> tuple[tuple[str, list[str], str, type[nn.Module]], ...]
         *outer, last = path.split(".")
         found.append((path, outer, last, kind))
     return tuple(found)
-
-
-class _Unswapped:
-    """Stands for a swapped module while it is copied."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        module = self._module
-        state = {name: value for name, value in module.__dict__.items() if name != _KEPT}
-        original = module._original
-        stand_in = original.__new__(original)
-        stand_in.__dict__.update(state)
-        return copy.deepcopy(stand_in, memo)
 
 
 class _Inert(torch.autograd.Function):

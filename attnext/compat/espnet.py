@@ -146,11 +146,10 @@ class _AttAdd(_Additive):
         return attend(query, memory, scaling)
 
 
-class _AttDot(_Additive):
+class _AttDot(_AttAdd):
     """Products of the tanh of keys and queries (Luong, Pham and Manning, "Effective approaches to attention-based
     neural machine translation", 2015, with projections of both)."""
 
-    sees_past = False
     original = "espnet.nets.pytorch_backend.rnn.attentions:AttDot"
     tensors: ClassVar[Sizes] = {"mlp_enc.weight": ("D", "H"), "mlp_enc.bias": ("D",), "mlp_dec.weight": ("D", "Q"),
                                 "mlp_dec.bias": ("D",)}  # fmt: skip
@@ -167,14 +166,6 @@ class _AttDot(_Additive):
     def _query(self, enc_hs_pad: Tensor, dec_z: Tensor | None) -> Tensor:
         this: Any = self
         return torch.tanh(this.mlp_dec(self._state(enc_hs_pad, dec_z)))
-
-    def forward(
-        self, enc_hs_pad: Tensor, enc_hs_len: Any, dec_z: Tensor | None, att_prev: Any, scaling: float = 2.0
-    ) -> Any:
-        if not self._served(enc_hs_pad, dec_z):
-            return super().forward(enc_hs_pad, enc_hs_len, dec_z, att_prev, scaling)  # type: ignore[misc]
-        memory, query = self._ready(enc_hs_pad, enc_hs_len).memory, self._query(enc_hs_pad, dec_z)
-        return attend(query, memory, scaling)
 
 
 class _AttLoc(_Additive):

@@ -37,15 +37,23 @@ class _OneQuery(Scoped):
 
         return Trial([states, *queries], run)
 
-    def _step(self, query: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        keys: Tensor = self.proj_keys  # type: ignore[attr-defined]
+    def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
+        this: Any = self
+        if this.proj_keys is None or not self._served(query, values, this.proj_keys):
+            return super().forward(query, mask, values)  # type: ignore[misc]
+        this._check_input_shapes_forward(query=query, mask=mask, values=values)
+        keys: Tensor = this.proj_keys
 
         def make() -> dict[str, Any]:
             v = self._score_weight()
             weight = {} if v is None else {"score_weight": v}
             return {"key": keys, "value": values, **weight, **visible((mask > 0).squeeze(1))}
 
-        return self._weigh(query, (keys, values, mask), make)
+        return self._weigh(self._projected(query), (keys, values, mask), make)
+
+    def _projected(self, query: Tensor) -> Tensor:
+        """As the score takes it."""
+        return query
 
     def _score_weight(self) -> Tensor | None:
         """The vector of an additive score."""
@@ -63,13 +71,11 @@ class _BahdanauAttention(_OneQuery):
         size: int = module.query_layer.in_features
         return size
 
-    def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
+    def _projected(self, query: Tensor) -> Tensor:
         this: Any = self
-        if this.proj_keys is None or not self._served(query, values, this.proj_keys):
-            return super().forward(query, mask, values)  # type: ignore[misc]
-        this._check_input_shapes_forward(query=query, mask=mask, values=values)
         this.compute_proj_query(query)
-        return self._step(this.proj_query, mask, values)
+        projected: Tensor = this.proj_query
+        return projected
 
     def _score_weight(self) -> Tensor:
         return plain_weight(self, "energy_layer").squeeze(0)  # type: ignore[arg-type]
@@ -83,13 +89,6 @@ class _LuongAttention(_OneQuery):
     def query_size(cls, module: Any) -> int:
         size: int = module.key_layer.out_features
         return size
-
-    def forward(self, query: Tensor, mask: Tensor, values: Tensor) -> Any:
-        this: Any = self
-        if this.proj_keys is None or not self._served(query, values, this.proj_keys):
-            return super().forward(query, mask, values)  # type: ignore[misc]
-        this._check_input_shapes_forward(query=query, mask=mask, values=values)
-        return self._step(query, mask, values)
 
 
 class _RecurrentDecoder(Loop):

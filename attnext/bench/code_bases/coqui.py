@@ -119,7 +119,8 @@ def _decode(decoder: Any, s: Sizes, states: Tensor) -> list[Tensor]:
 def _program(name: str, run: Any, inputs: Any = _inputs, **options: Any) -> Program:
     in_place = options.keys() & {"forward_mask", "windowing"}  # of the original, whose bias then has a rounding
     inert = () if options["norm"] == "sigmoid" or in_place else ("v.linear_layer.bias",)
-    return Program(f"coqui.OriginalAttention {name}", _attention(**options), inputs, run, inert)
+    left = name in ("forward with a mask", "windowing")
+    return Program(f"coqui.OriginalAttention {name}", _attention(**options), inputs, run, inert, served=not left)
 
 
 PROGRAMS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnext.bench.code_bases.loops import loop
 from attnext.bench.code_bases.packages import load
@@ -18,8 +18,8 @@ def _class(name: str) -> Any:
     return getattr(load("python-doctr", "doctr.models.recognition.sar.pytorch"), name)
 
 
-def _attention(s: Sizes) -> nn.Module:
-    return _class("AttentionModule")(s.states, s.query, s.features)  # type: ignore[no-any-return]
+def _attention(s: Sizes) -> Any:
+    return _class("AttentionModule")(s.states, s.query, s.features)
 
 
 def _inputs(s: Sizes, draw: Any) -> list[Tensor]:
@@ -35,9 +35,9 @@ def _letters(s: Sizes) -> int:
     return min(4, s.states - 1)
 
 
-def _decoder(s: Sizes) -> nn.Module:
+def _decoder(s: Sizes) -> Any:
     size = s.states
-    return _class("SARDecoder")(size, s.steps, _letters(s), size, s.features, feat_chans=size)  # type: ignore[no-any-return]
+    return _class("SARDecoder")(size, s.steps, _letters(s), size, s.features, feat_chans=size)
 
 
 def _of_decoder(s: Sizes, draw: Any) -> list[Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnext.bench.code_bases.packages import load
 from attnext.bench.code_bases.program import Program, Sizes
@@ -70,9 +70,9 @@ def _near_the_last(attend: Any, s: Sizes, states: Tensor, *queries: Tensor) -> l
 
 
 def _decoder(atype: str) -> Any:
-    def make(s: Sizes) -> nn.Module:
+    def make(s: Sizes) -> Any:
         decoder = load("espnet", "espnet2.asr.decoder.rnn_decoder").RNNDecoder
-        return decoder(11, s.states, hidden_size=s.query, att_conf={  # type: ignore[no-any-return]
+        return decoder(11, s.states, hidden_size=s.query, att_conf={
             "atype": atype, "adim": s.features, "aconv_chans": s.filters, "aconv_filts": s.reach, "aheads": 2,
         })  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnext.bench.code_bases.loops import loop
 from attnext.bench.code_bases.packages import load
@@ -28,8 +28,8 @@ def _luong(bias: bool) -> Any:
     return lambda s: load("fairseq", _LSTM).AttentionLayer(s.query, s.states, s.features, bias)
 
 
-def _mlp(s: Sizes) -> nn.Module:
-    return load("fairseq", _BERARD).MLPAttention(s.query, s.states, s.features)  # type: ignore[no-any-return]
+def _mlp(s: Sizes) -> Any:
+    return load("fairseq", _BERARD).MLPAttention(s.query, s.states, s.features)
 
 
 def _inputs(s: Sizes, draw: Any) -> list[Tensor]:
@@ -48,14 +48,14 @@ def _with_mask(attend: Any, s: Sizes, states: Tensor, *queries: Tensor) -> list[
     return [x for query in queries for x in attend(query, states, _mask(s))]
 
 
-def _lstm_decoder(s: Sizes) -> nn.Module:
+def _lstm_decoder(s: Sizes) -> Any:
     decoder = load("fairseq", _LSTM).LSTMDecoder
-    return decoder(Words(), 3, s.features, s.features, 2, 0.0, 0.0, True, s.states)  # type: ignore[no-any-return]
+    return decoder(Words(), 3, s.features, s.features, 2, 0.0, 0.0, True, s.states)
 
 
-def _berard_decoder(s: Sizes) -> nn.Module:
+def _berard_decoder(s: Sizes) -> Any:
     decoder = load("fairseq", _BERARD).LSTMDecoder  # whose first hidden state is a mean of states
-    return decoder(Words(), s.states, 2, s.states, 0.0, s.states, s.features, 5)  # type: ignore[no-any-return]
+    return decoder(Words(), s.states, 2, s.states, 0.0, s.states, s.features, 5)
 
 
 def _states(s: Sizes, draw: Any) -> list[Tensor]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnext.bench.code_bases.packages import load
 from attnext.bench.code_bases.program import Program, Sizes
@@ -20,10 +20,10 @@ class _Sample(SimpleNamespace):
 
 
 def _make(name: str, **options: Any) -> Any:
-    def make(s: Sizes) -> nn.Module:
+    def make(s: Sizes) -> Any:
         kind = getattr(load("mmocr", "mmocr.models.textrecog.decoders.sar_decoder"), name)
         known = SimpleNamespace(num_classes=LETTERS, start_idx=0, padding_idx=1)
-        return kind(known, d_model=s.states, d_enc=s.query, d_k=s.features, max_seq_len=s.steps, **options)  # type: ignore[no-any-return]
+        return kind(known, d_model=s.states, d_enc=s.query, d_k=s.features, max_seq_len=s.steps, **options)
 
     return make
 

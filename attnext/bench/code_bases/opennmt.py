@@ -69,12 +69,12 @@ def _onmt_decoder(kind: str, copies: bool = False) -> Any:
 
 
 def _eole_decoder(kind: str) -> Any:
-    def make(s: Sizes) -> nn.Module:
+    def make(s: Sizes) -> Any:
         config = SimpleNamespace(
             hidden_size=s.features, tgt_word_vec_size=3, global_attention=kind, global_attention_function="softmax",
             bidirectional_encoder=False, layers=1, rnn_type="LSTM", context_gate=None, coverage_attn=False,
         )  # fmt: skip
-        return load("eole", "eole.decoders.rnn_decoder").InputFeedRNNDecoder(config)  # type: ignore[no-any-return]
+        return load("eole", "eole.decoders.rnn_decoder").InputFeedRNNDecoder(config)
 
     return make
 

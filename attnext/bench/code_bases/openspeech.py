@@ -48,10 +48,10 @@ def _locate(attend: Any, s: Sizes, states: Tensor, *queries: Tensor) -> list[Ten
 
 
 def _decoder(mechanism: str) -> Any:
-    def make(s: Sizes) -> nn.Module:
+    def make(s: Sizes) -> Any:
         kind = _load("decoders.lstm_attention_decoder").LSTMAttentionDecoder
         options = {"attn_mechanism": mechanism, "num_layers": 1, "dropout_p": 0.0, "max_length": s.steps}
-        return kind(LETTERS, hidden_state_dim=s.states, **options)  # type: ignore[no-any-return]
+        return kind(LETTERS, hidden_state_dim=s.states, **options)
 
     return make
 

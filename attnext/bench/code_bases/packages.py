@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import importlib
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -264,8 +265,6 @@ def load(package: str, module: str) -> Any:
 
 
 def _prepare(package: str, folder: Path) -> None:
-    import os
-
     peer = PACKAGES[package]
     os.environ.update(peer.environment)
     sys.path.insert(0, str(folder))

@@ -52,6 +52,7 @@ class Program:
         within_twice: whether errors stay within twice the original's: the kernels' grow with the sum of all |v|.
         pickles: whether it can be pickled.
         exact: the dtype in which results are compared, where the original can't run in float64.
+        served: whether kernels serve some of it in evaluation, or all is left to the original.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Program:
     within_twice: bool = True
     pickles: bool = True
     exact: torch.dtype = torch.float64
+    served: bool = True
 
     @property
     def recipe(self) -> str:

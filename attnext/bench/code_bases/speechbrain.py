@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnext.bench.code_bases.packages import load
 from attnext.bench.code_bases.program import Program, Sizes
@@ -69,9 +69,9 @@ def _as_a_beam(attend: Any, s: Sizes, states: Tensor, *queries: Tensor) -> list[
 
 
 def _decoder(kind: str) -> Any:
-    def make(s: Sizes) -> nn.Module:
+    def make(s: Sizes) -> Any:
         decoder = load("speechbrain", "speechbrain.nnet.RNN").AttentionalRNNDecoder
-        return decoder("gru", kind, s.query, s.features, 1, s.states, 4, scaling=SCALING, channels=s.filters,  # type: ignore[no-any-return]
+        return decoder("gru", kind, s.query, s.features, 1, s.states, 4, scaling=SCALING, channels=s.filters,
                        kernel_size=s.reach)  # fmt: skip
 
     return make

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnext.bench.code_bases.loops import loop
 from attnext.bench.code_bases.packages import load
@@ -46,8 +46,8 @@ def _logarithms(attend: Any, s: Sizes, states: Tensor, *queries: Tensor) -> list
     return [x for query in queries for x in attend(query, states, return_logattn=True)]
 
 
-def _decoder(s: Sizes) -> nn.Module:
-    return _class("LSTMAttention")(s.query, s.states)  # type: ignore[no-any-return]
+def _decoder(s: Sizes) -> Any:
+    return _class("LSTMAttention")(s.query, s.states)
 
 
 def _of_decoder(s: Sizes, draw: Any) -> list[Tensor]:
@@ -71,7 +71,9 @@ PROGRAMS = [
     Program("stanza.BasicAttention of a mask", _attention("BasicAttention"), _inputs, _masked, takes_half=False),
     Program("stanza.SoftDotAttention", _attention("SoftDotAttention"), _inputs, _run),
     Program("stanza.SoftDotAttention of a mask", _attention("SoftDotAttention"), _inputs, _masked, takes_half=False),
-    Program("stanza.SoftDotAttention of logarithms", _attention("SoftDotAttention"), _inputs, _logarithms),
+    Program(
+        "stanza.SoftDotAttention of logarithms", _attention("SoftDotAttention"), _inputs, _logarithms, served=False
+    ),
     loop("stanza.LSTMAttention", "of weights", _decoder, _of_decoder, _decode),
-    loop("stanza.LSTMAttention", "of logarithms", _decoder, _of_decoder, _decode_logarithms),
+    loop("stanza.LSTMAttention", "of logarithms", _decoder, _of_decoder, _decode_logarithms, served=False),
 ]

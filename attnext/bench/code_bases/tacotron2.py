@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnext.bench.code_bases.packages import load
 from attnext.bench.code_bases.program import Program, Sizes
@@ -68,19 +68,19 @@ def _changing(attend: Any, s: Sizes, memory: Tensor, *queries: Tensor) -> list[T
     return [*found, *attend(queries[2], memory, processed, past, mask)]
 
 
-def _torchaudio_decoder(s: Sizes) -> nn.Module:
+def _torchaudio_decoder(s: Sizes) -> Any:
     decoder = load(*FILES["torchaudio"])._Decoder
-    return decoder(MELS, 1, s.states, 6, 10, 0.1, False, s.query, s.features, s.filters, s.width, 0.1, 3, 0.5)  # type: ignore[no-any-return]
+    return decoder(MELS, 1, s.states, 6, 10, 0.1, False, s.query, s.features, s.filters, s.width, 0.1, 3, 0.5)
 
 
-def _speechbrain_decoder(s: Sizes) -> nn.Module:
+def _speechbrain_decoder(s: Sizes) -> Any:
     decoder = load(*FILES["SpeechBrain"]).Decoder
-    return decoder(MELS, 1, s.states, s.features, s.filters, s.width, s.query, 6, 3, 10, 0.5, 0.1, 0.1, False)  # type: ignore[no-any-return]
+    return decoder(MELS, 1, s.states, s.features, s.filters, s.width, s.query, 6, 3, 10, 0.5, 0.1, 0.1, False)
 
 
-def _nvidia_decoder(s: Sizes) -> nn.Module:
+def _nvidia_decoder(s: Sizes) -> Any:
     decoder = load(*FILES["tacotron2-model"]).Decoder
-    return decoder(MELS, 1, s.states, s.features, s.query, s.filters, s.width, 6, 3, 10, 0.5, 0.1, 0.1)  # type: ignore[no-any-return]
+    return decoder(MELS, 1, s.states, s.features, s.query, s.filters, s.width, 6, 3, 10, 0.5, 0.1, 0.1)
 
 
 def _spoken(s: Sizes, draw: Any) -> list[Tensor]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnext.bench.code_bases.packages import load
 from attnext.bench.code_bases.program import Program, Sizes
 
 
-def _make(s: Sizes) -> nn.Module:
-    return load("torchmil", "torchmil.nn.attention.attention_pool").AttentionPool(s.states, s.features)  # type: ignore[no-any-return]
+def _make(s: Sizes) -> Any:
+    return load("torchmil", "torchmil.nn.attention.attention_pool").AttentionPool(s.states, s.features)
 
 
 def _inputs(s: Sizes, draw: Any) -> list[Tensor]:
