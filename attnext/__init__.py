@@ -19,8 +19,11 @@ from attnext.attention import (
 from attnext.backends import Backend, backends, use_backend
 from attnext.functional import additive_attention, additive_scores, additive_step, dot_attention, prepare
 from attnext.memory import Memory
+from attnext.recurrent import GRU, LSTM
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "AttentionPooling",
     "Backend",
     "BahdanauAttention",

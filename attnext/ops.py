@@ -33,6 +33,7 @@ __all__ = [
     "OfSteps",
     "Operators",
     "accumulator",
+    "define",
     "differentiable",
     "implement",
     "of_steps",
@@ -349,11 +350,16 @@ def implement(family: str, dispatch_key: str, kernel: Callable[[str], Callable[.
         _library.impl(f"{name}_{family}", kernel(name), dispatch_key)
 
 
-def _define_of_steps(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    _library.define(f"{name}_cpu{_OF_STEPS_SCHEMAS[name]}")
-    torch.library.register_fake(f"attnext::{name}_cpu", fake, lib=_library)
-    op: Callable[..., Any] = getattr(torch.ops.attnext, f"{name}_cpu").default
+def define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of one family alone, without derivatives: its name with the family's, its schema, its shapes."""
+    _library.define(name + schema)
+    torch.library.register_fake(f"attnext::{name}", fake, lib=_library)
+    op: Callable[..., Any] = getattr(torch.ops.attnext, name).default
     return op
+
+
+def _define_of_steps(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    return define(f"{name}_cpu", _OF_STEPS_SCHEMAS[name], fake)
 
 
 def _attention_of_steps(name: str) -> OfSteps:

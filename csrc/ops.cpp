@@ -19,4 +19,6 @@ STABLE_TORCH_LIBRARY_IMPL(attnext, CPU, m) {
   m.impl("dot_attention_backward_cpu", TORCH_BOX(&dot_attention_backward));
   m.impl("dot_attention_wide_cpu", TORCH_BOX(&dot_attention_wide));
   m.impl("dot_attention_backward_query_cpu", TORCH_BOX(&dot_attention_backward_query));
+  m.impl("recurrent_layer_cpu", TORCH_BOX(&recurrent_layer));
+  m.impl("recurrent_layer_backward_cpu", TORCH_BOX(&recurrent_layer_backward));
 }

@@ -42,13 +42,27 @@ constexpr int kVectorBytes = ATTNEXT_VECTOR_BYTES, kRegisters = ATTNEXT_REGISTER
 #include "cpu/gradients.h"
 #include "cpu/dot.h"
 #include "cpu/step.h"
+#include "cpu/recurrent.h"
 // clang-format on
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {exponentials<T>,  forward<T>,      scores<T>,         backward<T>,          delta<T>,
-          finish_query<T>,  dot_forward<T>,  dot_backward<T>,   dot_queries<T>,       step<T>,
-          step_backward<T>, query_scores<T>, query_backward<T>, dot_query_backward<T>};
+  return {exponentials<T>,
+          forward<T>,
+          scores<T>,
+          backward<T>,
+          delta<T>,
+          finish_query<T>,
+          dot_forward<T>,
+          dot_backward<T>,
+          dot_queries<T>,
+          step<T>,
+          step_backward<T>,
+          query_scores<T>,
+          query_backward<T>,
+          dot_query_backward<T>,
+          recurrent_kernels<T, Unit::kGru>(),
+          recurrent_kernels<T, Unit::kLstm>()};
 }
 
 bool supported() {

@@ -167,6 +167,48 @@ struct Exponentials {
   T* limit;  // (B, T)
 };
 
+enum class Unit : int8_t { kGru, kLstm };
+
+// One direction of a recurrent layer over a packed batch of B sequences of S units, longest first, of G gates each. Steps
+// are counted in the order in which they are taken; those before the first and after the last have no rows.
+template <class T>
+struct Recurrence {
+  int64_t rows_at(int64_t step) const { return step >= 0 && step < steps ? sizes[time(step)] : 0; }
+  int64_t row_at(int64_t step) const { return step >= 0 && step < steps ? offsets[time(step)] : 0; }
+  int64_t time(int64_t step) const { return reverse ? steps - 1 - step : step; }
+
+  int64_t batch, size, padded, steps;  // padded: S in whole blocks of either pass
+  bool reverse;
+  const int64_t *sizes, *offsets;  // of each time: how many sequences reach it, and the row of the first
+  const T *weight, *bias;          // (G S, S), (G S) or null
+  T* packed;                       // the matrix as a pass reads it
+  const T *hidden, *cell;          // (B, S): before the first step
+  int64_t output_row;              // of output and its gradient
+  T* output;                       // (rows, S)
+  T* kept;  // (rows, 4 S): reset, update, candidate, projected state; or (rows, 5 S): gates and cell; may be null
+
+  const T* gates;                // (rows, G S): what the inputs add
+  T *states, *cells;             // (2, B, row_of(padded)), even and odd steps; (B, row_of(padded))
+  T *last_hidden, *last_cell;    // (B, S)
+
+  const T *grad_output, *grad_last_hidden, *grad_last_cell;  // may be null
+  T* carried;               // (B, row_of(padded)): to the step before, beside the product; of an LSTM the cell's
+  T* grad_gates;            // (rows, 4 S): projected candidate, reset, update, candidate; or as the gates
+  T* previous;              // (rows, S): the states before each step
+  T* grad_bias;             // (4 S): the sum of grad_gates
+  T *grad_hidden, *grad_cell;  // (B, S)
+};
+
+// Blocks of units of the forward pass and of the backward pass.
+template <class T>
+struct RecurrentKernels {
+  int64_t block, grad_block;
+  void (*pack)(const Recurrence<T>&, int64_t begin, int64_t end);
+  void (*step)(const Recurrence<T>&, int64_t step, int64_t begin, int64_t end);
+  void (*pack_backward)(const Recurrence<T>&, int64_t begin, int64_t end);
+  void (*step_backward)(const Recurrence<T>&, int64_t step, int64_t begin, int64_t end);
+};
+
 template <class T>
 struct Kernels {
   void (*exponentials)(const Exponentials<T>&, int64_t begin, int64_t end);
@@ -187,6 +229,7 @@ struct Kernels {
   // Of attention's step the gradients of a query and of its scores; a task is a query.
   void (*query_backward)(const StepBackward<T>&, int64_t task, T* scratch);
   void (*dot_query_backward)(const StepBackward<T>&, int64_t task, T* scratch);
+  RecurrentKernels<T> gru, lstm;
 };
 
 // Elements of T that one task needs as scratch.

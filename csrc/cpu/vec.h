@@ -87,6 +87,7 @@ struct Limits<float> {
   static constexpr float exp_low = -86.f, exp_high = 88.f, magic = 0x1.8p23f;
   static constexpr float ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f, log2e = 0x1.715476p0f;
   static constexpr float largest = 0x1.fffffep127f;
+  static constexpr float steep = 86.f, flat = 20.f;  // beyond, a sigmoid is 0 or 1 and tanh of the half is -1 or 1
   static constexpr int mantissa = 23, degree = 7;
 };
 template <>
@@ -95,6 +96,7 @@ struct Limits<double> {
   static constexpr double exp_low = -707., exp_high = 709., magic = 0x1.8p52;
   static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33, log2e = 0x1.71547652b82fep0;
   static constexpr double largest = 0x1.fffffffffffffp1023;
+  static constexpr double steep = 700., flat = 40.;
   static constexpr int mantissa = 52, degree = 13;
 };
 

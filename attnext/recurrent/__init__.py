@@ -1,0 +1,5 @@
+"""Recurrent layers, and decoders that attend."""
+
+from attnext.recurrent.modules import GRU, LSTM
+
+__all__ = ["GRU", "LSTM"]
