@@ -98,17 +98,24 @@ StepResultsInto additive_step_backward_into(std::optional<Tensor> grad_context, 
                                             std::optional<Tensor> window, std::optional<Tensor> seed, double scale,
                                             double dropout_p, int64_t rule, Tensor weights, Tensor sum_key);
 
-// A layer of gated units, or of LSTM units where there is a cell: output, last states, and what the backward pass needs.
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor gates, std::optional<Tensor> reverse_gates,
-                                                           Tensor weight, std::optional<Tensor> bias,
-                                                           std::optional<Tensor> reverse_weight,
-                                                           std::optional<Tensor> reverse_bias, Tensor hidden,
-                                                           std::optional<Tensor> cell, Tensor batch_sizes, bool keep);
+// A layer of gated units, or of LSTM units where there is a cell: output, last hidden states and cells, and what the
+// backward pass needs: the gates of each direction, and the inner states.
+using LayerResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The gradients of x, of the first hidden states and cells, and of the parameters; those that are not wanted are empty.
+using LayerBackward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The gradients of the gates, the states before each step, the sum of the former, the gradients of the first states.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_layer_backward(
-    std::optional<Tensor> grad_output, std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_cell,
-    Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> reverse_weight, std::optional<Tensor> reverse_bias,
-    Tensor hidden, std::optional<Tensor> cell, Tensor batch_sizes, Tensor output, Tensor kept);
+LayerResults recurrent_layer(Tensor x, Tensor hidden, std::optional<Tensor> cell, Tensor batch_sizes, Tensor w_input,
+                             Tensor w_hidden, std::optional<Tensor> b_input, std::optional<Tensor> b_hidden,
+                             std::optional<Tensor> reverse_w_input, std::optional<Tensor> reverse_w_hidden,
+                             std::optional<Tensor> reverse_b_input, std::optional<Tensor> reverse_b_hidden, bool keep);
+
+LayerBackward recurrent_layer_backward(
+    std::optional<Tensor> grad_output, std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_cell, Tensor x,
+    Tensor hidden, std::optional<Tensor> cell, Tensor batch_sizes, Tensor w_input, Tensor w_hidden,
+    std::optional<Tensor> b_input, std::optional<Tensor> b_hidden, std::optional<Tensor> reverse_w_input,
+    std::optional<Tensor> reverse_w_hidden, std::optional<Tensor> reverse_b_input,
+    std::optional<Tensor> reverse_b_hidden, Tensor output, Tensor gates, Tensor reverse_gates, Tensor inner,
+    int64_t wanted);
 
 }  // namespace attnext::cpu

@@ -169,33 +169,43 @@ struct Exponentials {
 
 enum class Unit : int8_t { kGru, kLstm };
 
-// One direction of a recurrent layer over a packed batch of B sequences of S units, longest first, of G gates each. Steps
-// are counted in the order in which they are taken; those before the first and after the last have no rows.
+// One direction of a recurrent layer over a packed batch of B sequences of S units, longest first, of G gates each.
+// Steps are counted in the order in which they are taken; those before the first and after the last have no rows. What
+// has a base holds the rows of a stretch of steps alone, from that one on.
 template <class T>
 struct Recurrence {
   int64_t rows_at(int64_t step) const { return step >= 0 && step < steps ? sizes[time(step)] : 0; }
   int64_t row_at(int64_t step) const { return step >= 0 && step < steps ? offsets[time(step)] : 0; }
   int64_t time(int64_t step) const { return reverse ? steps - 1 - step : step; }
+  // The gradients of a step's gates.
+  T* grads_at(int64_t step) const {
+    return step < after ? grad_gates + (row_at(step) - grad_base) * 4 * size
+                        : grad_gates_after + (row_at(step) - grad_base_after) * 4 * size;
+  }
 
   int64_t batch, size, padded, steps;  // padded: S in whole blocks of either pass
   bool reverse;
   const int64_t *sizes, *offsets;  // of each time: how many sequences reach it, and the row of the first
-  const T *weight, *bias;          // (G S, S), (G S) or null
+  const T *weight, *bias;          // (G S, S); (4, padded): sums of both biases, a gated unit's candidate apart: the
+                                   // state's and the input's
   T* packed;                       // the matrix as a pass reads it
   const T *hidden, *cell;          // (B, S): before the first step
   int64_t output_row;              // of output and its gradient
   T* output;                       // (rows, S)
-  T* kept;  // (rows, 4 S): reset, update, candidate, projected state; or (rows, 5 S): gates and cell; may be null
+  T* gates;  // (rows, G S): what the inputs add; once a step is done, where there is an inner, the gates themselves
+  int64_t gates_base;
+  T* inner;  // (rows, S): the projected state of the candidate, or the cell; may be null in the forward pass
 
-  const T* gates;                // (rows, G S): what the inputs add
-  T *states, *cells;             // (2, B, row_of(padded)), even and odd steps; (B, row_of(padded))
-  T *last_hidden, *last_cell;    // (B, S)
+  T *states, *cells;           // (2, B, row_of(padded)), even and odd steps; (B, row_of(padded))
+  T *last_hidden, *last_cell;  // (B, S)
 
   const T *grad_output, *grad_last_hidden, *grad_last_cell;  // may be null
-  T* carried;               // (B, row_of(padded)): to the step before, beside the product; of an LSTM the cell's
-  T* grad_gates;            // (rows, 4 S): projected candidate, reset, update, candidate; or as the gates
-  T* previous;              // (rows, S): the states before each step
-  T* grad_bias;             // (4 S): the sum of grad_gates
+  T* carried;                  // (B, row_of(padded)): to the step before, beside the product; of an LSTM the cell's
+  T* grad_gates;  // (rows, 4 S): projected candidate, reset, update, candidate; or as the gates
+  T* grad_gates_after;  // of the stretch after this one, which begins with step `after`
+  int64_t grad_base, grad_base_after, after;
+  T* previous;                 // (rows, S), from grad_base: the states before each step
+  T* grad_bias;                // (4 S): the sum of grad_gates
   T *grad_hidden, *grad_cell;  // (B, S)
 };
 

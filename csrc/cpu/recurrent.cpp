@@ -5,8 +5,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/tensors.h"
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "cpu/team.h"
+#include "cpu/tensors.h"
 #include "ops.h"
 
 namespace attnext::cpu {
@@ -27,89 +29,148 @@ int64_t own_cache() {
   return bytes;
 }
 
-// A layer as its operators are given it; what is optional is there for both directions or for none.
+// The parameters of one direction, its biases zeros or not there.
+struct Direction {
+  const Tensor &w_input, &w_hidden;
+  const Optional &b_input, &b_hidden;
+};
+
+// A layer as its operators are given it.
 struct LayerInputs {
-  const Tensor& weight;
-  const Optional &bias, &reverse_weight, &reverse_bias;
+  const Tensor& x;
   const Tensor& hidden;
   const Optional& cell;
   const Tensor& batch_sizes;
+  Direction forward;
+  const Optional &w_input, &w_hidden, &b_input, &b_hidden;  // of the reverse direction
+
+  int64_t directions() const { return w_hidden ? 2 : 1; }
+  Direction of(int64_t d) const { return d ? Direction{*w_input, *w_hidden, b_input, b_hidden} : forward; }
 };
 
 void check_layer(const LayerInputs& x) {
   check_rank(x.hidden, "hidden", 3);
-  const int64_t directions = x.reverse_weight ? 2 : 1, batch = x.hidden.size(1), size = x.hidden.size(2);
-  const int64_t rows = (x.cell ? 4 : 3) * size;
-  check_shape(x.hidden, "hidden", {directions, batch, size});
+  check_rank(x.x, "x", 2);
+  const int64_t D = x.directions(), batch = x.hidden.size(1), size = x.hidden.size(2), rows = (x.cell ? 4 : 3) * size;
+  check_shape(x.hidden, "hidden", {D, batch, size});
   STD_TORCH_CHECK(size > 0, "attnext: hidden has no units");
-  if (x.cell) check_shape(*x.cell, "cell", {directions, batch, size});
-  check_shape(x.weight, "weight", {rows, size});
-  if (x.reverse_weight) check_shape(*x.reverse_weight, "reverse_weight", {rows, size});
-  STD_TORCH_CHECK(x.bias.has_value() == x.reverse_bias.has_value() || !x.reverse_weight,
-                  "attnext: one direction has a bias, the other none");
-  if (x.bias) check_shape(*x.bias, "bias", {rows});
-  if (x.reverse_bias) check_shape(*x.reverse_bias, "reverse_bias", {rows});
+  STD_TORCH_CHECK(x.w_input.has_value() == x.w_hidden.has_value(), "attnext: half of a reverse direction");
+  if (x.cell) check_shape(*x.cell, "cell", {D, batch, size});
+  for (int64_t d = 0; d < D; ++d) {
+    const Direction one = x.of(d);
+    check_shape(one.w_input, "w_input", {rows, x.x.size(1)});
+    check_shape(one.w_hidden, "w_hidden", {rows, size});
+    if (one.b_input) check_shape(*one.b_input, "b_input", {rows});
+    if (one.b_hidden) check_shape(*one.b_hidden, "b_hidden", {rows});
+  }
   check_rank(x.batch_sizes, "batch_sizes", 1);
   STD_TORCH_CHECK(x.batch_sizes.is_cpu() && x.batch_sizes.scalar_type() == ScalarType::Long &&
                       x.batch_sizes.is_contiguous() && x.batch_sizes.numel() > 0,
                   "attnext: batch_sizes must be contiguous int64 on the CPU, one at least");
 }
 
+// A matrix of numbers in memory, rows and columns any distance apart.
+template <class T>
+struct View {
+  T* data;
+  int64_t rows, columns, row, column = 1;
+  View transposed() const { return {data, columns, rows, column, row}; }
+  Tensor tensor() const {
+    const std::array<int64_t, 2> sizes{rows, columns}, strides{row, column};
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes.data(), strides.data(), 0,
+                                                                     arithmetic_dtype<std::remove_const_t<T>>(),
+                                                                     aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  }
+};
+
+// out = a b, or out += a b: by the library that torch's products go to.
+template <class T>
+void multiply(const View<T>& out, const View<T>& a, const View<T>& b, bool adds) {
+  const Tensor to = out.tensor(), x = a.tensor(), y = b.tensor();
+  STABLE_TORCH_ERROR_CODE_CHECK(adds ? aoti_torch_cpu_addmm_out(to.get(), to.get(), x.get(), y.get(), 1., 1.)
+                                     : aoti_torch_cpu_mm_out(to.get(), x.get(), y.get()));
+}
+
+template <class T>
+T* zeros(Scratch& scratch, int64_t n) {
+  T* x = scratch.take<T>(n);
+  std::fill(x, x + n, T(0));
+  return x;
+}
+
+// A stretch of steps [begin, end), and the rows [row, row + rows) of one direction.
+struct Stretch {
+  int64_t begin, end, row, rows;
+};
+
 template <class T>
 class Layer {
  public:
-  explicit Layer(const LayerInputs& x)
-      : directions(x.reverse_weight ? 2 : 1), batch(x.hidden.size(1)), size(x.hidden.size(2)),
-        kernels(x.cell ? kernels_of<T>().lstm : kernels_of<T>().gru), gates(x.cell ? 4 : 3), steps(x.batch_sizes.numel()) {
-    const int64_t* sizes = static_cast<const int64_t*>(x.batch_sizes.data_ptr());
+  explicit Layer(const LayerInputs& inputs)
+      : directions(inputs.directions()),
+        batch(inputs.hidden.size(1)),
+        size(inputs.hidden.size(2)),
+        features(inputs.x.size(1)),
+        kernels(inputs.cell ? kernels_of<T>().lstm : kernels_of<T>().gru),
+        gates(inputs.cell ? 4 : 3),
+        steps(inputs.batch_sizes.numel()) {
+    const int64_t* sizes = static_cast<const int64_t*>(inputs.batch_sizes.data_ptr());
     for (int64_t t = 0, last = batch; t < steps; last = sizes[t++]) {
       STD_TORCH_CHECK(sizes[t] > 0 && sizes[t] <= last && (t > 0 || sizes[0] == batch),
                       "attnext: batch_sizes must start with the batch's and not grow");
       offsets_.push_back(rows);
       rows += sizes[t];
     }
+    check_shape(inputs.x, "x", {rows, features});
+    x = {data(inputs.x), rows, features, features};
     for (int64_t d = 0; d < directions; ++d) {
+      const Direction one = inputs.of(d);
       Recurrence<T>& r = of[d];
-      r.batch = batch, r.size = size, r.steps = steps, r.reverse = d == 1;
+      r.batch = batch, r.size = size, r.steps = r.after = steps, r.reverse = d == 1;
       r.padded = round_up(size, std::max(kernels.block, kernels.grad_block));
       r.sizes = sizes, r.offsets = offsets_.data();
-      r.weight = data(d ? *x.reverse_weight : x.weight);
-      if (const Optional& bias = d ? x.reverse_bias : x.bias) r.bias = data(*bias);
-      r.hidden = data(x.hidden) + d * batch * size;
-      if (x.cell) r.cell = data(*x.cell) + d * batch * size;
+      r.weight = data(one.w_hidden), w_input[d] = {data(one.w_input), gates * size, features, features};
+      r.bias = biases(one, r.padded);
+      r.hidden = data(inputs.hidden) + d * batch * size;
+      if (inputs.cell) r.cell = data(*inputs.cell) + d * batch * size;
       r.output_row = directions * size;
     }
   }
 
   // The numbers of a tensor, in one piece.
-  T* data(const Tensor& x) {
-    STD_TORCH_CHECK(dtype_of(x) == arithmetic_dtype<T>(), "attnext: the inputs differ in dtype");
-    held_.push_back(torch::stable::contiguous(x));
+  T* data(const Tensor& tensor) {
+    STD_TORCH_CHECK(dtype_of(tensor) == arithmetic_dtype<T>(), "attnext: the inputs differ in dtype");
+    held_.push_back(torch::stable::contiguous(tensor));
     return static_cast<T*>(held_.back().data_ptr());
   }
 
-  // Packs the matrices by blocks of so many columns, then goes through the steps.
-  template <class Step>
-  void run(int64_t block, int64_t per_block, void (*pack)(const Recurrence<T>&, int64_t, int64_t), int64_t count,
-           const Step& step) {
-    const int64_t blocks = (size + block - 1) / block;
-    for (int64_t d = 0; d < directions; ++d) of[d].packed = scratch.take<T>(blocks * per_block);
-    parallel(directions * blocks, directions * blocks * per_block, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) pack(of[k / blocks], k % blocks, k % blocks + 1);
+  void pack(int64_t block, int64_t lines, void (*kernel)(const Recurrence<T>&, int64_t, int64_t)) {
+    block_ = block, blocks_ = (size + block - 1) / block, bytes_ = blocks_ * block * lines * int64_t(sizeof(T));
+    for (int64_t d = 0; d < directions; ++d) of[d].packed = scratch.take<T>(blocks_ * block * lines);
+    parallel(directions * blocks_, directions * blocks_ * block * lines, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) kernel(of[k / blocks_], k % blocks_, k % blocks_ + 1);
     });
-    const int64_t threads = std::max<int64_t>(
-        1, std::min<int64_t>(torch::stable::get_num_threads(), directions * batch * gates * size * size / kStepPerThread));
+  }
+
+  // Goes through so many steps: step(r, number, begin, end) does blocks of units of one.
+  template <class Step>
+  void walk(int64_t count, const Step& step) const {
+    const int64_t work = directions * batch * gates * size * size;
+    const int64_t threads =
+        std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), work / kStepPerThread));
     // Each direction to threads of its own, where their caches hold its matrix; or all on one, and then on the other.
-    const bool apart = directions * blocks * per_block * int64_t(sizeof(T)) / threads <= own_cache();
+    const bool apart = directions * bytes_ / threads <= own_cache();
     const int64_t each = apart ? (threads + directions - 1) / directions : threads;
-    const int64_t parts = std::min(blocks, threads == 1 ? 1 : kPartsPerThread * each);
+    const int64_t parts = std::min(blocks_, threads == 1 ? 1 : kPartsPerThread * each);
     Chain chains[2] = {{count, parts}, {count, parts}};
     const auto go = [&](int64_t begin, int64_t end) {
       for (int64_t member = begin; member < end; ++member)
         for (int64_t k = 0; k < directions; ++k) {
           const int64_t d = apart ? (member + k) % directions : k;
-          chains[d].run(apart ? member / directions % each : member, each, [&, d](int64_t s, int64_t part) {
-            step(of[d], s, blocks * part / parts, blocks * (part + 1) / parts);
+          chains[d].run(apart ? member / directions % each : member, each, [&, d](int64_t number, int64_t part) {
+            step(of[d], number, blocks_ * part / parts, blocks_ * (part + 1) / parts);
           });
         }
     };
@@ -120,121 +181,226 @@ class Layer {
     }
   }
 
-  const int64_t directions, batch, size;
+  // The steps in stretches of so many rows that a product is worth its call, and stays in the caches.
+  int64_t stretch_steps() const { return std::max<int64_t>(1, kStretchRows / std::max<int64_t>(batch, 1)); }
+  Stretch stretch(int64_t d, int64_t begin, int64_t end) const {
+    const Recurrence<T>& r = of[d];
+    const int64_t first = r.reverse ? end - 1 : begin, last = r.reverse ? begin : end - 1;
+    return {begin, end, r.row_at(first), r.row_at(last) + r.rows_at(last) - r.row_at(first)};
+  }
+
+  const int64_t directions, batch, size, features;
   const RecurrentKernels<T>& kernels;
   const int64_t gates, steps;
   int64_t rows = 0;
-  Recurrence<T> of[2] = {};
+  View<T> x{};           // (rows, features)
+  View<T> w_input[2]{};  // (G S, features)
+  Recurrence<T> of[2]{};
   Scratch scratch;
 
  private:
+  static constexpr int64_t kStretchRows = 512;
+
+  // Sums of the two biases by gate, but for a gated unit's candidate: the state's, and then the input's.
+  T* biases(const Direction& one, int64_t padded) {
+    T* sums = zeros<T>(scratch, 4 * padded);
+    for (const bool of_input : {false, true}) {
+      const Optional& bias = of_input ? one.b_input : one.b_hidden;
+      if (!bias) continue;
+      const T* from = data(*bias);
+      for (int64_t g = 0; g < gates; ++g)
+        for (int64_t k = 0; k < size; ++k) sums[(g + (gates == 3 && g == 2 && of_input)) * padded + k] += from[g * size + k];
+    }
+    return sums;
+  }
+
+  int64_t block_ = 0, blocks_ = 0, bytes_ = 0;
   std::vector<int64_t> offsets_;
   std::vector<Tensor> held_;
 };
 
-template <class T>
-T* zeros(Scratch& scratch, int64_t n) {
-  T* x = scratch.take<T>(n);
-  std::fill(x, x + n, T(0));
-  return x;
-}
-
 // (B, S) into padded rows.
 template <class T>
 void copy_rows(const Recurrence<T>& r, const T* from, T* to) {
-  for (int64_t b = 0; b < r.batch; ++b) std::copy(from + b * r.size, from + (b + 1) * r.size, to + b * row_of(r.padded));
+  for (int64_t b = 0; b < r.batch; ++b)
+    std::copy(from + b * r.size, from + (b + 1) * r.size, to + b * row_of(r.padded));
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_as(const Tensor& gates, const Optional& reverse_gates,
-                                                      const LayerInputs& x, bool keep) {
-  Layer<T> layer(x);
+LayerResults forward_as(const LayerInputs& inputs, bool keep) {
+  Layer<T> layer(inputs);
   const int32_t dtype = arithmetic_dtype<T>();
-  const int64_t D = layer.directions, B = layer.batch, S = layer.size, N = layer.rows;
-  check_shape(gates, "gates", {N, layer.gates * S});
-  STD_TORCH_CHECK(reverse_gates.has_value() == (D == 2), "attnext: gates of one direction, a matrix of the other");
-  if (reverse_gates) check_shape(*reverse_gates, "reverse_gates", {N, layer.gates * S});
+  const int64_t D = layer.directions, B = layer.batch, S = layer.size, N = layer.rows, G = layer.gates;
   Tensor output = empty({N, D * S}, dtype), last_hidden = empty({D, B, S}, dtype);
-  Tensor last_cell = empty(x.cell ? Shape{D, B, S} : Shape{0}, dtype);
-  Tensor kept = empty(keep ? Shape{D, N, (x.cell ? 5 : 4) * S} : Shape{0}, dtype);
+  Tensor last_cell = empty(inputs.cell ? Shape{D, B, S} : Shape{0}, dtype);
+  // Apart, as what is freed in pieces of up to 32 MiB is soon used again.
+  Tensor gates[] = {empty(keep ? Shape{N, G * S} : Shape{0}, dtype), empty(keep && D == 2 ? Shape{N, G * S} : Shape{0}, dtype)};
+  Tensor inner = empty(keep ? Shape{D, N, S} : Shape{0}, dtype);
+  const int64_t stretch = layer.stretch_steps();
   for (int64_t d = 0; d < D; ++d) {
     Recurrence<T>& r = layer.of[d];
     const int64_t row = row_of(r.padded);
-    r.gates = layer.data(d ? *reverse_gates : gates);
+    r.gates = keep ? static_cast<T*>(gates[d].data_ptr()) : layer.scratch.template take<T>(stretch * B * G * S);
     r.output = static_cast<T*>(output.data_ptr()) + d * S;
     r.last_hidden = static_cast<T*>(last_hidden.data_ptr()) + d * B * S;
-    if (keep) r.kept = static_cast<T*>(kept.data_ptr()) + d * N * 4 * S;
+    if (keep) r.inner = static_cast<T*>(inner.data_ptr()) + d * N * S;
     r.states = zeros<T>(layer.scratch, 2 * B * row);
     for (int64_t k = 0; k < 2; ++k) copy_rows(r, r.hidden, r.states + k * B * row);
-    if (!x.cell) continue;
-    if (keep) r.kept = static_cast<T*>(kept.data_ptr()) + d * N * 5 * S;
+    if (!inputs.cell) continue;
     r.last_cell = static_cast<T*>(last_cell.data_ptr()) + d * B * S;
     r.cells = zeros<T>(layer.scratch, B * row);
     copy_rows(r, r.cell, r.cells);
   }
-  const auto& k = layer.kernels;
-  layer.run(k.block, (S + 1) * layer.gates * k.block, k.pack, layer.steps,
-            [&](const Recurrence<T>& r, int64_t step, int64_t begin, int64_t end) { k.step(r, step, begin, end); });
-  return {output, last_hidden, last_cell, kept};
+  layer.pack(layer.kernels.block, S * G, layer.kernels.pack);
+  for (int64_t begin = 0; begin < layer.steps; begin += stretch) {
+    const int64_t end = std::min(begin + stretch, layer.steps);
+    for (int64_t d = 0; d < D; ++d) {
+      Recurrence<T>& r = layer.of[d];
+      const Stretch at = layer.stretch(d, begin, end);
+      r.gates_base = keep ? 0 : at.row;
+      multiply<T>({r.gates + (at.row - r.gates_base) * G * S, at.rows, G * S, G * S},
+                  {layer.x.data + at.row * layer.features, at.rows, layer.features, layer.features},
+                  layer.w_input[d].transposed(), false);
+    }
+    layer.walk(end - begin, [&](const Recurrence<T>& r, int64_t number, int64_t from, int64_t to) {
+      layer.kernels.step(r, begin + number, from, to);
+    });
+  }
+  return {output, last_hidden, last_cell, gates[0], gates[1], inner};
 }
 
+// What comes in for the results of a layer, and which gradients are asked for: a bit each, of x and then the parameters.
+struct LayerGradients {
+  const Optional &output, &hidden, &cell;
+  int64_t wanted;
+  bool wants(int64_t k) const { return wanted >> k & 1; }
+};
+
+// The gradients of the parameters of one direction.
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_as(const Optional& grad_output, const Optional& grad_hidden,
-                                                               const Optional& grad_cell, const LayerInputs& x,
-                                                               const Tensor& output, const Tensor& kept) {
-  Layer<T> layer(x);
+struct OfDirection {
+  OfDirection(const Layer<T>& layer, const LayerGradients& grad, int64_t d)
+      : w_input(made(grad.wants(1 + 4 * d), {layer.gates * layer.size, layer.features})),
+        w_hidden(made(grad.wants(2 + 4 * d), {layer.gates * layer.size, layer.size})),
+        b_input(made(grad.wants(3 + 4 * d), {layer.gates * layer.size})),
+        b_hidden(made(grad.wants(4 + 4 * d), {layer.gates * layer.size})) {}
+
+  static Tensor made(bool wanted, const Shape& shape) {
+    return empty(wanted ? shape : Shape{0}, arithmetic_dtype<T>());
+  }
+
+  // Adds the products of a stretch. Of a gated unit the state's candidate comes first, and is the matrix' last.
+  void add(const Layer<T>& layer, int64_t d, const Stretch& at, bool adds) const {
+    const Recurrence<T>& r = layer.of[d];
+    const int64_t S = layer.size, G = layer.gates;
+    const auto gates = [&](int64_t from, int64_t to) {
+      return View<T>{r.grad_gates + from * S, at.rows, (to - from) * S, 4 * S};
+    };
+    if (w_input.numel())
+      multiply<T>({static_cast<T*>(w_input.data_ptr()), G * S, layer.features, layer.features},
+                  gates(4 - G, 4).transposed(),
+                  {layer.x.data + at.row * layer.features, at.rows, layer.features, layer.features}, adds);
+    if (!w_hidden.numel()) return;
+    T* out = static_cast<T*>(w_hidden.data_ptr());
+    const View<T> previous{r.previous, at.rows, S, S};
+    if (G == 4) return multiply<T>({out, 4 * S, S, S}, gates(0, 4).transposed(), previous, adds);
+    multiply<T>({out, 2 * S, S, S}, gates(1, 3).transposed(), previous, adds);
+    multiply<T>({out + 2 * S * S, S, S, S}, gates(0, 1).transposed(), previous, adds);
+  }
+
+  void finish(const Layer<T>& layer, const T* sums) const {
+    const int64_t S = layer.size, gated = layer.gates == 3;
+    if (b_input.numel()) std::copy(sums + gated * S, sums + 4 * S, static_cast<T*>(b_input.data_ptr()));
+    if (!b_hidden.numel()) return;
+    T* out = static_cast<T*>(b_hidden.data_ptr());
+    std::copy(sums + gated * S, sums + (gated ? 3 : 4) * S, out);
+    if (gated) std::copy(sums, sums + S, out + 2 * S);
+  }
+
+  Tensor w_input, w_hidden, b_input, b_hidden;
+};
+
+template <class T>
+LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs, const Tensor& output,
+                          const Tensor& gates, const Tensor& reverse_gates, const Tensor& inner) {
+  Layer<T> layer(inputs);
   const int32_t dtype = arithmetic_dtype<T>();
-  const int64_t D = layer.directions, B = layer.batch, S = layer.size, N = layer.rows, kept_row = (x.cell ? 5 : 4) * S;
+  const int64_t D = layer.directions, B = layer.batch, S = layer.size, N = layer.rows, F = layer.features;
   check_shape(output, "output", {N, D * S});
-  check_shape(kept, "kept", {D, N, kept_row});
-  if (grad_output) check_shape(*grad_output, "grad_output", {N, D * S});
-  if (grad_hidden) check_shape(*grad_hidden, "grad_hidden", {D, B, S});
-  if (grad_cell) check_shape(*grad_cell, "grad_cell", {D, B, S});
-  Tensor grad_gates = empty({D, N, 4 * S}, dtype), previous = empty({D, N, S}, dtype), grad_bias = empty({D, 4 * S}, dtype);
-  Tensor grad_first = empty({D, B, S}, dtype), grad_first_cell = empty(x.cell ? Shape{D, B, S} : Shape{0}, dtype);
+  check_shape(gates, "gates", {N, layer.gates * S});
+  if (D == 2) check_shape(reverse_gates, "reverse_gates", {N, layer.gates * S});
+  check_shape(inner, "inner", {D, N, S});
+  if (grad.output) check_shape(*grad.output, "grad_output", {N, D * S});
+  if (grad.hidden) check_shape(*grad.hidden, "grad_hidden", {D, B, S});
+  if (grad.cell) check_shape(*grad.cell, "grad_cell", {D, B, S});
+  Tensor grad_hidden = empty({D, B, S}, dtype), grad_cell = empty(inputs.cell ? Shape{D, B, S} : Shape{0}, dtype);
+  Tensor grad_x = empty(grad.wants(0) ? Shape{N, F} : Shape{0}, dtype);
+  if (grad.wants(0)) std::memset(grad_x.data_ptr(), 0, size_t(N * F) * sizeof(T));
+  const OfDirection<T> sums[] = {{layer, grad, 0}, {layer, grad, 1}};
+  const int64_t stretch = layer.stretch_steps(), stretch_rows = std::min(stretch * B, N);
+  T* buffers[2][2];
   for (int64_t d = 0; d < D; ++d) {
     Recurrence<T>& r = layer.of[d];
     r.output = layer.data(output) + d * S;
-    r.kept = layer.data(kept) + d * N * kept_row;
-    if (grad_output) r.grad_output = layer.data(*grad_output) + d * S;
-    if (grad_hidden) r.grad_last_hidden = layer.data(*grad_hidden) + d * B * S;
-    if (grad_cell) r.grad_last_cell = layer.data(*grad_cell) + d * B * S;
-    r.grad_gates = static_cast<T*>(grad_gates.data_ptr()) + d * N * 4 * S;
-    r.previous = static_cast<T*>(previous.data_ptr()) + d * N * S;
-    r.grad_bias = static_cast<T*>(grad_bias.data_ptr()) + d * 4 * S;
-    std::fill(r.grad_bias, r.grad_bias + 4 * S, T(0));
-    r.grad_hidden = static_cast<T*>(grad_first.data_ptr()) + d * B * S;
-    if (x.cell) r.grad_cell = static_cast<T*>(grad_first_cell.data_ptr()) + d * B * S;
+    r.gates = layer.data(d ? reverse_gates : gates);
+    r.inner = layer.data(inner) + d * N * S;
+    if (grad.output) r.grad_output = layer.data(*grad.output) + d * S;
+    if (grad.hidden) r.grad_last_hidden = layer.data(*grad.hidden) + d * B * S;
+    if (grad.cell) r.grad_last_cell = layer.data(*grad.cell) + d * B * S;
+    for (T*& buffer : buffers[d]) buffer = layer.scratch.template take<T>(stretch_rows * 4 * S);
+    r.previous = layer.scratch.template take<T>(stretch_rows * S);
+    r.grad_bias = zeros<T>(layer.scratch, 4 * S);
+    r.grad_hidden = static_cast<T*>(grad_hidden.data_ptr()) + d * B * S;
+    if (inputs.cell) r.grad_cell = static_cast<T*>(grad_cell.data_ptr()) + d * B * S;
     r.carried = zeros<T>(layer.scratch, B * row_of(r.padded));
   }
-  const auto& k = layer.kernels;
-  layer.run(k.grad_block, S * layer.gates * k.grad_block, k.pack_backward, layer.steps + 1,
-            [&](const Recurrence<T>& r, int64_t done, int64_t begin, int64_t end) {
-              k.step_backward(r, layer.steps - 1 - done, begin, end);
-            });
-  return {grad_gates, previous, grad_bias, grad_first, grad_first_cell};
+  layer.pack(layer.kernels.grad_block, S * layer.gates, layer.kernels.pack_backward);
+  for (int64_t end = layer.steps, k = 0; end > 0; end -= stretch, ++k) {
+    const int64_t begin = std::max<int64_t>(end - stretch, 0);
+    for (int64_t d = 0; d < D; ++d) {
+      Recurrence<T>& r = layer.of[d];
+      r.grad_gates_after = r.grad_gates, r.grad_base_after = r.grad_base, r.after = end;
+      r.grad_gates = buffers[d][k % 2], r.grad_base = layer.stretch(d, begin, end).row;
+    }
+    layer.walk(end - begin + (begin == 0), [&](const Recurrence<T>& r, int64_t number, int64_t from, int64_t to) {
+      layer.kernels.step_backward(r, end - 1 - number, from, to);
+    });
+    for (int64_t d = 0; d < D; ++d) {
+      const Stretch at = layer.stretch(d, begin, end);
+      sums[d].add(layer, d, at, k > 0);
+      if (grad.wants(0))
+        multiply<T>({static_cast<T*>(grad_x.data_ptr()) + at.row * F, at.rows, F, F},
+                    {layer.of[d].grad_gates + (4 - layer.gates) * S, at.rows, layer.gates * S, 4 * S}, layer.w_input[d],
+                    true);
+    }
+  }
+  for (int64_t d = 0; d < D; ++d) sums[d].finish(layer, layer.of[d].grad_bias);
+  return {grad_x,           grad_hidden,     grad_cell,        sums[0].w_input,  sums[0].w_hidden, sums[0].b_input,
+          sums[0].b_hidden, sums[1].w_input, sums[1].w_hidden, sums[1].b_input, sums[1].b_hidden};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent_layer(Tensor gates, Optional reverse_gates, Tensor weight,
-                                                           Optional bias, Optional reverse_weight, Optional reverse_bias,
-                                                           Tensor hidden, Optional cell, Tensor batch_sizes, bool keep) {
-  const LayerInputs x{weight, bias, reverse_weight, reverse_bias, hidden, cell, batch_sizes};
-  check_rank(gates, "gates", 2);
-  check_layer(x);
-  return dtype_of(gates) == kDoubleDtype ? forward_as<double>(gates, reverse_gates, x, keep)
-                                         : forward_as<float>(gates, reverse_gates, x, keep);
+LayerResults recurrent_layer(Tensor x, Tensor hidden, Optional cell, Tensor batch_sizes, Tensor w_input, Tensor w_hidden,
+                             Optional b_input, Optional b_hidden, Optional reverse_w_input, Optional reverse_w_hidden,
+                             Optional reverse_b_input, Optional reverse_b_hidden, bool keep) {
+  const LayerInputs inputs{x, hidden, cell, batch_sizes, {w_input, w_hidden, b_input, b_hidden},
+                           reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
+  check_layer(inputs);
+  return dtype_of(x) == kDoubleDtype ? forward_as<double>(inputs, keep) : forward_as<float>(inputs, keep);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_layer_backward(
-    Optional grad_output, Optional grad_hidden, Optional grad_cell, Tensor weight, Optional bias, Optional reverse_weight,
-    Optional reverse_bias, Tensor hidden, Optional cell, Tensor batch_sizes, Tensor output, Tensor kept) {
-  const LayerInputs x{weight, bias, reverse_weight, reverse_bias, hidden, cell, batch_sizes};
-  check_layer(x);
-  return dtype_of(output) == kDoubleDtype
-             ? backward_as<double>(grad_output, grad_hidden, grad_cell, x, output, kept)
-             : backward_as<float>(grad_output, grad_hidden, grad_cell, x, output, kept);
+LayerBackward recurrent_layer_backward(Optional grad_output, Optional grad_hidden, Optional grad_cell, Tensor x,
+                                       Tensor hidden, Optional cell, Tensor batch_sizes, Tensor w_input,
+                                       Tensor w_hidden, Optional b_input, Optional b_hidden, Optional reverse_w_input,
+                                       Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden,
+                                       Tensor output, Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted) {
+  const LayerInputs inputs{x, hidden, cell, batch_sizes, {w_input, w_hidden, b_input, b_hidden},
+                           reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
+  const LayerGradients grad{grad_output, grad_hidden, grad_cell, wanted};
+  check_layer(inputs);
+  return dtype_of(x) == kDoubleDtype ? backward_as<double>(grad, inputs, output, gates, reverse_gates, inner)
+                                     : backward_as<float>(grad, inputs, output, gates, reverse_gates, inner);
 }
 
 }  // namespace attnext::cpu

@@ -23,46 +23,64 @@ inline void store_part(T* p, Vec<T> x, int64_t n) {
   for (int64_t k = 0; k < n; ++k) p[k] = x[k];
 }
 
+// A line that is read after the next tile of a product: of lines of many rows the processor sees no pattern. (GCC takes
+// a function that does no more than the built-in prefetch for one without effect, and leaves its calls out.)
 template <class T>
-inline Vec<T> sigmoid(Vec<T> x) {
-  return reciprocal<T>(T(1) + exp<T>(at_least<T>(Vec<T>{} - Limits<T>::steep, at_most<T>(Vec<T>{} + Limits<T>::steep, -x))));
+inline void fetch(const T* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht0 %0" ::"m"(*p));
+#else
+  __builtin_prefetch(p);
+#endif
 }
 
-// (e - 1) / (e + 1) of e = exp(2 x), where e - 1 is taken without the 1 of the series, so that a small x keeps its places.
+// 2^n and exp(rest) - 1 without the 1 of the series, of x = n ln 2 + rest within the range of normal numbers; a NaN of x
+// comes out as one of the latter.
+template <class T>
+struct Exponential {
+  explicit Exponential(Vec<T> x) {
+    using L = Limits<T>;
+    using Bits = typename VecOf<T>::bits;
+    const Vec<T> shifted = x * L::log2e + L::magic, n = shifted - L::magic;
+    const Vec<T> rest = x - n * L::ln2_high - n * L::ln2_low;
+    power = (Vec<T>)((Bits)(Vec<T>{} + 1) + ((Bits)shifted << L::mantissa));
+    less_one = rest * exp_series<T, 1>(rest);
+  }
+  Vec<T> power, less_one;
+};
+
+template <class T>
+inline Vec<T> within(Vec<T> x, T limit) {
+  return at_least<T>(Vec<T>{} - limit, at_most<T>(Vec<T>{} + limit, x));
+}
+
+template <class T>
+inline Vec<T> sigmoid(Vec<T> x) {
+  const Exponential<T> e(within<T>(-x, Limits<T>::steep));
+  return reciprocal<T>((e.power + T(1)) + e.power * e.less_one);
+}
+
+// (e - 1) / (e + 1) of e = exp(2 x); e - 1 without the 1 of the series, so that a small x keeps its places.
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
-  using L = Limits<T>;
-  using Bits = typename VecOf<T>::bits;
-  const Vec<T> y = at_least<T>(Vec<T>{} - L::flat, at_most<T>(Vec<T>{} + L::flat, 2 * x));
-  const Vec<T> shifted = y * L::log2e + L::magic;
-  const Vec<T> n = shifted - L::magic;
-  const Vec<T> rest = y - n * L::ln2_high - n * L::ln2_low;
-  const Vec<T> power = (Vec<T>)((Bits)(Vec<T>{} + 1) + ((Bits)shifted << L::mantissa));
-  const Vec<T> less_one = power * (rest * exp_series<T, 1>(rest)) + (power - 1);
-  const Vec<T> result = less_one * reciprocal<T>(less_one + 2);
-  return x == x ? result : x;
+  const Exponential<T> e(within<T>(2 * x, Limits<T>::flat));
+  const Vec<T> less_one = e.power * e.less_one + (e.power - 1);
+  return less_one * reciprocal<T>(less_one + 2);
 }
 
 // ------------------------------------------------------------------------------------------------ the matrix
 
-// Blocks [begin, end) of the matrix (G S, S): for each a line of biases and a line for each state, a vector a gate.
+// Blocks [begin, end) of the matrix (G S, S): for each a line for each state, a vector a gate.
 template <class T, Unit U>
 inline void pack_forward(const Recurrence<T>& r, int64_t begin, int64_t end) {
   constexpr int W = kLanes<T>, G = kGates<U>;
-  const int64_t size = r.size;
   for (int64_t block = begin; block < end; ++block) {
-    T* out = r.packed + block * (size + 1) * G * W;
+    T* out = r.packed + block * r.size * G * W;
     for (int g = 0; g < G; ++g)
       for (int lane = 0; lane < W; ++lane, ++out) {
         const int64_t unit = block * W + lane;
-        const T* row = r.weight + (g * size + unit) * size;
-        *out = unit < size && r.bias ? r.bias[g * size + unit] : T(0);
-        T* to = out;
-        if (unit < size) {
-          for (int64_t k = 0; k < size; ++k) *(to += G * W) = row[k];
-        } else {
-          for (int64_t k = 0; k < size; ++k) *(to += G * W) = 0;
-        }
+        const T* row = r.weight + (g * r.size + unit) * r.size;
+        for (int64_t k = 0; k < r.size; ++k) out[k * G * W] = unit < r.size ? row[k] : T(0);
       }
   }
 }
@@ -85,8 +103,8 @@ inline void pack_backward(const Recurrence<T>& r, int64_t begin, int64_t end) {
 }
 
 // sum[i][n] += sum_k a[i][k] panel[k][n]. Few sums are taken in parts, so that a multiply-add needn't wait for the last.
-template <class T, int I, int N>
-inline void multiply(const T* a, int64_t a_row, const T* panel, int64_t depth, Vec<T> (&sum)[I][N]) {
+template <class T, int I, int N, bool Fetch>
+inline void multiply(const T* a, int64_t a_row, const T* panel, int64_t depth, Vec<T> (&sum)[I][N], const char* ahead) {
   constexpr int W = kLanes<T>, parts = I * N >= 8 ? 1 : I * N >= 6 ? 2 : 4;
   Vec<T> part[parts][I][N];
   UNROLL for (int u = 0; u < parts; ++u)
@@ -97,6 +115,7 @@ inline void multiply(const T* a, int64_t a_row, const T* panel, int64_t depth, V
     UNROLL for (int u = 0; u < parts; ++u) {
       Vec<T> line[N];
       UNROLL for (int n = 0; n < N; ++n) line[n] = load(panel + (u * N + n) * W);
+      if constexpr (Fetch) __builtin_prefetch(ahead, 0, 2), ahead += 64;
       UNROLL for (int i = 0; i < I; ++i) {
         const T factor = a[i * a_row + k + u];
         UNROLL for (int n = 0; n < N; ++n) part[u][i][n] += factor * line[n];
@@ -110,6 +129,72 @@ inline void multiply(const T* a, int64_t a_row, const T* panel, int64_t depth, V
     Vec<T> total = part[0][i][n];
     UNROLL for (int u = 1; u < parts; ++u) total += part[u][i][n];
     sum[i][n] = total;
+  }
+}
+
+// Rows of a times a panel of N vectors.
+template <class T>
+struct PanelProduct {
+  const T* a;
+  int64_t a_row;
+  const T* panel;
+  int64_t depth;
+};
+
+constexpr int64_t kGroup = 64;                // rows whose sums wait while the panel is read in parts
+constexpr int64_t kPanelBytes = 16 * 1024;    // of a part: it stays in the first-level cache for all rows of a group
+
+// Rows [row, end) over the lines [k0, k1) of the panel, in tiles of I. What comes after these lines is fetched meanwhile.
+template <class T, int N, int I, class First, class Soon, class Last>
+inline void panel_rows(const PanelProduct<T>& p, int64_t row, int64_t end, int64_t k0, int64_t k1, Ahead& ahead, T* sums,
+                       const First& first, const Soon& soon, const Last& last) {
+  constexpr int W = kLanes<T>;
+  for (; row + I <= end; row += I, sums += I * N * W) {
+    Vec<T> sum[I][N];
+    for (int i = 0; i < I; ++i) {
+      if (k0 == 0) {
+        first(row + i, sum[i]);
+      } else {
+        UNROLL for (int n = 0; n < N; ++n) sum[i][n] = load(sums + (i * N + n) * W);
+      }
+    }
+    for (int i = 0; k1 == p.depth && i < I; ++i) soon(row + i);
+    const T *a = p.a + row * p.a_row + k0, *panel = p.panel + k0 * N * W;
+    if (ahead.more()) {
+      multiply<T, I, N, true>(a, p.a_row, panel, k1 - k0, sum, ahead.at);
+      ahead.at += (k1 - k0) * 64;
+    } else {
+      multiply<T, I, N, false>(a, p.a_row, panel, k1 - k0, sum, nullptr);
+    }
+    for (int i = 0; i < I; ++i) {
+      if (k1 == p.depth) {
+        last(row + i, sum[i]);
+      } else {
+        UNROLL for (int n = 0; n < N; ++n) store<T>(sums + (i * N + n) * W, sum[i][n]);
+      }
+    }
+  }
+  if constexpr (I > 1) panel_rows<T, N, (I > 4 ? 4 : I / 2)>(p, row, end, k0, k1, ahead, sums, first, soon, last);
+}
+
+// first(row, sum) gives what the sums of a row begin with, last(row, sum) takes them; soon(row) is told a tile before.
+template <class T, int N, class First, class Soon, class Last>
+inline void panel_product(const PanelProduct<T>& p, int64_t row, int64_t end, const First& first, const Soon& soon,
+                          const Last& last) {
+  constexpr int W = kLanes<T>, I = kTileRows<N>;
+  constexpr int64_t part = kPanelBytes / (N * kVectorBytes);
+  alignas(kVectorBytes) T sums[kGroup * N * W];
+  for (; row < end; row += kGroup) {
+    const int64_t to = end - row < kGroup ? end : row + kGroup, step = to - row > I ? part : p.depth;
+    for (int64_t k = 0; k < p.depth; k += step) {
+      const int64_t next = p.depth - k < step ? p.depth : k + step;
+      Ahead ahead;
+      if (to - row > I) {
+        ahead.at = reinterpret_cast<const char*>(p.panel + next * N * W);
+        ahead.end = ahead.at + part * N * kVectorBytes;
+      }
+      panel_rows<T, N, I>(p, row, to, k, next, ahead, sums, first, soon, last);
+    }
   }
 }
 
@@ -130,21 +215,21 @@ inline void put_state(const Recurrence<T>& r, const Units& at, Vec<T> hidden) {
 template <class T>
 inline void gated_unit(const Recurrence<T>& r, const Units& at, const Vec<T> (&sum)[3]) {
   const int64_t size = r.size, n = at.n;
-  const T* x = r.gates + at.row * 3 * size + at.u;
+  T* x = r.gates + (at.row - r.gates_base) * 3 * size + at.u;
   const Vec<T> reset = sigmoid<T>(load_part(x, n) + sum[0]), update = sigmoid<T>(load_part(x + size, n) + sum[1]);
-  const Vec<T> candidate = tanh<T>(load_part(x + 2 * size, n) + reset * sum[2]);
+  const Vec<T> added = load_part(x + 2 * size, n) + load(r.bias + 3 * r.padded + at.u);
+  const Vec<T> candidate = tanh<T>(added + reset * sum[2]);
   const Vec<T> last = load(r.states + (at.step % 2 * r.batch + at.b) * row_of(r.padded) + at.u);
   put_state<T>(r, at, candidate + update * (last - candidate));
-  if (!r.kept) return;
-  T* kept = r.kept + at.row * 4 * size + at.u;
-  store_part(kept, reset, n), store_part(kept + size, update, n);
-  store_part(kept + 2 * size, candidate, n), store_part(kept + 3 * size, sum[2], n);
+  if (!r.inner) return;
+  store_part(x, reset, n), store_part(x + size, update, n), store_part(x + 2 * size, candidate, n);
+  store_part(r.inner + at.row * size + at.u, sum[2], n);
 }
 
 template <class T>
 inline void memory_unit(const Recurrence<T>& r, const Units& at, const Vec<T> (&sum)[4]) {
   const int64_t size = r.size, n = at.n;
-  const T* x = r.gates + at.row * 4 * size + at.u;
+  T* x = r.gates + (at.row - r.gates_base) * 4 * size + at.u;
   const Vec<T> take = sigmoid<T>(load_part(x, n) + sum[0]), keep = sigmoid<T>(load_part(x + size, n) + sum[1]);
   const Vec<T> candidate = tanh<T>(load_part(x + 2 * size, n) + sum[2]);
   const Vec<T> show = sigmoid<T>(load_part(x + 3 * size, n) + sum[3]);
@@ -153,41 +238,34 @@ inline void memory_unit(const Recurrence<T>& r, const Units& at, const Vec<T> (&
   store<T>(cell, next);
   put_state<T>(r, at, show * tanh<T>(next));
   if (at.b >= r.rows_at(at.step + 1)) store_part(r.last_cell + at.b * size + at.u, next, n);
-  if (!r.kept) return;
-  T* kept = r.kept + at.row * 5 * size + at.u;
-  store_part(kept, take, n), store_part(kept + size, keep, n), store_part(kept + 2 * size, candidate, n);
-  store_part(kept + 3 * size, show, n), store_part(kept + 4 * size, next, n);
-}
-
-template <class T, Unit U, int I>
-inline int64_t recurrent_rows(const Recurrence<T>& r, int64_t step, int64_t block, int64_t b, int64_t end) {
-  constexpr int W = kLanes<T>, G = kGates<U>;
-  const T* panel = r.packed + block * (r.size + 1) * G * W;
-  const T* states = r.states + step % 2 * r.batch * row_of(r.padded);
-  const int64_t u = block * W, n = r.size - u < W ? r.size - u : W;
-  for (; b + I <= end; b += I) {
-    Vec<T> sum[I][G];
-    UNROLL for (int i = 0; i < I; ++i)
-    UNROLL for (int g = 0; g < G; ++g) sum[i][g] = load(panel + g * W);
-    multiply<T, I, G>(states + b * row_of(r.padded), row_of(r.padded), panel + G * W, r.size, sum);
-    for (int i = 0; i < I; ++i) {
-      const Units at{step, b + i, r.row_at(step) + b + i, u, n};
-      if constexpr (U == Unit::kGru) {
-        gated_unit<T>(r, at, sum[i]);
-      } else {
-        memory_unit<T>(r, at, sum[i]);
-      }
-    }
-  }
-  if constexpr (I > 1) return recurrent_rows<T, U, (I > 4 ? 4 : I / 2)>(r, step, block, b, end);
-  return b;
+  if (!r.inner) return;
+  store_part(x, take, n), store_part(x + size, keep, n), store_part(x + 2 * size, candidate, n);
+  store_part(x + 3 * size, show, n);
+  store_part(r.inner + at.row * size + at.u, next, n);
 }
 
 // Blocks [begin, end) of a step.
 template <class T, Unit U>
 void recurrent(const Recurrence<T>& r, int64_t step, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block)
-    recurrent_rows<T, U, kTileRows<kGates<U>>>(r, step, block, 0, r.rows_at(step));
+  constexpr int W = kLanes<T>, G = kGates<U>;
+  const T* states = r.states + step % 2 * r.batch * row_of(r.padded);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t u = block * W, n = r.size - u < W ? r.size - u : W;
+    panel_product<T, G>(
+        {states, row_of(r.padded), r.packed + block * r.size * G * W, r.size}, 0, r.rows_at(step),
+        [&](int64_t, Vec<T>(&sum)[G]) { UNROLL for (int g = 0; g < G; ++g) sum[g] = load(r.bias + g * r.padded + u); },
+        [&](int64_t b) {
+          for (int g = 0; g < G; ++g) fetch(r.gates + ((r.row_at(step) - r.gates_base + b) * G + g) * r.size + u);
+        },
+        [&](int64_t b, const Vec<T>(&sum)[G]) {
+          const Units at{step, b, r.row_at(step) + b, u, n};
+          if constexpr (U == Unit::kGru) {
+            gated_unit<T>(r, at, sum);
+          } else {
+            memory_unit<T>(r, at, sum);
+          }
+        });
+  }
 }
 
 // ------------------------------------------------------------------------------------------------- backward
@@ -208,29 +286,28 @@ inline void add_part(T* sum, Vec<T> x, int64_t n) {
 template <class T>
 inline void gated_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad) {
   const int64_t size = r.size, n = at.n;
-  const T* kept = r.kept + at.row * 4 * size + at.u;
-  const Vec<T> reset = load_part(kept, n), update = load_part(kept + size, n);
-  const Vec<T> candidate = load_part(kept + 2 * size, n), projected = load_part(kept + 3 * size, n);
+  const T* gates = r.gates + (at.row - r.gates_base) * 3 * size + at.u;
+  const Vec<T> reset = load_part(gates, n), update = load_part(gates + size, n);
+  const Vec<T> candidate = load_part(gates + 2 * size, n), projected = load_part(r.inner + at.row * size + at.u, n);
   const Vec<T> before = load_part(state_before(r, at), n);
   const Vec<T> of_candidate = grad * (T(1) - update) * (T(1) - candidate * candidate);
   const Vec<T> of_update = grad * (before - candidate) * update * (T(1) - update);
   const Vec<T> of_reset = of_candidate * projected * reset * (T(1) - reset);
   const Vec<T> grads[4] = {of_candidate * reset, of_reset, of_update, of_candidate};
   store<T>(r.carried + at.b * row_of(r.padded) + at.u, grad * update);
-  store_part(r.previous + at.row * size + at.u, before, n);
-  T* out = r.grad_gates + at.row * 4 * size + at.u;
+  store_part(r.previous + (at.row - r.grad_base) * size + at.u, before, n);
+  T* out = r.grads_at(at.step) + at.b * 4 * size + at.u;
   for (int g = 0; g < 4; ++g) store_part(out + g * size, grads[g], n), add_part(r.grad_bias + g * size + at.u, grads[g], n);
 }
 
 template <class T>
 inline void memory_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad) {
   const int64_t size = r.size, n = at.n;
-  const T* kept = r.kept + at.row * 5 * size + at.u;
-  const Vec<T> take = load_part(kept, n), keep = load_part(kept + size, n), candidate = load_part(kept + 2 * size, n);
-  const Vec<T> show = load_part(kept + 3 * size, n), shown = tanh<T>(load_part(kept + 4 * size, n));
-  const T* cell = at.b < r.rows_at(at.step - 1)
-                      ? r.kept + (r.row_at(at.step - 1) + at.b) * 5 * size + 4 * size + at.u
-                      : r.cell + at.b * size + at.u;
+  const T* gates = r.gates + (at.row - r.gates_base) * 4 * size + at.u;
+  const Vec<T> take = load_part(gates, n), keep = load_part(gates + size, n), candidate = load_part(gates + 2 * size, n);
+  const Vec<T> show = load_part(gates + 3 * size, n), shown = tanh<T>(load_part(r.inner + at.row * size + at.u, n));
+  const T* cell = at.b < r.rows_at(at.step - 1) ? r.inner + (r.row_at(at.step - 1) + at.b) * size + at.u
+                                                : r.cell + at.b * size + at.u;
   T* carried = r.carried + at.b * row_of(r.padded) + at.u;
   const Vec<T> coming = at.b < r.rows_at(at.step + 1) ? load(carried)
                         : r.grad_last_cell            ? load_part(r.grad_last_cell + at.b * size + at.u, n)
@@ -240,8 +317,8 @@ inline void memory_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad
                            of_cell * load_part(cell, n) * keep * (T(1) - keep),
                            of_cell * take * (T(1) - candidate * candidate), grad * shown * show * (T(1) - show)};
   store<T>(carried, of_cell * keep);
-  store_part(r.previous + at.row * size + at.u, load_part(state_before(r, at), n), n);
-  T* out = r.grad_gates + at.row * 4 * size + at.u;
+  store_part(r.previous + (at.row - r.grad_base) * size + at.u, load_part(state_before(r, at), n), n);
+  T* out = r.grads_at(at.step) + at.b * 4 * size + at.u;
   for (int g = 0; g < 4; ++g) store_part(out + g * size, grads[g], n), add_part(r.grad_bias + g * size + at.u, grads[g], n);
 }
 
@@ -267,35 +344,36 @@ inline void state_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad)
   }
 }
 
-template <class T, Unit U, int I>
-inline void gradient_rows(const Recurrence<T>& r, int64_t step, int64_t block, int64_t b, int64_t end, bool product) {
-  constexpr int W = kLanes<T>, N = kGradVectors, G = kGates<U>;
-  const T* panel = r.packed + block * G * r.size * N * W;
-  const T* grads = r.grad_gates + r.row_at(step + 1) * 4 * r.size;
-  for (; b + I <= end; b += I) {
-    Vec<T> sum[I][N];
-    UNROLL for (int i = 0; i < I; ++i)
-    UNROLL for (int n = 0; n < N; ++n) sum[i][n] = Vec<T>{};
-    if (product) multiply<T, I, N>(grads + b * 4 * r.size, 4 * r.size, panel, G * r.size, sum);
-    for (int i = 0; i < I; ++i)
-      for (int n = 0; n < N; ++n) {
-        const int64_t u = (block * N + n) * W;
-        if (u >= r.size) break;
-        const Units at{step, b + i, r.row_at(step) + b + i, u, r.size - u < W ? r.size - u : W};
-        state_gradient<T, U>(r, at, sum[i][n]);
-      }
-  }
-  if constexpr (I > 1) gradient_rows<T, U, (I > 4 ? 4 : I / 2)>(r, step, block, b, end, product);
-}
-
 // Blocks [begin, end) of a step of the backward pass, from the last step down to -1, which is what comes before all.
 template <class T, Unit U>
 void recurrent_backward(const Recurrence<T>& r, int64_t step, int64_t begin, int64_t end) {
-  constexpr int I = kTileRows<kGradVectors>;
-  const int64_t coming = r.rows_at(step + 1), rows = r.rows_at(step);
+  constexpr int W = kLanes<T>, N = kGradVectors;
+  const int64_t coming = r.rows_at(step + 1), depth = kGates<U> * r.size;
+  const T* grads = r.grads_at(step + 1);
   for (int64_t block = begin; block < end; ++block) {
-    gradient_rows<T, U, I>(r, step, block, 0, coming, true);
-    gradient_rows<T, U, I>(r, step, block, coming, rows, false);
+    const auto take = [&](int64_t b, const Vec<T>(&sum)[N]) {
+      for (int n = 0; n < N; ++n) {
+        const int64_t u = (block * N + n) * W;
+        if (u >= r.size) break;
+        state_gradient<T, U>(r, {step, b, r.row_at(step) + b, u, r.size - u < W ? r.size - u : W}, sum[n]);
+      }
+    };
+    const auto nothing = [](int64_t, Vec<T>(&sum)[N]) { UNROLL for (int n = 0; n < N; ++n) sum[n] = Vec<T>{}; };
+    const auto soon = [&](int64_t b) {
+      if (b >= r.rows_at(step)) return;
+      const int64_t row = r.row_at(step) + b, before = r.row_at(step - 1) + b;
+      for (int64_t u = block * N * W; u < (block + 1) * N * W && u < r.size; u += W) {
+        for (int g = 0; g < kGates<U>; ++g) fetch(r.gates + (row * kGates<U> + g) * r.size + u);
+        fetch(r.inner + row * r.size + u);
+        if (r.grad_output) fetch(r.grad_output + row * r.output_row + u);
+        fetch(U == Unit::kGru ? r.output + before * r.output_row + u : r.inner + before * r.size + u);
+      }
+    };
+    panel_product<T, N>({grads, 4 * r.size, r.packed + block * depth * N * W, depth}, 0, coming, nothing, soon, take);
+    for (int64_t b = coming; b < r.rows_at(step); ++b) {
+      const Vec<T> none[N] = {};
+      take(b, none);
+    }
   }
 }
 
