@@ -115,7 +115,7 @@ LayerBackward recurrent_layer_backward(
     Tensor hidden, std::optional<Tensor> cell, Tensor batch_sizes, Tensor w_input, Tensor w_hidden,
     std::optional<Tensor> b_input, std::optional<Tensor> b_hidden, std::optional<Tensor> reverse_w_input,
     std::optional<Tensor> reverse_w_hidden, std::optional<Tensor> reverse_b_input,
-    std::optional<Tensor> reverse_b_hidden, Tensor output, Tensor gates, Tensor reverse_gates, Tensor inner,
+    std::optional<Tensor> reverse_b_hidden, Tensor gates, Tensor reverse_gates, Tensor inner,
     int64_t wanted);
 
 }  // namespace attnext::cpu

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from attnext.ops import define
+from attnext.ops import define, refuse_second_derivative
 
 __all__ = ["Direction", "layer"]
 
@@ -37,7 +36,7 @@ _LAYER = ", ".join(
 )
 _SCHEMA = f"({_LAYER}, bool keep) -> (Tensor, Tensor, Tensor, Tensor gates, Tensor reverse_gates, Tensor inner)"
 _BACKWARD_SCHEMA = (
-    f"(Tensor? grad_output, Tensor? grad_hidden, Tensor? grad_cell, {_LAYER}, Tensor output, Tensor gates, "
+    f"(Tensor? grad_output, Tensor? grad_hidden, Tensor? grad_cell, {_LAYER}, Tensor gates, "
     f"Tensor reverse_gates, Tensor inner, int wanted) -> ({', '.join(['Tensor'] * 11)})"
 )
 
@@ -52,12 +51,12 @@ def _fake(x: Tensor, hidden: Tensor, cell: Tensor | None, _: Tensor, *others: An
         hidden.new_empty(0 if cell is None else hidden.shape),
         x.new_empty(gates if keep else 0),
         x.new_empty(gates if keep and directions == 2 else 0),
-        x.new_empty((directions, rows, size) if keep else 0),
+        x.new_empty((directions, rows, 2 * size) if keep else 0),
     )
 
 
 def _fake_backward(_: Any, __: Any, ___: Any, x: Tensor, hidden: Tensor, cell: Any, *others: Any) -> tuple[Tensor, ...]:
-    _sizes, *parameters, _output, _gates, _reverse, _inner, wanted = others
+    _sizes, *parameters, _gates, _reverse, _inner, wanted = others
     return (
         x.new_empty(x.shape if wanted & 1 else 0),
         hidden.new_empty(hidden.shape),
@@ -69,19 +68,22 @@ def _fake_backward(_: Any, __: Any, ___: Any, x: Tensor, hidden: Tensor, cell: A
 _forward: Callable[..., tuple[Tensor, ...]] = define("recurrent_layer_cpu", _SCHEMA, _fake)
 _backward: Callable[..., tuple[Tensor, ...]] = define("recurrent_layer_backward_cpu", _BACKWARD_SCHEMA, _fake_backward)
 
+refuse_second_derivative(
+    "recurrent_layer_backward_cpu", "inside attnext.use_backend('reference') torch's own layers run, which may have them"
+)
+
 
 class _Layer(torch.autograd.Function):
-    """The operators; no second derivatives."""
+    """The operators."""
 
     @staticmethod
     def forward(ctx: Any, keep: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         output, last_hidden, last_cell, *kept = _forward(*inputs, keep)
-        ctx.save_for_backward(*inputs, output, *kept)
+        ctx.save_for_backward(*inputs, *kept)
         ctx.set_materialize_grads(False)
         return (output, last_hidden) if inputs[2] is None else (output, last_hidden, last_cell)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in incoming):
             return (None,) * 13

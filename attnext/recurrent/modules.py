@@ -44,7 +44,10 @@ class _Layers(nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         data: Any = input.data if packed else input
         state = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        if not self._serves(input, data, state):
+        if packed:
+            self._check_packed(input, state)
+        fits = hx is None or isinstance(hx, Tensor) == (self._tensors == 1)
+        if not (fits and self._serves(input, data, state)):
             return super().forward(input, hx)
         if packed:
             batch_sizes = input.batch_sizes
@@ -98,7 +101,7 @@ class _Layers(nn.RNNBase):
         dtype: torch.dtype = self._flat_weights[0].dtype  # type: ignore[union-attr]
         if not _checks.autocasts("cpu"):
             return self._through(data, batch_sizes, state, batch)
-        wanted = self._dtype_under_autocast(data.dtype)
+        wanted = self._dtype_under_autocast(data, batch_sizes, state)
         with torch.autocast("cpu", enabled=False):
             state = tuple(x.to(dtype) for x in state)
             output, state = self._through(data.to(dtype), batch_sizes, state, batch)
@@ -120,9 +123,12 @@ class _Layers(nn.RNNBase):
             last.append(tuple(ended))
         return data, tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*last, strict=True))
 
-    def _dtype_under_autocast(self, dtype: torch.dtype) -> torch.dtype:
+    def _check_packed(self, input: PackedSequence, state: _State) -> None:
+        """What torch's own code for packed sequences doesn't see."""
+
+    def _dtype_under_autocast(self, data: Tensor, batch_sizes: Tensor, state: _State) -> torch.dtype:
         """Of the results, as torch's own have it."""
-        return dtype
+        return (*state, data)[0].dtype
 
 
 class GRU(_Layers, nn.GRU):
@@ -144,8 +150,14 @@ class LSTM(_Layers, nn.LSTM):
 
     _tensors = 2
 
-    def _dtype_under_autocast(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if dtype == torch.float64 else torch.get_autocast_dtype("cpu")
+    def _check_packed(self, input: PackedSequence, state: _State) -> None:
+        self.check_input(input.data, input.batch_sizes)
+        if len(state) == self._tensors:
+            self.check_forward_args(input.data, (state[0], state[1]), input.batch_sizes)
+
+    def _dtype_under_autocast(self, data: Tensor, batch_sizes: Tensor, state: _State) -> torch.dtype:
+        of_torch = data.dtype != torch.float64 and bool(batch_sizes[-1] == batch_sizes[0])
+        return torch.get_autocast_dtype("cpu") if of_torch else (*state[1:], data)[0].dtype
 
 
 def _permuted(x: Tensor, order: Tensor | None) -> Tensor:

@@ -167,6 +167,11 @@ struct Exponentials {
   T* limit;  // (B, T)
 };
 
+// The k-th of [begin, end), every other time from the end: what was read last is read first, and is still in the cache.
+inline int64_t there_and_back(int64_t time, int64_t k, int64_t begin, int64_t end) {
+  return time & 1 ? end - 1 - k : begin + k;
+}
+
 enum class Unit : int8_t { kGru, kLstm };
 
 // One direction of a recurrent layer over a packed batch of B sequences of S units, longest first, of G gates each.
@@ -191,10 +196,10 @@ struct Recurrence {
   T* packed;                       // the matrix as a pass reads it
   const T *hidden, *cell;          // (B, S): before the first step
   int64_t output_row;              // of output and its gradient
-  T* output;                       // (rows, S)
+  T* output;                       // (rows, S), of the forward pass
   T* gates;  // (rows, G S): what the inputs add; once a step is done, where there is an inner, the gates themselves
   int64_t gates_base;
-  T* inner;  // (rows, S): the projected state of the candidate, or the cell; may be null in the forward pass
+  T* inner;  // (rows, 2 S): the projected state of the candidate, or the cell; the state. Null where nothing is kept
 
   T *states, *cells;           // (2, B, row_of(padded)), even and odd steps; (B, row_of(padded))
   T *last_hidden, *last_cell;  // (B, S)

@@ -17,6 +17,7 @@ namespace {
 // Multiply-adds of a step that pay for one more thread: it takes a microsecond to meet.
 constexpr int64_t kStepPerThread = 1 << 16;
 constexpr int64_t kPartsPerThread = 4;
+constexpr int64_t kPieces = 8;  // of a product
 
 // What a core's own cache holds of a matrix, beside what else it reads.
 int64_t own_cache() {
@@ -75,6 +76,8 @@ struct View {
   T* data;
   int64_t rows, columns, row, column = 1;
   View transposed() const { return {data, columns, rows, column, row}; }
+  View some_rows(int64_t from, int64_t count) const { return {data + from * row, count, columns, row, column}; }
+  View some_columns(int64_t from, int64_t count) const { return {data + from * column, rows, count, row, column}; }
   Tensor tensor() const {
     const std::array<int64_t, 2> sizes{rows, columns}, strides{row, column};
     AtenTensorHandle handle;
@@ -85,12 +88,27 @@ struct View {
   }
 };
 
-// out = a b, or out += a b: by the library that torch's products go to.
+// out = a b, or out += a b, by the library that torch's products go to.
 template <class T>
-void multiply(const View<T>& out, const View<T>& a, const View<T>& b, bool adds) {
+void multiply_whole(const View<T>& out, const View<T>& a, const View<T>& b, bool adds) {
   const Tensor to = out.tensor(), x = a.tensor(), y = b.tensor();
   STABLE_TORCH_ERROR_CODE_CHECK(adds ? aoti_torch_cpu_addmm_out(to.get(), to.get(), x.get(), y.get(), 1., 1.)
                                      : aoti_torch_cpu_mm_out(to.get(), x.get(), y.get()));
+}
+
+// That library's sums of doubles depend on its number of threads: so in pieces, each by one.
+template <class T>
+void multiply(const View<T>& out, const View<T>& a, const View<T>& b, bool adds) {
+  if (sizeof(T) == 4) return multiply_whole<T>(out, a, b, adds);
+  const bool by_rows = out.rows > out.columns;
+  const int64_t size = by_rows ? out.rows : out.columns, pieces = std::min(kPieces, size);
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t from = size * k / pieces, count = size * (k + 1) / pieces - from;
+      multiply_whole<T>(by_rows ? out.some_rows(from, count) : out.some_columns(from, count),
+                        by_rows ? a.some_rows(from, count) : a, by_rows ? b : b.some_columns(from, count), adds);
+    }
+  });
 }
 
 template <class T>
@@ -235,7 +253,7 @@ LayerResults forward_as(const LayerInputs& inputs, bool keep) {
   Tensor last_cell = empty(inputs.cell ? Shape{D, B, S} : Shape{0}, dtype);
   // Apart, as what is freed in pieces of up to 32 MiB is soon used again.
   Tensor gates[] = {empty(keep ? Shape{N, G * S} : Shape{0}, dtype), empty(keep && D == 2 ? Shape{N, G * S} : Shape{0}, dtype)};
-  Tensor inner = empty(keep ? Shape{D, N, S} : Shape{0}, dtype);
+  Tensor inner = empty(keep ? Shape{D, N, 2 * S} : Shape{0}, dtype);
   const int64_t stretch = layer.stretch_steps();
   for (int64_t d = 0; d < D; ++d) {
     Recurrence<T>& r = layer.of[d];
@@ -243,7 +261,7 @@ LayerResults forward_as(const LayerInputs& inputs, bool keep) {
     r.gates = keep ? static_cast<T*>(gates[d].data_ptr()) : layer.scratch.template take<T>(stretch * B * G * S);
     r.output = static_cast<T*>(output.data_ptr()) + d * S;
     r.last_hidden = static_cast<T*>(last_hidden.data_ptr()) + d * B * S;
-    if (keep) r.inner = static_cast<T*>(inner.data_ptr()) + d * N * S;
+    if (keep) r.inner = static_cast<T*>(inner.data_ptr()) + d * N * 2 * S;
     r.states = zeros<T>(layer.scratch, 2 * B * row);
     for (int64_t k = 0; k < 2; ++k) copy_rows(r, r.hidden, r.states + k * B * row);
     if (!inputs.cell) continue;
@@ -321,15 +339,13 @@ struct OfDirection {
 };
 
 template <class T>
-LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs, const Tensor& output,
-                          const Tensor& gates, const Tensor& reverse_gates, const Tensor& inner) {
+LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs, const Tensor& gates, const Tensor& reverse_gates, const Tensor& inner) {
   Layer<T> layer(inputs);
   const int32_t dtype = arithmetic_dtype<T>();
   const int64_t D = layer.directions, B = layer.batch, S = layer.size, N = layer.rows, F = layer.features;
-  check_shape(output, "output", {N, D * S});
   check_shape(gates, "gates", {N, layer.gates * S});
   if (D == 2) check_shape(reverse_gates, "reverse_gates", {N, layer.gates * S});
-  check_shape(inner, "inner", {D, N, S});
+  check_shape(inner, "inner", {D, N, 2 * S});
   if (grad.output) check_shape(*grad.output, "grad_output", {N, D * S});
   if (grad.hidden) check_shape(*grad.hidden, "grad_hidden", {D, B, S});
   if (grad.cell) check_shape(*grad.cell, "grad_cell", {D, B, S});
@@ -341,9 +357,8 @@ LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs,
   T* buffers[2][2];
   for (int64_t d = 0; d < D; ++d) {
     Recurrence<T>& r = layer.of[d];
-    r.output = layer.data(output) + d * S;
     r.gates = layer.data(d ? reverse_gates : gates);
-    r.inner = layer.data(inner) + d * N * S;
+    r.inner = layer.data(inner) + d * N * 2 * S;
     if (grad.output) r.grad_output = layer.data(*grad.output) + d * S;
     if (grad.hidden) r.grad_last_hidden = layer.data(*grad.hidden) + d * B * S;
     if (grad.cell) r.grad_last_cell = layer.data(*grad.cell) + d * B * S;
@@ -394,13 +409,13 @@ LayerBackward recurrent_layer_backward(Optional grad_output, Optional grad_hidde
                                        Tensor hidden, Optional cell, Tensor batch_sizes, Tensor w_input,
                                        Tensor w_hidden, Optional b_input, Optional b_hidden, Optional reverse_w_input,
                                        Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden,
-                                       Tensor output, Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted) {
+                                       Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted) {
   const LayerInputs inputs{x, hidden, cell, batch_sizes, {w_input, w_hidden, b_input, b_hidden},
                            reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
   const LayerGradients grad{grad_output, grad_hidden, grad_cell, wanted};
   check_layer(inputs);
-  return dtype_of(x) == kDoubleDtype ? backward_as<double>(grad, inputs, output, gates, reverse_gates, inner)
-                                     : backward_as<float>(grad, inputs, output, gates, reverse_gates, inner);
+  return dtype_of(x) == kDoubleDtype ? backward_as<double>(grad, inputs, gates, reverse_gates, inner)
+                                     : backward_as<float>(grad, inputs, gates, reverse_gates, inner);
 }
 
 }  // namespace attnext::cpu

@@ -70,19 +70,22 @@ inline Vec<T> tanh(Vec<T> x) {
 
 // ------------------------------------------------------------------------------------------------ the matrix
 
-// Blocks [begin, end) of the matrix (G S, S): for each a line for each state, a vector a gate.
+// Blocks [begin, end) of the matrix (G S, S): for each a line for each state, a vector a gate. Few columns at a time, so
+// that the lines that are written stay in the cache.
 template <class T, Unit U>
 inline void pack_forward(const Recurrence<T>& r, int64_t begin, int64_t end) {
-  constexpr int W = kLanes<T>, G = kGates<U>;
-  for (int64_t block = begin; block < end; ++block) {
-    T* out = r.packed + block * r.size * G * W;
-    for (int g = 0; g < G; ++g)
-      for (int lane = 0; lane < W; ++lane, ++out) {
-        const int64_t unit = block * W + lane;
-        const T* row = r.weight + (g * r.size + unit) * r.size;
-        for (int64_t k = 0; k < r.size; ++k) out[k * G * W] = unit < r.size ? row[k] : T(0);
-      }
-  }
+  constexpr int W = kLanes<T>, G = kGates<U>, columns = 16;
+  for (int64_t block = begin; block < end; ++block)
+    for (int64_t k0 = 0; k0 < r.size; k0 += columns) {
+      const int64_t n = r.size - k0 < columns ? r.size - k0 : columns;
+      T* out = r.packed + (block * r.size + k0) * G * W;
+      for (int g = 0; g < G; ++g)
+        for (int lane = 0; lane < W; ++lane, ++out) {
+          const int64_t unit = block * W + lane;
+          const T* row = r.weight + (g * r.size + unit) * r.size + k0;
+          for (int64_t k = 0; k < n; ++k) out[k * G * W] = unit < r.size ? row[k] : T(0);
+        }
+    }
 }
 
 // The same for the backward pass: columns of the matrix, a line for each of its rows. The rows of a gated unit come in
@@ -209,6 +212,7 @@ template <class T>
 inline void put_state(const Recurrence<T>& r, const Units& at, Vec<T> hidden) {
   store<T>(r.states + ((at.step + 1) % 2 * r.batch + at.b) * row_of(r.padded) + at.u, hidden);
   store_part(r.output + at.row * r.output_row + at.u, hidden, at.n);
+  if (r.inner) store_part(r.inner + (at.row * 2 + 1) * r.size + at.u, hidden, at.n);
   if (at.b >= r.rows_at(at.step + 1)) store_part(r.last_hidden + at.b * r.size + at.u, hidden, at.n);
 }
 
@@ -223,7 +227,7 @@ inline void gated_unit(const Recurrence<T>& r, const Units& at, const Vec<T> (&s
   put_state<T>(r, at, candidate + update * (last - candidate));
   if (!r.inner) return;
   store_part(x, reset, n), store_part(x + size, update, n), store_part(x + 2 * size, candidate, n);
-  store_part(r.inner + at.row * size + at.u, sum[2], n);
+  store_part(r.inner + at.row * 2 * size + at.u, sum[2], n);
 }
 
 template <class T>
@@ -241,7 +245,7 @@ inline void memory_unit(const Recurrence<T>& r, const Units& at, const Vec<T> (&
   if (!r.inner) return;
   store_part(x, take, n), store_part(x + size, keep, n), store_part(x + 2 * size, candidate, n);
   store_part(x + 3 * size, show, n);
-  store_part(r.inner + at.row * size + at.u, next, n);
+  store_part(r.inner + at.row * 2 * size + at.u, next, n);
 }
 
 // Blocks [begin, end) of a step.
@@ -249,7 +253,8 @@ template <class T, Unit U>
 void recurrent(const Recurrence<T>& r, int64_t step, int64_t begin, int64_t end) {
   constexpr int W = kLanes<T>, G = kGates<U>;
   const T* states = r.states + step % 2 * r.batch * row_of(r.padded);
-  for (int64_t block = begin; block < end; ++block) {
+  for (int64_t k = 0; k < end - begin; ++k) {
+    const int64_t block = there_and_back(step, k, begin, end);
     const int64_t u = block * W, n = r.size - u < W ? r.size - u : W;
     panel_product<T, G>(
         {states, row_of(r.padded), r.packed + block * r.size * G * W, r.size}, 0, r.rows_at(step),
@@ -270,11 +275,16 @@ void recurrent(const Recurrence<T>& r, int64_t step, int64_t begin, int64_t end)
 
 // ------------------------------------------------------------------------------------------------- backward
 
-// The state before a step: the first of its row, or what the step before it put out.
+// What is kept of a row of the step before, or null where a step is the first of its row.
+template <class T>
+inline const T* inner_before(const Recurrence<T>& r, const Units& at) {
+  const bool there = at.b < r.rows_at(at.step - 1);
+  return there ? r.inner + (r.row_at(at.step - 1) + at.b) * 2 * r.size + at.u : nullptr;
+}
 template <class T>
 inline const T* state_before(const Recurrence<T>& r, const Units& at) {
-  return at.b < r.rows_at(at.step - 1) ? r.output + (r.row_at(at.step - 1) + at.b) * r.output_row + at.u
-                                       : r.hidden + at.b * r.size + at.u;
+  const T* inner = inner_before(r, at);
+  return inner ? inner + r.size : r.hidden + at.b * r.size + at.u;
 }
 
 template <class T>
@@ -288,7 +298,7 @@ inline void gated_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad)
   const int64_t size = r.size, n = at.n;
   const T* gates = r.gates + (at.row - r.gates_base) * 3 * size + at.u;
   const Vec<T> reset = load_part(gates, n), update = load_part(gates + size, n);
-  const Vec<T> candidate = load_part(gates + 2 * size, n), projected = load_part(r.inner + at.row * size + at.u, n);
+  const Vec<T> candidate = load_part(gates + 2 * size, n), projected = load_part(r.inner + at.row * 2 * size + at.u, n);
   const Vec<T> before = load_part(state_before(r, at), n);
   const Vec<T> of_candidate = grad * (T(1) - update) * (T(1) - candidate * candidate);
   const Vec<T> of_update = grad * (before - candidate) * update * (T(1) - update);
@@ -305,9 +315,9 @@ inline void memory_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad
   const int64_t size = r.size, n = at.n;
   const T* gates = r.gates + (at.row - r.gates_base) * 4 * size + at.u;
   const Vec<T> take = load_part(gates, n), keep = load_part(gates + size, n), candidate = load_part(gates + 2 * size, n);
-  const Vec<T> show = load_part(gates + 3 * size, n), shown = tanh<T>(load_part(r.inner + at.row * size + at.u, n));
-  const T* cell = at.b < r.rows_at(at.step - 1) ? r.inner + (r.row_at(at.step - 1) + at.b) * size + at.u
-                                                : r.cell + at.b * size + at.u;
+  const Vec<T> show = load_part(gates + 3 * size, n), shown = tanh<T>(load_part(r.inner + at.row * 2 * size + at.u, n));
+  const T* inner = inner_before(r, at);
+  const T* cell = inner ? inner : r.cell + at.b * size + at.u;
   T* carried = r.carried + at.b * row_of(r.padded) + at.u;
   const Vec<T> coming = at.b < r.rows_at(at.step + 1) ? load(carried)
                         : r.grad_last_cell            ? load_part(r.grad_last_cell + at.b * size + at.u, n)
@@ -350,7 +360,8 @@ void recurrent_backward(const Recurrence<T>& r, int64_t step, int64_t begin, int
   constexpr int W = kLanes<T>, N = kGradVectors;
   const int64_t coming = r.rows_at(step + 1), depth = kGates<U> * r.size;
   const T* grads = r.grads_at(step + 1);
-  for (int64_t block = begin; block < end; ++block) {
+  for (int64_t k = 0; k < end - begin; ++k) {
+    const int64_t block = there_and_back(step, k, begin, end);
     const auto take = [&](int64_t b, const Vec<T>(&sum)[N]) {
       for (int n = 0; n < N; ++n) {
         const int64_t u = (block * N + n) * W;
@@ -364,9 +375,9 @@ void recurrent_backward(const Recurrence<T>& r, int64_t step, int64_t begin, int
       const int64_t row = r.row_at(step) + b, before = r.row_at(step - 1) + b;
       for (int64_t u = block * N * W; u < (block + 1) * N * W && u < r.size; u += W) {
         for (int g = 0; g < kGates<U>; ++g) fetch(r.gates + (row * kGates<U> + g) * r.size + u);
-        fetch(r.inner + row * r.size + u);
+        fetch(r.inner + row * 2 * r.size + u), fetch(r.inner + (before * 2 + 1) * r.size + u);
+        if (U == Unit::kLstm) fetch(r.inner + before * 2 * r.size + u);
         if (r.grad_output) fetch(r.grad_output + row * r.output_row + u);
-        fetch(U == Unit::kGru ? r.output + before * r.output_row + u : r.inner + before * r.size + u);
       }
     };
     panel_product<T, N>({grads, 4 * r.size, r.packed + block * depth * N * W, depth}, 0, coming, nothing, soon, take);

@@ -5,6 +5,8 @@
 #include <memory>
 #include <thread>
 
+#include "cpu/problem.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -21,10 +23,10 @@ class Chain {
   // The share of one thread of `members`: calls work(step, part).
   template <class Work>
   void run(int64_t member, int64_t members, const Work& work) {
-    const int64_t first = parts_ * member / members;
+    const int64_t first = parts_ * member / members, own = parts_ * (member + 1) / members - first;
     for (int64_t step = done_.load(std::memory_order_acquire) / parts_; step < steps_; ++step) {
       for (int64_t k = 0; k < parts_; ++k) {
-        const int64_t part = first + k < parts_ ? first + k : first + k - parts_;
+        const int64_t part = (k < own ? there_and_back(step, k, first, first + own) : first + k) % parts_;
         int64_t expected = step;
         if (next_[part].step.load(std::memory_order_relaxed) != step) continue;
         if (!next_[part].step.compare_exchange_strong(expected, step + 1, std::memory_order_acquire)) continue;
