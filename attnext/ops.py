@@ -38,7 +38,6 @@ __all__ = [
     "implement",
     "of_steps",
     "operators",
-    "refuse_second_derivative",
 ]
 
 FEATURE_BLOCK = 32
@@ -298,13 +297,12 @@ def differentiable(op: Any, inputs: Sequence[Tensor | None], rest: tuple[Any, ..
     return _Differentiable.apply(op, rest, *inputs)  # type: ignore[no-untyped-call]
 
 
-def refuse_second_derivative(
-    name: str, instead: str = "call the op with backend='reference', which follows autograd to any order"
-) -> None:
-    """Makes the derivative of a backward operator an error."""
-
+def _refuse_second_derivative(name: str) -> None:
     def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(f"attnext's kernels have no second derivative: {instead}")
+        raise RuntimeError(
+            "attnext's kernels have no second derivative: call the op with backend='reference', which follows "
+            "autograd to any order"
+        )
 
     torch.library.register_autograd(f"attnext::{name}", backward, lib=_library)
 
@@ -334,7 +332,7 @@ def _define(family: str, device_type: str) -> Operators:
         torch.library.register_fake(f"attnext::{name}_{family}", fakes[name], lib=_library)
     for name in _DIFFERENTIABLE:
         _autograd(name, family)
-        refuse_second_derivative(f"{name}_backward_{family}")
+        _refuse_second_derivative(f"{name}_backward_{family}")
         _cast_under_autocast(name, family, device_type)
     ops = torch.ops.attnext
     return Operators(

@@ -17,6 +17,7 @@ from attnext.compat._recipe import Recipe
 __all__ = ["CODE_BASES", "recipes"]
 
 CODE_BASES = (
+    "nn",
     "coqui",
     "keras",
     "espnet",

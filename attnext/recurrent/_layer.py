@@ -6,13 +6,13 @@ A packed batch has the rows of a step together, those of the sequences that reac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnext.ops import define, refuse_second_derivative
+from attnext.ops import define
 
 __all__ = ["Direction", "layer"]
 
@@ -68,10 +68,6 @@ def _fake_backward(_: Any, __: Any, ___: Any, x: Tensor, hidden: Tensor, cell: A
 _forward: Callable[..., tuple[Tensor, ...]] = define("recurrent_layer_cpu", _SCHEMA, _fake)
 _backward: Callable[..., tuple[Tensor, ...]] = define("recurrent_layer_backward_cpu", _BACKWARD_SCHEMA, _fake_backward)
 
-refuse_second_derivative(
-    "recurrent_layer_backward_cpu", "inside attnext.use_backend('reference') torch's own layers run, which may have them"
-)
-
 
 class _Layer(torch.autograd.Function):
     """The operators."""
@@ -88,10 +84,35 @@ class _Layer(torch.autograd.Function):
         if all(grad is None for grad in incoming):
             return (None,) * 13
         needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # what comes may be differentiated again
+            return None, *_by_torch(ctx.saved_tensors[:12], incoming, needs)
         wanted = sum(1 << k for k, needed in enumerate((needs[0], *needs[4:])) if needed)
         grads = _backward(*(*incoming, None)[:3], *ctx.saved_tensors, wanted)
         found = (*grads[:3], None, *grads[3:])
         return None, *(grad if needed else None for grad, needed in zip(found, needs, strict=True))
+
+
+def _by_torch(
+    inputs: Sequence[Tensor | None], incoming: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the inputs by torch's own operations, which can be differentiated to any order.
+
+    In float64, for which torch has no layer of oneDNN's, as that has no second derivative.
+    """
+    with torch.enable_grad():
+        apart = [None if x is None else x.view_as(x) for x in inputs]
+        x, hidden, cell, batch_sizes, *parameters = (
+            y.double() if y is not None and y.is_floating_point() else y for y in apart
+        )
+        state = hidden if cell is None else (hidden, cell)
+        run: Any = torch._VF.gru if cell is None else torch._VF.lstm  # type: ignore[attr-defined]
+        weights = [y for y in parameters if y is not None]
+        results = run(x, batch_sizes, state, weights, parameters[2] is not None, 1, 0.0, False, parameters[4] is not None)
+        pairs = [(y, grad.double()) for y, grad in zip(results, incoming, strict=True) if grad is not None]
+        followed = [y for y, needed in zip(apart, needs, strict=True) if y is not None and needed]
+        outputs, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, followed, grads, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in needs]
 
 
 def layer(

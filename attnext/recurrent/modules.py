@@ -17,7 +17,7 @@ from attnext import _checks
 from attnext.backends import choose
 from attnext.recurrent._layer import Direction, layer
 
-__all__ = ["GRU", "LSTM"]
+__all__ = ["GRU", "LSTM", "GatedLayers", "MemoryLayers"]
 
 _SERVED = (torch.float32, torch.float64)
 _State = tuple[Tensor, ...]
@@ -131,33 +131,43 @@ class _Layers(nn.RNNBase):
         return (*state, data)[0].dtype
 
 
-class GRU(_Layers, nn.GRU):
-    """:class:`torch.nn.GRU`, with the same parameters, arguments, results and ``state_dict``, faster on the CPU.
-
-    float32 and float64; what else there is (other dtypes and devices, ``torch.func``, ``torch.jit``) runs torch's own
-    code. Second derivatives raise a RuntimeError.
-    """
+class GatedLayers(_Layers):
+    """What makes a GRU of torch's call the operator."""
 
     _tensors = 1
 
 
-class LSTM(_Layers, nn.LSTM):
-    """:class:`torch.nn.LSTM`, with the same parameters, arguments, results and ``state_dict``, faster on the CPU.
-
-    float32 and float64; what else there is (other dtypes and devices, ``proj_size``, ``torch.func``, ``torch.jit``)
-    runs torch's own code. Second derivatives raise a RuntimeError.
-    """
+class MemoryLayers(_Layers):
+    """What makes an LSTM of torch's call the operator."""
 
     _tensors = 2
 
     def _check_packed(self, input: PackedSequence, state: _State) -> None:
+        if input.data.dtype != self._flat_weights[0].dtype:  # type: ignore[union-attr]
+            return
         self.check_input(input.data, input.batch_sizes)
         if len(state) == self._tensors:
-            self.check_forward_args(input.data, (state[0], state[1]), input.batch_sizes)
+            self.check_forward_args(input.data, (state[0], state[1]), input.batch_sizes)  # type: ignore[arg-type]
 
     def _dtype_under_autocast(self, data: Tensor, batch_sizes: Tensor, state: _State) -> torch.dtype:
         of_torch = data.dtype != torch.float64 and bool(batch_sizes[-1] == batch_sizes[0])
         return torch.get_autocast_dtype("cpu") if of_torch else (*state[1:], data)[0].dtype
+
+
+class GRU(GatedLayers, nn.GRU):
+    """:class:`torch.nn.GRU`, with the same parameters, arguments, results and ``state_dict``, faster on the CPU.
+
+    float32 and float64; what else there is (other dtypes and devices, ``torch.func``, ``torch.jit``) runs torch's own
+    code, and so do second derivatives.
+    """
+
+
+class LSTM(MemoryLayers, nn.LSTM):
+    """:class:`torch.nn.LSTM`, with the same parameters, arguments, results and ``state_dict``, faster on the CPU.
+
+    float32 and float64; what else there is (other dtypes and devices, ``proj_size``, ``torch.func``, ``torch.jit``)
+    runs torch's own code, and so do second derivatives.
+    """
 
 
 def _permuted(x: Tensor, order: Tensor | None) -> Tensor:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnext import _checks
+from attnext.recurrent import GRU, LSTM
 from attnext.steps import PerPass, made_anew
 
 __all__ = ["CELLS", "Cell", "Product", "over_steps"]
@@ -135,7 +136,7 @@ class Cell(NamedTuple):
     """A recurrent unit.
 
     Attributes:
-        encoder: torch's own, for whole sequences.
+        encoder: the layers for whole sequences.
         step: from what the inputs add to the gates (N, gates S), the product with the recurrent matrix (gates S, S),
             its bias and the last state to the next state, whose first tensor is the output.
         gates: rows of the matrices, in units of the size.
@@ -143,7 +144,7 @@ class Cell(NamedTuple):
         recurrent_bias: whether the recurrent matrix needs a bias of its own.
     """
 
-    encoder: type[nn.GRU] | type[nn.LSTM]
+    encoder: type[GRU] | type[LSTM]
     step: Callable[..., tuple[Tensor, ...]]
     gates: int
     states: int
@@ -151,6 +152,6 @@ class Cell(NamedTuple):
 
 
 CELLS = {
-    "gru": Cell(nn.GRU, _gru, gates=3, states=1, recurrent_bias=True),
-    "lstm": Cell(nn.LSTM, _lstm, gates=4, states=2, recurrent_bias=False),
+    "gru": Cell(GRU, _gru, gates=3, states=1, recurrent_bias=True),
+    "lstm": Cell(LSTM, _lstm, gates=4, states=2, recurrent_bias=False),
 }
