@@ -64,7 +64,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.found:
-            return "no attention module found"
+            return "no module found that attnext knows"
         rows = [("module", "class", "recipe", "")]
         rows += [
             (one.name or "(the model)", one.kind, one.recipe or "-", f"left: {one.reason}" if one.reason else "swapped")
@@ -81,7 +81,7 @@ def accelerate(
     skip: str | Iterable[str] | None = None,
     probe: bool = True,
 ) -> Report:
-    """Makes the attention modules of a model call attnext's kernels, with the same results.
+    """Makes attention modules and PyTorch's recurrent layers in a model call attnext's kernels, with the same results.
 
     A module whose parameters and arguments are those of a class in :mod:`attnext.compat`, wherever its code stands,
     gets a subclass of its own class that overrides ``forward``; nothing else changes: not its parameters, state_dict,
@@ -100,7 +100,7 @@ def accelerate(
         probe: whether to compare. Without it a class must have the name that it has in its code base, too.
 
     Returns:
-        Which attention modules were found, and for each whether it was swapped, or why not.
+        Which modules were found, and for each whether it was swapped, or why not.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -111,7 +111,7 @@ def test_report_and_restore() -> None:
     attnext.restore(model)
     assert [type(m) for m in (model.attend, *model.heads)] == [Pasted, Pasted, Different]
     assert not attnext.accelerate(nn.Linear(2, 2))
-    assert str(attnext.accelerate(nn.Linear(2, 2))) == "no attention module found"
+    assert str(attnext.accelerate(nn.Linear(2, 2))) == "no module found that attnext knows"
     for function in (attnext.accelerate, attnext.restore):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
             function(3)  # type: ignore[operator]

@@ -28,6 +28,7 @@ from attnext.bench import (
     model,
     plain,
     plots,
+    recurrent,
     report,
     steps,
     steps_table,
@@ -319,6 +320,33 @@ class TestCommand:
         assert f"{growth[0]['exponent']:.2f}" in shown
         assert bench("--cases", "threads", "--threads", "1") == 0
         assert "the study of threads was left out" in capsys.readouterr().out
+
+
+class TestRecurrent:
+    def test_study(self, tmp_path: Path, capsys: Captured) -> None:
+        path = tmp_path / "run.json"
+        assert bench("--cases", "recurrent", "--quick", "--json", str(path)) == 0
+        rows = json.loads(path.read_text())["studies"]["recurrent"]
+        assert [(row["layer"], row["kind"]) for row in rows[:2]] == [("GRU", "forward"), ("GRU", "forward + backward")]
+        # Three sequences of 5 steps: two directions of three gates, with a matrix of 24 x 24 for input and state.
+        assert rows[0]["multiply_adds"] == 3 * 5 * 2 * 3 * 2 * 24 * 24
+        assert rows[1]["multiply_adds"] == 3 * rows[0]["multiply_adds"]
+        assert rows[2]["multiply_adds"] == (1 + 3 + 6) * 2 * 3 * 2 * 24 * 24
+        assert all(set(row["peak"]) == {"attnext", "torch"} for row in rows[-2:])
+        shown = capsys.readouterr().out
+        assert "LSTM, B 3, T 1 to 6, 24 units" in shown
+        assert "peak of forward + backward" in shown
+        assert max(map(len, shown.splitlines())) <= 80
+
+    def test_a_wrong_layer_is_not_timed(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        class Off(torch.nn.GRU):
+            def forward(self, input: Any, hx: Any = None) -> Any:
+                output, last = super().forward(input, hx)
+                return output + 0.1, last
+
+        monkeypatch.setitem(recurrent._LAYERS, "GRU", (3, {"attnext": Off, "torch": torch.nn.GRU}))
+        assert bench("--cases", "recurrent", "--quick") == 1
+        assert "attnext's GRU and torch's differ" in capsys.readouterr().out
 
 
 class TestModel:

@@ -1210,3 +1210,51 @@ def test_accelerate_within_a_tagger_that_trains() -> None:
             losses.append(loss.detach())
     assert losses[2] < losses[0]
     assert_equal(losses[:3], losses[3:])
+
+
+# The operators' contract with PyTorch.
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("gates", [3, 4])
+def test_operators(gates: int, directions: int) -> None:
+    units, features = 5, 3
+    hidden = torch.randn(directions, 3, units)
+    cell = torch.randn_like(hidden) if gates == 4 else None
+    x, sizes = torch.randn(6, features), torch.tensor([3, 2, 1])
+    one = [torch.randn(gates * units, n) for n in (features, units)] + [torch.randn(gates * units) for _ in range(2)]
+    both = [*one, *([y.clone() for y in one] if directions == 2 else [None] * 4)]
+    given = (x, hidden, cell, sizes, *both)
+    ops: Any = torch.ops.attnext
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.recurrent_layer_cpu.default, (*given, False), test_utils=tests)
+    torch.library.opcheck(ops.recurrent_layer_cpu.default, (*given, True), test_utils=tests)
+    output, last, last_cell, *kept = ops.recurrent_layer_cpu(*given, True)
+    incoming = (output, last, last_cell if gates == 4 else None)
+    for wanted in (0, 0b1, 0b111, 0b111111111):
+        backward = ops.recurrent_layer_backward_cpu.default
+        torch.library.opcheck(backward, (*incoming, *given, *kept, wanted), test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (3, torch.tensor([3, 2, 2, 3]), "batch_sizes must start with the batch's and not grow"),
+        (3, torch.tensor([2, 2, 2]), "batch_sizes must start with the batch's and not grow"),
+        (3, torch.tensor([3, 3]).int(), "batch_sizes must be contiguous int64"),
+        (3, torch.tensor([3, 2, 2]), "x has size 6 in dimension 0, needs 7"),
+        (1, torch.zeros(1, 3, 0), "hidden has no units"),
+        (4, torch.zeros(15, 4), "w_input has size 4 in dimension 1, needs 3"),
+        (5, torch.zeros(15, 4), "w_hidden has size 4 in dimension 1, needs 5"),
+        (6, torch.zeros(14), "b_input has size 14 in dimension 0, needs 15"),
+        (0, torch.zeros(6, 3).double(), "the inputs differ in dtype"),
+        (9, torch.zeros(15, 5), "half of a reverse direction"),
+    ],
+)
+def test_operators_refuse_what_would_read_outside(place: int, wrong: Tensor, message: str) -> None:
+    """As a compiled or exported program comes to them without the modules' checks."""
+    given: list[Any] = [torch.zeros(6, 3), torch.zeros(1, 3, 5), None, torch.tensor([3, 2, 1]), torch.zeros(15, 3)]
+    given += [torch.zeros(15, 5), torch.zeros(15), None, None, None, None, None]
+    given[place] = wrong
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.attnext.recurrent_layer_cpu(*given, True)

@@ -33,6 +33,7 @@ SIZES = {
 }
 """What people run: of speech, of translation, and one sentence at a time."""
 TIMED = (
+    "nn.GRU of an encoder", "nn.GRU packed", "nn.LSTM of an encoder", "nn.LSTM packed",
     "espnet.AttAdd", "espnet.AttLoc", "espnet.AttLoc in a decoder", "espnet.AttCov", "espnet.AttCovLoc",
     "espnet.AttLocRec", "espnet.AttForward", "espnet.AttForwardTA", "espnet.AttDot", "espnet.AttMultiHeadAdd",
     "espnet.AttMultiHeadDot", "espnet.AttMultiHeadLoc", "espnet.AttMultiHeadMultiResLoc",

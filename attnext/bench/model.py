@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -32,8 +33,8 @@ _MODELS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
 
 _PARTS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention": ("attnext::",),
-    "encoder": ("mkldnn_rnn",),
+    "attention": ("attnext::additive",),
+    "encoder": ("attnext::recurrent", "mkldnn_rnn"),
 }
 
 
@@ -42,11 +43,11 @@ class _Eager(nn.Module):
 
     def __init__(self, model: Seq2Seq, step: Callable[..., Any]) -> None:
         super().__init__()
-        self.model, self.step = model, step
+        self.model, self.step, self.encoder = model, step, _with_torchs_layers(model.encoder)
 
     def forward(self, source: Tensor, lengths: Tensor, previous: Tensor) -> Tensor:
         decoder = self.model.decoder
-        states, last = self.model.encoder(source, lengths)
+        states, last = self.encoder(source, lengths)
         (hidden, cell), layer = decoder.first_state(last).layers[0], decoder.layers[0]
         keys, projection = decoder.attention.memory_projection(states), decoder.attention.query_projection.weight
         hidden_slots = torch.arange(source.shape[1]) >= lengths.unsqueeze(1)
@@ -65,6 +66,15 @@ class _Eager(nn.Module):
             contexts.append(context)
         logits: Tensor = decoder.logits(embedded, torch.stack(outputs, 1), torch.stack(contexts, 1), None)
         return logits
+
+
+def _with_torchs_layers(encoder: nn.Module) -> nn.Module:
+    """The same encoder, of the same parameters, whose recurrent layers are torch's own."""
+    found = copy.copy(encoder)
+    recurrent: Any = copy.copy(encoder.recurrent)
+    recurrent.__class__ = nn.LSTM
+    found._modules = dict(encoder._modules) | {"recurrent": recurrent}
+    return found
 
 
 def _eager_step(

@@ -12,7 +12,7 @@ from attnext.bench.tables import Document, duration, new_table, write
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["by_round", "show_steps", "times"]
+__all__ = ["by_round", "share", "show_steps", "times"]
 
 _PEERS = ("eager", "compile")
 _WIDTHS = (22, 8, 5, 19, 19)
@@ -38,7 +38,7 @@ def _show_loops(console: Console, rows: Sequence[Document]) -> None:
         for row in (row for row in rows if row["loop"] == name):
             ours = row["seconds"]["attnext"]
             cells = (times(row["seconds"].get(peer), ours) for peer in _PEERS)
-            table.add_row(f"  {row['kind']}", duration(median(ours)), _share(row), *cells)
+            table.add_row(f"  {row['kind']}", duration(median(ours)), share(row), *cells)
     console.print(table)
     for name in names:
         row = next(row for row in rows if row["loop"] == name)
@@ -52,7 +52,7 @@ def _show_calls(console: Console, rows: Sequence[Document]) -> None:
     table = new_table("loop", "steps", "bound", "times one call", "one call", widths=_WIDTHS)
     for row in rows:
         ours, call = row["seconds"]["attnext"], row["seconds"]["one call"]
-        table.add_row(row["loop"], duration(median(ours)), _share(row), times(ours, call), duration(median(call)))
+        table.add_row(row["loop"], duration(median(ours)), share(row), times(ours, call), duration(median(call)))
     console.print(table)
     for row in rows:
         write(console, f"{row['loop']}: {row['sizes']}")
@@ -71,7 +71,7 @@ def _show_memory(console: Console, rows: Sequence[Document]) -> None:
         console.print(table)
 
 
-def _share(row: Document) -> str:
+def share(row: Document) -> str:
     """Of the bound, that was reached."""
     return f"{row['bound'] / median(row['seconds']['attnext']):.0%}" if row["bound"] else "-"
 

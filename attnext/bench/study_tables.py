@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
-from attnext.bench.steps_table import show_steps, times
+from attnext.bench.steps_table import share, show_steps, times
 from attnext.bench.tables import Document, duration, new_table, write
 
 if TYPE_CHECKING:
@@ -67,6 +68,21 @@ def _show_model(console: Console, rows: Sequence[Document]) -> None:
             write(console, f"{row['model']}, {peer}: {', '.join(f'{part} {x:.0%}' for part, x in shares.items())}")
 
 
+def _show_recurrent(console: Console, rows: Sequence[Document]) -> None:
+    write(console, "\nrecurrent: layers of both directions; how many times longer torch's take, median of the rounds")
+    table = new_table("layer", "attnext", "bound", "torch takes", widths=(38, 9, 6, 20))
+    timed = [row for row in rows if "seconds" in row]
+    for name in dict.fromkeys((row["layer"], row["sizes"]) for row in timed):
+        table.add_row(", ".join(name))
+        for row in (row for row in timed if (row["layer"], row["sizes"]) == name):
+            ours = row["seconds"]["attnext"]
+            table.add_row(f"  {row['kind']}", duration(median(ours)), share(row), times(row["seconds"]["torch"], ours))
+    console.print(table)
+    for row in (row for row in rows if "peak" in row):
+        sizes = ", ".join(f"{peer} {size / 2**20:.0f} MiB" for peer, size in row["peak"].items())
+        write(console, f"{row['layer']}, {row['sizes']}: peak of forward + backward: {sizes}")
+
+
 def _show_code_bases(console: Console, rows: Sequence[Document]) -> None:
     write(console, "\npeers: how many times longer a code base takes with its own attention; quartiles of the rounds")
     sizes = list(dict.fromkeys(row["sizes"] for row in rows))
@@ -86,6 +102,7 @@ STUDIES: dict[str, Callable[[Console, Sequence[Document]], None]] = {
     "memory": _show_memory,
     "family": _show_family,
     "model": _show_model,
+    "recurrent": _show_recurrent,
     "steps": show_steps,
     "peers": _show_code_bases,
 }

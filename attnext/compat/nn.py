@@ -1,5 +1,6 @@
-"""PyTorch's own recurrent layers: the gated recurrent unit (Cho et al., 2014) and long short-term memory (Hochreiter and
-Schmidhuber, 1997)."""
+"""PyTorch's own recurrent layers: the gated recurrent unit (Cho et al., "Learning phrase representations using RNN
+encoder-decoder for statistical machine translation", 2014) and long short-term memory (Hochreiter and Schmidhuber,
+1997)."""
 
 from __future__ import annotations
 

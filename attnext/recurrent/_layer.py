@@ -41,7 +41,7 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def _fake(x: Tensor, hidden: Tensor, cell: Tensor | None, _: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, hidden: Tensor, cell: Tensor | None, _sizes: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *parameters, keep = others
     (directions, _, size), rows = hidden.shape, x.shape[0]
     gates = (rows, parameters[1].shape[0])
@@ -105,9 +105,11 @@ def _by_torch(
             y.double() if y is not None and y.is_floating_point() else y for y in apart
         )
         state = hidden if cell is None else (hidden, cell)
-        run: Any = torch._VF.gru if cell is None else torch._VF.lstm  # type: ignore[attr-defined]
+        run: Any = torch._VF.gru if cell is None else torch._VF.lstm
         weights = [y for y in parameters if y is not None]
-        results = run(x, batch_sizes, state, weights, parameters[2] is not None, 1, 0.0, False, parameters[4] is not None)
+        results = run(
+            x, batch_sizes, state, weights, parameters[2] is not None, 1, 0.0, False, parameters[4] is not None
+        )
         pairs = [(y, grad.double()) for y, grad in zip(results, incoming, strict=True) if grad is not None]
         followed = [y for y, needed in zip(apart, needs, strict=True) if y is not None and needed]
         outputs, grads = zip(*pairs, strict=True)

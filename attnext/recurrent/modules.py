@@ -30,7 +30,7 @@ class _Layers(nn.RNNBase):
     _tensors: int
     """Of a state."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:  # type: ignore[override]
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """As torch's own; see there.
 
         Args:
@@ -60,22 +60,22 @@ class _Layers(nn.RNNBase):
                 data = data.transpose(0, 1)
             steps, batch = data.shape[:2]
             batch_sizes, data = torch.full((steps,), batch, dtype=torch.int64), data.reshape(steps * batch, -1)
-        output, state = self._run(data, batch_sizes, state, batch)
+        rows, state = self._run(data, batch_sizes, state, batch)
+        output: Any
         if packed:
             state = tuple(_permuted(x, input.unsorted_indices) for x in state)
-            output = PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices)
+            output = PackedSequence(rows, batch_sizes, input.sorted_indices, input.unsorted_indices)
+        elif single:
+            output, state = rows, tuple(x.squeeze(1) for x in state)
         else:
-            output = output.view(steps, batch, -1)
-            if single:
-                output, state = output.squeeze(1), tuple(x.squeeze(1) for x in state)
-            elif self.batch_first:
-                output = output.transpose(0, 1)
+            output = rows.view(steps, batch, -1)
+            output = output.transpose(0, 1) if self.batch_first else output
         return output, state[0] if self._tensors == 1 else state
 
     def _serves(self, input: Any, data: Tensor, state: _State) -> bool:
         """Whether the operator takes these; the rest, what is wrong included, is left to torch's own code."""
         packed, weights = data is not input, self._flat_weights
-        if self.proj_size or torch.jit.is_tracing() or torch.jit.is_scripting() or _checks.in_transforms():
+        if self.proj_size or torch._C._get_tracing_state() is not None or _checks.in_transforms():
             return False
         if not isinstance(data, Tensor) or data.dim() not in ((2,) if packed else (2, 3)) or not data.numel():
             return False
@@ -118,8 +118,9 @@ class _Layers(nn.RNNBase):
                 data = F.dropout(data, self.dropout)
             weights: list[Any] = self._flat_weights[k * directions * each : (k + 1) * directions * each]
             of = [weights[d * each : (d + 1) * each] for d in range(directions)]
-            hidden, cell = (*(x[k * directions : (k + 1) * directions] for x in state), None)[:2]
-            data, *ended = layer(data, batch_sizes, hidden, cell, [Direction(*x, *(None,) * (4 - each)) for x in of])
+            hidden, *cell = (x[k * directions : (k + 1) * directions] for x in state)
+            both = [Direction(*x, *(None,) * (4 - each)) for x in of]
+            data, *ended = layer(data, batch_sizes, hidden, cell[0] if cell else None, both)
             last.append(tuple(ended))
         return data, tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*last, strict=True))
 

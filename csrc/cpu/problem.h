@@ -205,8 +205,8 @@ struct Recurrence {
   T *last_hidden, *last_cell;  // (B, S)
 
   const T *grad_output, *grad_last_hidden, *grad_last_cell;  // may be null
-  T* carried;                  // (B, row_of(padded)): to the step before, beside the product; of an LSTM the cell's
-  T* grad_gates;  // (rows, 4 S): projected candidate, reset, update, candidate; or as the gates
+  T* carried;           // (B, row_of(padded)): to the step before, beside the product; of an LSTM the cell's
+  T* grad_gates;        // (rows, 4 S): projected candidate, reset, update, candidate; or as the gates
   T* grad_gates_after;  // of the stretch after this one, which begins with step `after`
   int64_t grad_base, grad_base_after, after;
   T* previous;                 // (rows, S), from grad_base: the states before each step

@@ -52,10 +52,10 @@ struct LayerInputs {
 void check_layer(const LayerInputs& x) {
   check_rank(x.hidden, "hidden", 3);
   check_rank(x.x, "x", 2);
+  STD_TORCH_CHECK(x.w_input.has_value() == x.w_hidden.has_value(), "attnext: half of a reverse direction");
   const int64_t D = x.directions(), batch = x.hidden.size(1), size = x.hidden.size(2), rows = (x.cell ? 4 : 3) * size;
   check_shape(x.hidden, "hidden", {D, batch, size});
   STD_TORCH_CHECK(size > 0, "attnext: hidden has no units");
-  STD_TORCH_CHECK(x.w_input.has_value() == x.w_hidden.has_value(), "attnext: half of a reverse direction");
   if (x.cell) check_shape(*x.cell, "cell", {D, batch, size});
   for (int64_t d = 0; d < D; ++d) {
     const Direction one = x.of(d);
@@ -227,7 +227,8 @@ class Layer {
       if (!bias) continue;
       const T* from = data(*bias);
       for (int64_t g = 0; g < gates; ++g)
-        for (int64_t k = 0; k < size; ++k) sums[(g + (gates == 3 && g == 2 && of_input)) * padded + k] += from[g * size + k];
+        for (int64_t k = 0; k < size; ++k)
+          sums[(g + (gates == 3 && g == 2 && of_input)) * padded + k] += from[g * size + k];
     }
     return sums;
   }
@@ -252,7 +253,8 @@ LayerResults forward_as(const LayerInputs& inputs, bool keep) {
   Tensor output = empty({N, D * S}, dtype), last_hidden = empty({D, B, S}, dtype);
   Tensor last_cell = empty(inputs.cell ? Shape{D, B, S} : Shape{0}, dtype);
   // Apart, as what is freed in pieces of up to 32 MiB is soon used again.
-  Tensor gates[] = {empty(keep ? Shape{N, G * S} : Shape{0}, dtype), empty(keep && D == 2 ? Shape{N, G * S} : Shape{0}, dtype)};
+  Tensor gates[] = {empty(keep ? Shape{N, G * S} : Shape{0}, dtype),
+                    empty(keep && D == 2 ? Shape{N, G * S} : Shape{0}, dtype)};
   Tensor inner = empty(keep ? Shape{D, N, 2 * S} : Shape{0}, dtype);
   const int64_t stretch = layer.stretch_steps();
   for (int64_t d = 0; d < D; ++d) {
@@ -287,21 +289,23 @@ LayerResults forward_as(const LayerInputs& inputs, bool keep) {
   return {output, last_hidden, last_cell, gates[0], gates[1], inner};
 }
 
-// What comes in for the results of a layer, and which gradients are asked for: a bit each, of x and then the parameters.
+// What comes in for the results of a layer, and which gradients are asked for: a bit each, of x and then the
+// parameters.
 struct LayerGradients {
   const Optional &output, &hidden, &cell;
   int64_t wanted;
   bool wants(int64_t k) const { return wanted >> k & 1; }
+  bool wants(int64_t direction, int64_t k) const { return wants(1 + 4 * direction + k); }
 };
 
 // The gradients of the parameters of one direction.
 template <class T>
 struct OfDirection {
-  OfDirection(const Layer<T>& layer, const LayerGradients& grad, int64_t d)
-      : w_input(made(grad.wants(1 + 4 * d), {layer.gates * layer.size, layer.features})),
-        w_hidden(made(grad.wants(2 + 4 * d), {layer.gates * layer.size, layer.size})),
-        b_input(made(grad.wants(3 + 4 * d), {layer.gates * layer.size})),
-        b_hidden(made(grad.wants(4 + 4 * d), {layer.gates * layer.size})) {}
+  OfDirection(const Layer<T>& layer, const LayerGradients& grad, int64_t d, bool there)
+      : w_input(made(there && grad.wants(d, 0), {layer.gates * layer.size, layer.features})),
+        w_hidden(made(there && grad.wants(d, 1), {layer.gates * layer.size, layer.size})),
+        b_input(made(there && grad.wants(d, 2), {layer.gates * layer.size})),
+        b_hidden(made(there && grad.wants(d, 3), {layer.gates * layer.size})) {}
 
   static Tensor made(bool wanted, const Shape& shape) {
     return empty(wanted ? shape : Shape{0}, arithmetic_dtype<T>());
@@ -339,7 +343,8 @@ struct OfDirection {
 };
 
 template <class T>
-LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs, const Tensor& gates, const Tensor& reverse_gates, const Tensor& inner) {
+LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs, const Tensor& gates,
+                          const Tensor& reverse_gates, const Tensor& inner) {
   Layer<T> layer(inputs);
   const int32_t dtype = arithmetic_dtype<T>();
   const int64_t D = layer.directions, B = layer.batch, S = layer.size, N = layer.rows, F = layer.features;
@@ -352,7 +357,7 @@ LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs,
   Tensor grad_hidden = empty({D, B, S}, dtype), grad_cell = empty(inputs.cell ? Shape{D, B, S} : Shape{0}, dtype);
   Tensor grad_x = empty(grad.wants(0) ? Shape{N, F} : Shape{0}, dtype);
   if (grad.wants(0)) std::memset(grad_x.data_ptr(), 0, size_t(N * F) * sizeof(T));
-  const OfDirection<T> sums[] = {{layer, grad, 0}, {layer, grad, 1}};
+  const OfDirection<T> sums[] = {{layer, grad, 0, true}, {layer, grad, 1, D == 2}};
   const int64_t stretch = layer.stretch_steps(), stretch_rows = std::min(stretch * B, N);
   T* buffers[2][2];
   for (int64_t d = 0; d < D; ++d) {
@@ -390,17 +395,25 @@ LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs,
     }
   }
   for (int64_t d = 0; d < D; ++d) sums[d].finish(layer, layer.of[d].grad_bias);
-  return {grad_x,           grad_hidden,     grad_cell,        sums[0].w_input,  sums[0].w_hidden, sums[0].b_input,
+  return {grad_x,           grad_hidden,     grad_cell,        sums[0].w_input, sums[0].w_hidden, sums[0].b_input,
           sums[0].b_hidden, sums[1].w_input, sums[1].w_hidden, sums[1].b_input, sums[1].b_hidden};
 }
 
 }  // namespace
 
-LayerResults recurrent_layer(Tensor x, Tensor hidden, Optional cell, Tensor batch_sizes, Tensor w_input, Tensor w_hidden,
-                             Optional b_input, Optional b_hidden, Optional reverse_w_input, Optional reverse_w_hidden,
-                             Optional reverse_b_input, Optional reverse_b_hidden, bool keep) {
-  const LayerInputs inputs{x, hidden, cell, batch_sizes, {w_input, w_hidden, b_input, b_hidden},
-                           reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
+LayerResults recurrent_layer(Tensor x, Tensor hidden, Optional cell, Tensor batch_sizes, Tensor w_input,
+                             Tensor w_hidden, Optional b_input, Optional b_hidden, Optional reverse_w_input,
+                             Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden,
+                             bool keep) {
+  const LayerInputs inputs{x,
+                           hidden,
+                           cell,
+                           batch_sizes,
+                           {w_input, w_hidden, b_input, b_hidden},
+                           reverse_w_input,
+                           reverse_w_hidden,
+                           reverse_b_input,
+                           reverse_b_hidden};
   check_layer(inputs);
   return dtype_of(x) == kDoubleDtype ? forward_as<double>(inputs, keep) : forward_as<float>(inputs, keep);
 }
@@ -410,8 +423,15 @@ LayerBackward recurrent_layer_backward(Optional grad_output, Optional grad_hidde
                                        Tensor w_hidden, Optional b_input, Optional b_hidden, Optional reverse_w_input,
                                        Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden,
                                        Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted) {
-  const LayerInputs inputs{x, hidden, cell, batch_sizes, {w_input, w_hidden, b_input, b_hidden},
-                           reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
+  const LayerInputs inputs{x,
+                           hidden,
+                           cell,
+                           batch_sizes,
+                           {w_input, w_hidden, b_input, b_hidden},
+                           reverse_w_input,
+                           reverse_w_hidden,
+                           reverse_b_input,
+                           reverse_b_hidden};
   const LayerGradients grad{grad_output, grad_hidden, grad_cell, wanted};
   check_layer(inputs);
   return dtype_of(x) == kDoubleDtype ? backward_as<double>(grad, inputs, gates, reverse_gates, inner)

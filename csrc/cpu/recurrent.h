@@ -34,8 +34,8 @@ inline void fetch(const T* p) {
 #endif
 }
 
-// 2^n and exp(rest) - 1 without the 1 of the series, of x = n ln 2 + rest within the range of normal numbers; a NaN of x
-// comes out as one of the latter.
+// 2^n and exp(rest) - 1 without the 1 of the series, of x = n ln 2 + rest within the range of normal numbers; a NaN of
+// x comes out as one of the latter.
 template <class T>
 struct Exponential {
   explicit Exponential(Vec<T> x) {
@@ -70,8 +70,8 @@ inline Vec<T> tanh(Vec<T> x) {
 
 // ------------------------------------------------------------------------------------------------ the matrix
 
-// Blocks [begin, end) of the matrix (G S, S): for each a line for each state, a vector a gate. Few columns at a time, so
-// that the lines that are written stay in the cache.
+// Blocks [begin, end) of the matrix (G S, S): for each a line for each state, a vector a gate. Few columns at a time,
+// so that the lines that are written stay in the cache.
 template <class T, Unit U>
 inline void pack_forward(const Recurrence<T>& r, int64_t begin, int64_t end) {
   constexpr int W = kLanes<T>, G = kGates<U>, columns = 16;
@@ -105,17 +105,16 @@ inline void pack_backward(const Recurrence<T>& r, int64_t begin, int64_t end) {
   }
 }
 
-// sum[i][n] += sum_k a[i][k] panel[k][n]. Few sums are taken in parts, so that a multiply-add needn't wait for the last.
+// sum[i][n] += sum_k a[i][k] panel[k][n]. Few sums are taken in parts, so that a multiply-add needn't wait for the
+// last.
 template <class T, int I, int N, bool Fetch>
 inline void multiply(const T* a, int64_t a_row, const T* panel, int64_t depth, Vec<T> (&sum)[I][N], const char* ahead) {
   constexpr int W = kLanes<T>, parts = I * N >= 8 ? 1 : I * N >= 6 ? 2 : 4;
   Vec<T> part[parts][I][N];
-  UNROLL for (int u = 0; u < parts; ++u)
-  UNROLL for (int i = 0; i < I; ++i)
-  UNROLL for (int n = 0; n < N; ++n) part[u][i][n] = u ? Vec<T>{} : sum[i][n];
+  UNROLL for (int u = 0; u < parts; ++u) UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n)
+      part[u][i][n] = u ? Vec<T>{} : sum[i][n];
   int64_t k = 0;
-  for (; k + parts <= depth; k += parts, panel += parts * N * W)
-    UNROLL for (int u = 0; u < parts; ++u) {
+  for (; k + parts <= depth; k += parts, panel += parts * N * W) UNROLL for (int u = 0; u < parts; ++u) {
       Vec<T> line[N];
       UNROLL for (int n = 0; n < N; ++n) line[n] = load(panel + (u * N + n) * W);
       if constexpr (Fetch) __builtin_prefetch(ahead, 0, 2), ahead += 64;
@@ -125,10 +124,9 @@ inline void multiply(const T* a, int64_t a_row, const T* panel, int64_t depth, V
       }
     }
   for (; k < depth; ++k, panel += N * W)
-    UNROLL for (int i = 0; i < I; ++i)
-    UNROLL for (int n = 0; n < N; ++n) part[0][i][n] += a[i * a_row + k] * load(panel + n * W);
-  UNROLL for (int i = 0; i < I; ++i)
-  UNROLL for (int n = 0; n < N; ++n) {
+    UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n) part[0][i][n] +=
+        a[i * a_row + k] * load(panel + n * W);
+  UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n) {
     Vec<T> total = part[0][i][n];
     UNROLL for (int u = 1; u < parts; ++u) total += part[u][i][n];
     sum[i][n] = total;
@@ -144,13 +142,14 @@ struct PanelProduct {
   int64_t depth;
 };
 
-constexpr int64_t kGroup = 64;                // rows whose sums wait while the panel is read in parts
-constexpr int64_t kPanelBytes = 16 * 1024;    // of a part: it stays in the first-level cache for all rows of a group
+constexpr int64_t kGroup = 64;              // rows whose sums wait while the panel is read in parts
+constexpr int64_t kPanelBytes = 16 * 1024;  // of a part: it stays in the first-level cache for all rows of a group
 
-// Rows [row, end) over the lines [k0, k1) of the panel, in tiles of I. What comes after these lines is fetched meanwhile.
+// Rows [row, end) over the lines [k0, k1) of the panel, in tiles of I. What comes after these lines is fetched
+// meanwhile.
 template <class T, int N, int I, class First, class Soon, class Last>
-inline void panel_rows(const PanelProduct<T>& p, int64_t row, int64_t end, int64_t k0, int64_t k1, Ahead& ahead, T* sums,
-                       const First& first, const Soon& soon, const Last& last) {
+inline void panel_rows(const PanelProduct<T>& p, int64_t row, int64_t end, int64_t k0, int64_t k1, Ahead& ahead,
+                       T* sums, const First& first, const Soon& soon, const Last& last) {
   constexpr int W = kLanes<T>;
   for (; row + I <= end; row += I, sums += I * N * W) {
     Vec<T> sum[I][N];
@@ -307,14 +306,16 @@ inline void gated_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad)
   store<T>(r.carried + at.b * row_of(r.padded) + at.u, grad * update);
   store_part(r.previous + (at.row - r.grad_base) * size + at.u, before, n);
   T* out = r.grads_at(at.step) + at.b * 4 * size + at.u;
-  for (int g = 0; g < 4; ++g) store_part(out + g * size, grads[g], n), add_part(r.grad_bias + g * size + at.u, grads[g], n);
+  for (int g = 0; g < 4; ++g)
+    store_part(out + g * size, grads[g], n), add_part(r.grad_bias + g * size + at.u, grads[g], n);
 }
 
 template <class T>
 inline void memory_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad) {
   const int64_t size = r.size, n = at.n;
   const T* gates = r.gates + (at.row - r.gates_base) * 4 * size + at.u;
-  const Vec<T> take = load_part(gates, n), keep = load_part(gates + size, n), candidate = load_part(gates + 2 * size, n);
+  const Vec<T> take = load_part(gates, n), keep = load_part(gates + size, n),
+               candidate = load_part(gates + 2 * size, n);
   const Vec<T> show = load_part(gates + 3 * size, n), shown = tanh<T>(load_part(r.inner + at.row * 2 * size + at.u, n));
   const T* inner = inner_before(r, at);
   const T* cell = inner ? inner : r.cell + at.b * size + at.u;
@@ -329,7 +330,8 @@ inline void memory_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad
   store<T>(carried, of_cell * keep);
   store_part(r.previous + (at.row - r.grad_base) * size + at.u, load_part(state_before(r, at), n), n);
   T* out = r.grads_at(at.step) + at.b * 4 * size + at.u;
-  for (int g = 0; g < 4; ++g) store_part(out + g * size, grads[g], n), add_part(r.grad_bias + g * size + at.u, grads[g], n);
+  for (int g = 0; g < 4; ++g)
+    store_part(out + g * size, grads[g], n), add_part(r.grad_bias + g * size + at.u, grads[g], n);
 }
 
 // The gradient of the state before the first step of a row is done; that of the state after a step goes into its gates.
@@ -390,6 +392,6 @@ void recurrent_backward(const Recurrence<T>& r, int64_t step, int64_t begin, int
 
 template <class T, Unit U>
 constexpr RecurrentKernels<T> recurrent_kernels() {
-  return {kLanes<T>, kGradVectors * kLanes<T>, pack_forward<T, U>, recurrent<T, U>, pack_backward<T, U>,
-          recurrent_backward<T, U>};
+  return {kLanes<T>,       kGradVectors * kLanes<T>, pack_forward<T, U>,
+          recurrent<T, U>, pack_backward<T, U>,      recurrent_backward<T, U>};
 }

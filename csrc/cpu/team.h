@@ -54,7 +54,8 @@ class Chain {
     }
   }
 
-  static constexpr int64_t kRounds = 2000;  // some 30 us: longer, and the other thread may wait for this one's processor
+  static constexpr int64_t kRounds =
+      2000;  // some 30 us: longer, and the other thread may wait for this one's processor
   const int64_t steps_, parts_;
   alignas(64) std::atomic<int64_t> done_{0};
   std::unique_ptr<Place[]> next_;

@@ -6,8 +6,8 @@ import importlib
 
 from attnext.bench.code_bases.program import Program
 
-FILES = ("allennlp", "coqui", "doctr", "espnet", "fairseq", "funasr", "gnmt", "joeynmt", "keras", "mmocr", "opennmt",
-         "openspeech", "rl4co", "speechbrain", "stanza", "tacotron2", "torchmil", "tutorial")  # fmt: skip
+FILES = ("allennlp", "coqui", "doctr", "espnet", "fairseq", "funasr", "gnmt", "joeynmt", "keras", "mmocr", "nn",
+         "opennmt", "openspeech", "rl4co", "speechbrain", "stanza", "tacotron2", "torchmil", "tutorial")  # fmt: skip
 PROGRAMS: list[Program] = [
     program for name in FILES for program in importlib.import_module(f"{__name__}.{name}").PROGRAMS
 ]
