@@ -110,12 +110,12 @@ LayerResults recurrent_layer(Tensor x, Tensor hidden, std::optional<Tensor> cell
                              std::optional<Tensor> reverse_w_input, std::optional<Tensor> reverse_w_hidden,
                              std::optional<Tensor> reverse_b_input, std::optional<Tensor> reverse_b_hidden, bool keep);
 
-LayerBackward recurrent_layer_backward(
-    std::optional<Tensor> grad_output, std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_cell, Tensor x,
-    Tensor hidden, std::optional<Tensor> cell, Tensor batch_sizes, Tensor w_input, Tensor w_hidden,
-    std::optional<Tensor> b_input, std::optional<Tensor> b_hidden, std::optional<Tensor> reverse_w_input,
-    std::optional<Tensor> reverse_w_hidden, std::optional<Tensor> reverse_b_input,
-    std::optional<Tensor> reverse_b_hidden, Tensor gates, Tensor reverse_gates, Tensor inner,
-    int64_t wanted);
+LayerBackward recurrent_layer_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_hidden,
+                                       std::optional<Tensor> grad_cell, Tensor x, Tensor hidden,
+                                       std::optional<Tensor> cell, Tensor batch_sizes, Tensor w_input, Tensor w_hidden,
+                                       std::optional<Tensor> b_input, std::optional<Tensor> b_hidden,
+                                       std::optional<Tensor> reverse_w_input, std::optional<Tensor> reverse_w_hidden,
+                                       std::optional<Tensor> reverse_b_input, std::optional<Tensor> reverse_b_hidden,
+                                       Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted);
 
 }  // namespace attnext::cpu
