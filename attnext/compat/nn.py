@@ -37,7 +37,7 @@ class _Recurrent(Recipe):
             lengths = torch.tensor([1, 3] if layers.batch_first else [3, 1, 2])
             packed = pack_padded_sequence(x, lengths, batch_first=layers.batch_first, enforce_sorted=False)
             (whole, state), (part, last) = layers(x), layers(packed)
-            return [whole, *_tensors(state), part.data, *_tensors(last)]
+            return [whole, *_states(state), part.data, *_states(last)]
 
         return Trial([draw(2, 3, size) if module.batch_first else draw(3, 3, size)], run)
 
@@ -46,7 +46,7 @@ class _Recurrent(Recipe):
         return isinstance(data, Tensor) and self._served(data) and this._serves(input, data, state)
 
 
-def _tensors(state: Any) -> tuple[Tensor, ...]:
+def _states(state: Any) -> tuple[Tensor, ...]:
     return (state,) if isinstance(state, Tensor) else tuple(state)
 
 

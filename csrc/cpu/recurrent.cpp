@@ -52,6 +52,8 @@ struct LayerInputs {
 void check_layer(const LayerInputs& x) {
   check_rank(x.hidden, "hidden", 3);
   check_rank(x.x, "x", 2);
+  STD_TORCH_CHECK(type_of(x.x) == Type::kFloat || type_of(x.x) == Type::kDouble,
+                  "attnext: a recurrent layer takes float32 or float64");
   STD_TORCH_CHECK(x.w_input.has_value() == x.w_hidden.has_value(), "attnext: half of a reverse direction");
   const int64_t D = x.directions(), batch = x.hidden.size(1), size = x.hidden.size(2), rows = (x.cell ? 4 : 3) * size;
   check_shape(x.hidden, "hidden", {D, batch, size});
@@ -100,6 +102,12 @@ void multiply_whole(const View<T>& out, const View<T>& a, const View<T>& b, bool
 template <class T>
 void multiply(const View<T>& out, const View<T>& a, const View<T>& b, bool adds) {
   if (sizeof(T) == 4) return multiply_whole<T>(out, a, b, adds);
+  if (out.rows * out.columns == 1) {
+    T sum = adds ? *out.data : T(0);
+    for (int64_t k = 0; k < a.columns; ++k) sum += a.data[k * a.column] * b.data[k * b.row];
+    *out.data = sum;
+    return;
+  }
   const bool by_rows = out.rows > out.columns;
   const int64_t size = by_rows ? out.rows : out.columns, pieces = std::min(kPieces, size);
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
@@ -118,9 +126,9 @@ T* zeros(Scratch& scratch, int64_t n) {
   return x;
 }
 
-// A stretch of steps [begin, end), and the rows [row, row + rows) of one direction.
+// The rows [row, row + rows) of a stretch of steps in one direction.
 struct Stretch {
-  int64_t begin, end, row, rows;
+  int64_t row, rows;
 };
 
 template <class T>
@@ -143,6 +151,8 @@ class Layer {
     }
     check_shape(inputs.x, "x", {rows, features});
     x = {data(inputs.x), rows, features, features};
+    const T* hidden = data(inputs.hidden);
+    const T* cell = inputs.cell ? data(*inputs.cell) : nullptr;
     for (int64_t d = 0; d < directions; ++d) {
       const Direction one = inputs.of(d);
       Recurrence<T>& r = of[d];
@@ -151,8 +161,8 @@ class Layer {
       r.sizes = sizes, r.offsets = offsets_.data();
       r.weight = data(one.w_hidden), w_input[d] = {data(one.w_input), gates * size, features, features};
       r.bias = biases(one, r.padded);
-      r.hidden = data(inputs.hidden) + d * batch * size;
-      if (inputs.cell) r.cell = data(*inputs.cell) + d * batch * size;
+      r.hidden = hidden + d * batch * size;
+      if (cell) r.cell = cell + d * batch * size;
       r.output_row = directions * size;
     }
   }
@@ -201,10 +211,11 @@ class Layer {
 
   // The steps in stretches of so many rows that a product is worth its call, and stays in the caches.
   int64_t stretch_steps() const { return std::max<int64_t>(1, kStretchRows / std::max<int64_t>(batch, 1)); }
+  int64_t stretch_rows() const { return std::min(stretch_steps() * batch, rows); }
   Stretch stretch(int64_t d, int64_t begin, int64_t end) const {
     const Recurrence<T>& r = of[d];
     const int64_t first = r.reverse ? end - 1 : begin, last = r.reverse ? begin : end - 1;
-    return {begin, end, r.row_at(first), r.row_at(last) + r.rows_at(last) - r.row_at(first)};
+    return {r.row_at(first), r.row_at(last) + r.rows_at(last) - r.row_at(first)};
   }
 
   const int64_t directions, batch, size, features;
@@ -260,7 +271,8 @@ LayerResults forward_as(const LayerInputs& inputs, bool keep) {
   for (int64_t d = 0; d < D; ++d) {
     Recurrence<T>& r = layer.of[d];
     const int64_t row = row_of(r.padded);
-    r.gates = keep ? static_cast<T*>(gates[d].data_ptr()) : layer.scratch.template take<T>(stretch * B * G * S);
+    r.gates =
+        keep ? static_cast<T*>(gates[d].data_ptr()) : layer.scratch.template take<T>(layer.stretch_rows() * G * S);
     r.output = static_cast<T*>(output.data_ptr()) + d * S;
     r.last_hidden = static_cast<T*>(last_hidden.data_ptr()) + d * B * S;
     if (keep) r.inner = static_cast<T*>(inner.data_ptr()) + d * N * 2 * S;
@@ -356,19 +368,23 @@ LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs,
   if (grad.cell) check_shape(*grad.cell, "grad_cell", {D, B, S});
   Tensor grad_hidden = empty({D, B, S}, dtype), grad_cell = empty(inputs.cell ? Shape{D, B, S} : Shape{0}, dtype);
   Tensor grad_x = empty(grad.wants(0) ? Shape{N, F} : Shape{0}, dtype);
-  if (grad.wants(0)) std::memset(grad_x.data_ptr(), 0, size_t(N * F) * sizeof(T));
+  if (grad.wants(0) && D == 2) std::memset(grad_x.data_ptr(), 0, size_t(N * F) * sizeof(T));
   const OfDirection<T> sums[] = {{layer, grad, 0, true}, {layer, grad, 1, D == 2}};
-  const int64_t stretch = layer.stretch_steps(), stretch_rows = std::min(stretch * B, N);
+  const int64_t stretch = layer.stretch_steps();
+  T* kept = layer.data(inner);
+  const T* of_output = grad.output ? layer.data(*grad.output) : nullptr;
+  const T* of_hidden = grad.hidden ? layer.data(*grad.hidden) : nullptr;
+  const T* of_cell = grad.cell ? layer.data(*grad.cell) : nullptr;
   T* buffers[2][2];
   for (int64_t d = 0; d < D; ++d) {
     Recurrence<T>& r = layer.of[d];
     r.gates = layer.data(d ? reverse_gates : gates);
-    r.inner = layer.data(inner) + d * N * 2 * S;
-    if (grad.output) r.grad_output = layer.data(*grad.output) + d * S;
-    if (grad.hidden) r.grad_last_hidden = layer.data(*grad.hidden) + d * B * S;
-    if (grad.cell) r.grad_last_cell = layer.data(*grad.cell) + d * B * S;
-    for (T*& buffer : buffers[d]) buffer = layer.scratch.template take<T>(stretch_rows * 4 * S);
-    r.previous = layer.scratch.template take<T>(stretch_rows * S);
+    r.inner = kept + d * N * 2 * S;
+    if (of_output) r.grad_output = of_output + d * S;
+    if (of_hidden) r.grad_last_hidden = of_hidden + d * B * S;
+    if (of_cell) r.grad_last_cell = of_cell + d * B * S;
+    for (T*& buffer : buffers[d]) buffer = layer.scratch.template take<T>(layer.stretch_rows() * 4 * S);
+    r.previous = layer.scratch.template take<T>(layer.stretch_rows() * S);
     r.grad_bias = zeros<T>(layer.scratch, 4 * S);
     r.grad_hidden = static_cast<T*>(grad_hidden.data_ptr()) + d * B * S;
     if (inputs.cell) r.grad_cell = static_cast<T*>(grad_cell.data_ptr()) + d * B * S;
@@ -391,7 +407,7 @@ LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs,
       if (grad.wants(0))
         multiply<T>({static_cast<T*>(grad_x.data_ptr()) + at.row * F, at.rows, F, F},
                     {layer.of[d].grad_gates + (4 - layer.gates) * S, at.rows, layer.gates * S, 4 * S}, layer.w_input[d],
-                    true);
+                    D == 2);
     }
   }
   for (int64_t d = 0; d < D; ++d) sums[d].finish(layer, layer.of[d].grad_bias);

@@ -1,6 +1,7 @@
 // Recurrent units over a packed batch, one direction of a layer: the product of a step's states with the recurrent
-// matrix, and on its sums, while they are in registers, the gates. A block is as many units as a vector has lanes; its
-// part of the matrix lies in one piece, in the order in which it is read.
+// matrix, and on its sums, while they are in registers, the gates. A block is as many units as a vector has lanes, or
+// in the backward pass some vectors of them; its part of the matrix lies in one piece, in the order in which it is
+// read.
 
 // Vectors of a block's sums for each row, a vector a gate, and the rows of a tile.
 template <Unit U>
@@ -291,6 +292,15 @@ inline void add_part(T* sum, Vec<T> x, int64_t n) {
   store_part<T>(sum, load_part(sum, n) + x, n);
 }
 
+template <class T>
+inline void put_gradients(const Recurrence<T>& r, const Units& at, const Vec<T> (&grads)[4]) {
+  T* out = r.grads_at(at.step) + at.b * 4 * r.size + at.u;
+  for (int g = 0; g < 4; ++g) {
+    store_part(out + g * r.size, grads[g], at.n);
+    add_part(r.grad_bias + g * r.size + at.u, grads[g], at.n);
+  }
+}
+
 // The gradients of a unit's gates from that of its state; what of it goes straight on is kept in `carried`.
 template <class T>
 inline void gated_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad) {
@@ -305,9 +315,7 @@ inline void gated_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad)
   const Vec<T> grads[4] = {of_candidate * reset, of_reset, of_update, of_candidate};
   store<T>(r.carried + at.b * row_of(r.padded) + at.u, grad * update);
   store_part(r.previous + (at.row - r.grad_base) * size + at.u, before, n);
-  T* out = r.grads_at(at.step) + at.b * 4 * size + at.u;
-  for (int g = 0; g < 4; ++g)
-    store_part(out + g * size, grads[g], n), add_part(r.grad_bias + g * size + at.u, grads[g], n);
+  put_gradients(r, at, grads);
 }
 
 template <class T>
@@ -329,9 +337,7 @@ inline void memory_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad
                            of_cell * take * (T(1) - candidate * candidate), grad * shown * show * (T(1) - show)};
   store<T>(carried, of_cell * keep);
   store_part(r.previous + (at.row - r.grad_base) * size + at.u, load_part(state_before(r, at), n), n);
-  T* out = r.grads_at(at.step) + at.b * 4 * size + at.u;
-  for (int g = 0; g < 4; ++g)
-    store_part(out + g * size, grads[g], n), add_part(r.grad_bias + g * size + at.u, grads[g], n);
+  put_gradients(r, at, grads);
 }
 
 // The gradient of the state before the first step of a row is done; that of the state after a step goes into its gates.
@@ -374,12 +380,15 @@ void recurrent_backward(const Recurrence<T>& r, int64_t step, int64_t begin, int
     const auto nothing = [](int64_t, Vec<T>(&sum)[N]) { UNROLL for (int n = 0; n < N; ++n) sum[n] = Vec<T>{}; };
     const auto soon = [&](int64_t b) {
       if (b >= r.rows_at(step)) return;
-      const int64_t row = r.row_at(step) + b, before = r.row_at(step - 1) + b;
+      const int64_t row = r.row_at(step) + b;
       for (int64_t u = block * N * W; u < (block + 1) * N * W && u < r.size; u += W) {
         for (int g = 0; g < kGates<U>; ++g) fetch(r.gates + (row * kGates<U> + g) * r.size + u);
-        fetch(r.inner + row * 2 * r.size + u), fetch(r.inner + (before * 2 + 1) * r.size + u);
-        if (U == Unit::kLstm) fetch(r.inner + before * 2 * r.size + u);
+        fetch(r.inner + row * 2 * r.size + u);
         if (r.grad_output) fetch(r.grad_output + row * r.output_row + u);
+        const T* before = inner_before(r, {step, b, row, u, W});
+        if (!before) continue;
+        fetch(before + r.size);
+        if (U == Unit::kLstm) fetch(before);
       }
     };
     panel_product<T, N>({grads, 4 * r.size, r.packed + block * depth * N * W, depth}, 0, coming, nothing, soon, take);

@@ -15,7 +15,7 @@ namespace attnext::cpu {
 
 // Steps one after the other, each of so many parts that any thread may do. A thread takes those it had at the step
 // before, whose numbers are in its cache, then those that nobody has begun: no thread that comes late, or never, is
-// waited for. What is waited for has been begun.
+// waited for. What is waited for has been begun. The work must not throw.
 class Chain {
  public:
   Chain(int64_t steps, int64_t parts) : steps_(steps), parts_(parts), next_(new Place[size_t(parts)]) {}
@@ -29,7 +29,8 @@ class Chain {
         const int64_t part = (k < own ? there_and_back(step, k, first, first + own) : first + k) % parts_;
         int64_t expected = step;
         if (next_[part].step.load(std::memory_order_relaxed) != step) continue;
-        if (!next_[part].step.compare_exchange_strong(expected, step + 1, std::memory_order_acquire)) continue;
+        // What the steps before have written is seen by way of done_.
+        if (!next_[part].step.compare_exchange_strong(expected, step + 1, std::memory_order_relaxed)) continue;
         work(step, part);
         done_.fetch_add(1, std::memory_order_acq_rel);
       }
@@ -54,11 +55,10 @@ class Chain {
     }
   }
 
-  static constexpr int64_t kRounds =
-      2000;  // some 30 us: longer, and the other thread may wait for this one's processor
+  static constexpr int64_t kRounds = 2000;  // some 0.1 ms: longer, and the other may wait for this one's processor
   const int64_t steps_, parts_;
+  const std::unique_ptr<Place[]> next_;
   alignas(64) std::atomic<int64_t> done_{0};
-  std::unique_ptr<Place[]> next_;
 };
 
 }  // namespace attnext::cpu
