@@ -45,3 +45,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+_EXTENSION = _extension.load()
+
+
+@pytest.fixture(params=_EXTENSION.instruction_sets() if _EXTENSION else [])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each that this machine can run."""
+    assert _EXTENSION is not None
+    before = _EXTENSION.instruction_set()
+    _EXTENSION.set_instruction_set(request.param)
+    yield request.param
+    _EXTENSION.set_instruction_set(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,15 +17,6 @@ from attnext.cases import CASES, DTYPES, Case, compare, random_cases
 EXTENSION = _extension.load()
 assert EXTENSION is not None, _extension.status().reason
 INSTRUCTION_SETS = EXTENSION.instruction_sets()
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert EXTENSION is not None
-    before = EXTENSION.instruction_set()
-    EXTENSION.set_instruction_set(request.param)
-    yield request.param
-    EXTENSION.set_instruction_set(before)
 
 
 def check(case: Case, seed: int) -> None:

@@ -45,15 +45,6 @@ def kind(request: pytest.FixtureRequest) -> type[nn.RNNBase]:
     return request.param
 
 
-@pytest.fixture(params=EXTENSION.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert EXTENSION is not None
-    before = EXTENSION.instruction_set()
-    EXTENSION.set_instruction_set(request.param)
-    yield request.param
-    EXTENSION.set_instruction_set(before)
-
-
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()

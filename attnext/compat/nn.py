@@ -31,7 +31,7 @@ class _Recurrent(Recipe):
 
     @classmethod
     def trial(cls, module: nn.Module, draw: Draw) -> Trial:
-        size: int = module.input_size  # type: ignore[assignment]
+        made: Any = module
 
         def run(layers: Any, x: Tensor) -> list[Tensor]:
             lengths = torch.tensor([1, 3] if layers.batch_first else [3, 1, 2])
@@ -39,7 +39,7 @@ class _Recurrent(Recipe):
             (whole, state), (part, last) = layers(x), layers(packed)
             return [whole, *_states(state), part.data, *_states(last)]
 
-        return Trial([draw(2, 3, size) if module.batch_first else draw(3, 3, size)], run)
+        return Trial([draw(2 if made.batch_first else 3, 3, made.input_size)], run)
 
     def _serves(self, input: Any, data: Any, state: tuple[Tensor, ...]) -> bool:
         this: Any = super()

@@ -92,6 +92,10 @@ class _Layer(torch.autograd.Function):
         return None, *(grad if needed else None for grad, needed in zip(found, needs, strict=True))
 
 
+# As mypy sees it: torch's apply has no types.
+_applied: Callable[..., tuple[Tensor, ...]] = _Layer.apply
+
+
 def _by_torch(
     inputs: Sequence[Tensor | None], incoming: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -134,5 +138,4 @@ def layer(
     parameters = [parameter for one in directions for parameter in one]
     inputs = (x, hidden, cell, batch_sizes, *parameters, *(None,) * (8 - len(parameters)))
     keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in inputs)
-    results: tuple[Tensor, ...] = _Layer.apply(keep, *inputs)  # type: ignore[no-untyped-call]
-    return results
+    return _applied(keep, *inputs)

@@ -6,7 +6,7 @@ gate, and the gated recurrent unit (Cho et al., 2014) whose reset gate multiplie
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,11 @@ class _Layers(nn.RNNBase):
 
     _tensors: int
     """Of a state."""
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        """As torch keeps them: by layer and direction, of the input, of the state, and then their biases."""
+        return cast(list[Tensor], self._flat_weights)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As torch's own; see there.
@@ -74,23 +79,24 @@ class _Layers(nn.RNNBase):
 
     def _serves(self, input: Any, data: Tensor, state: _State) -> bool:
         """Whether the operator takes these; the rest, what is wrong included, is left to torch's own code."""
-        packed, weights = data is not input, self._flat_weights
-        if self.proj_size or torch._C._get_tracing_state() is not None or _checks.in_transforms():
+        packed, weights = data is not input, self._weights
+        looked_at = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if self.proj_size or looked_at or _checks.in_transforms():
             return False
         if not isinstance(data, Tensor) or data.dim() not in ((2,) if packed else (2, 3)) or not data.numel():
             return False
         batch = input.batch_sizes[0] if packed else 1 if data.dim() == 2 else data.shape[0 if self.batch_first else 1]
         leading = self.num_layers * (2 if self.bidirectional else 1)
         sizes = (leading, self.hidden_size) if data.dim() == 2 and not packed else (leading, batch, self.hidden_size)
-        dtype = weights[0].dtype  # type: ignore[union-attr]
+        dtype = weights[0].dtype
         cast = _checks.autocasts("cpu")
         fits = [x.dtype == dtype or (cast and x.dtype == torch.bfloat16) for x in (data, *state)]
         return (
             data.shape[-1] == self.input_size
             and dtype in _SERVED
             and all(fits)
-            and all(x.dtype == dtype for x in weights)  # type: ignore[union-attr]
-            and all(x.device.type == "cpu" for x in (data, *state, *weights))  # type: ignore[union-attr]
+            and all(x.dtype == dtype for x in weights)
+            and all(x.device.type == "cpu" for x in (data, *state, *weights))
             and len(state) in (0, self._tensors)
             and all(tuple(x.shape) == sizes for x in state)
             and choose(None, "cpu", dtype) == "cpu"
@@ -98,7 +104,7 @@ class _Layers(nn.RNNBase):
 
     def _run(self, data: Tensor, batch_sizes: Tensor, state: _State, batch: int) -> tuple[Tensor, _State]:
         """All layers over packed rows; under autocast in the parameters' dtype."""
-        dtype: torch.dtype = self._flat_weights[0].dtype  # type: ignore[union-attr]
+        dtype = self._weights[0].dtype
         if not _checks.autocasts("cpu"):
             return self._through(data, batch_sizes, state, batch)
         wanted = self._dtype_under_autocast(data, batch_sizes, state)
@@ -116,7 +122,7 @@ class _Layers(nn.RNNBase):
         for k in range(self.num_layers):
             if k and self.dropout and self.training:
                 data = F.dropout(data, self.dropout)
-            weights: list[Any] = self._flat_weights[k * directions * each : (k + 1) * directions * each]
+            weights = self._weights[k * directions * each : (k + 1) * directions * each]
             of = [weights[d * each : (d + 1) * each] for d in range(directions)]
             hidden, *cell = (x[k * directions : (k + 1) * directions] for x in state)
             both = [Direction(*x, *(None,) * (4 - each)) for x in of]
@@ -144,7 +150,7 @@ class MemoryLayers(_Layers):
     _tensors = 2
 
     def _check_packed(self, input: PackedSequence, state: _State) -> None:
-        if input.data.dtype != self._flat_weights[0].dtype:  # type: ignore[union-attr]
+        if input.data.dtype != self._weights[0].dtype:
             return
         self.check_input(input.data, input.batch_sizes)
         if len(state) == self._tensors:
@@ -158,16 +164,17 @@ class MemoryLayers(_Layers):
 class GRU(GatedLayers, nn.GRU):
     """:class:`torch.nn.GRU`, with the same parameters, arguments, results and ``state_dict``, faster on the CPU.
 
-    float32 and float64; what else there is (other dtypes and devices, ``torch.func``, ``torch.jit``) runs torch's own
-    code, and so do second derivatives.
+    float32 and float64; what else there is (other dtypes and devices, ``torch.func``, ``torch.jit``, export) runs
+    torch's own code, and so do second derivatives. ``torch.compile`` breaks its graph here, as at torch's own.
     """
 
 
 class LSTM(MemoryLayers, nn.LSTM):
     """:class:`torch.nn.LSTM`, with the same parameters, arguments, results and ``state_dict``, faster on the CPU.
 
-    float32 and float64; what else there is (other dtypes and devices, ``proj_size``, ``torch.func``, ``torch.jit``)
-    runs torch's own code, and so do second derivatives.
+    float32 and float64; what else there is (other dtypes and devices, ``proj_size``, ``torch.func``, ``torch.jit``,
+    export) runs torch's own code, and so do second derivatives. ``torch.compile`` breaks its graph here, as at torch's
+    own.
     """
 
 

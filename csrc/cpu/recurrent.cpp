@@ -30,10 +30,13 @@ int64_t own_cache() {
   return bytes;
 }
 
-// The parameters of one direction, its biases zeros or not there.
+// The parameters of one direction; without biases they are zeros. A reverse direction may not be there at all.
 struct Direction {
   const Tensor &w_input, &w_hidden;
   const Optional &b_input, &b_hidden;
+};
+struct ReverseDirection {
+  const Optional &w_input, &w_hidden, &b_input, &b_hidden;
 };
 
 // A layer as its operators are given it.
@@ -42,11 +45,13 @@ struct LayerInputs {
   const Tensor& hidden;
   const Optional& cell;
   const Tensor& batch_sizes;
-  Direction forward;
-  const Optional &w_input, &w_hidden, &b_input, &b_hidden;  // of the reverse direction
+  const Direction& forward;
+  const ReverseDirection& reverse;
 
-  int64_t directions() const { return w_hidden ? 2 : 1; }
-  Direction of(int64_t d) const { return d ? Direction{*w_input, *w_hidden, b_input, b_hidden} : forward; }
+  int64_t directions() const { return reverse.w_hidden ? 2 : 1; }
+  Direction of(int64_t d) const {
+    return d ? Direction{*reverse.w_input, *reverse.w_hidden, reverse.b_input, reverse.b_hidden} : forward;
+  }
 };
 
 void check_layer(const LayerInputs& x) {
@@ -54,7 +59,8 @@ void check_layer(const LayerInputs& x) {
   check_rank(x.x, "x", 2);
   STD_TORCH_CHECK(type_of(x.x) == Type::kFloat || type_of(x.x) == Type::kDouble,
                   "attnext: a recurrent layer takes float32 or float64");
-  STD_TORCH_CHECK(x.w_input.has_value() == x.w_hidden.has_value(), "attnext: half of a reverse direction");
+  STD_TORCH_CHECK(x.reverse.w_input.has_value() == x.reverse.w_hidden.has_value(),
+                  "attnext: half of a reverse direction");
   const int64_t D = x.directions(), batch = x.hidden.size(1), size = x.hidden.size(2), rows = (x.cell ? 4 : 3) * size;
   check_shape(x.hidden, "hidden", {D, batch, size});
   STD_TORCH_CHECK(size > 0, "attnext: hidden has no units");
@@ -291,8 +297,7 @@ LayerResults forward_as(const LayerInputs& inputs, bool keep) {
       const Stretch at = layer.stretch(d, begin, end);
       r.gates_base = keep ? 0 : at.row;
       multiply<T>({r.gates + (at.row - r.gates_base) * G * S, at.rows, G * S, G * S},
-                  {layer.x.data + at.row * layer.features, at.rows, layer.features, layer.features},
-                  layer.w_input[d].transposed(), false);
+                  layer.x.some_rows(at.row, at.rows), layer.w_input[d].transposed(), false);
     }
     layer.walk(end - begin, [&](const Recurrence<T>& r, int64_t number, int64_t from, int64_t to) {
       layer.kernels.step(r, begin + number, from, to);
@@ -332,8 +337,7 @@ struct OfDirection {
     };
     if (w_input.numel())
       multiply<T>({static_cast<T*>(w_input.data_ptr()), G * S, layer.features, layer.features},
-                  gates(4 - G, 4).transposed(),
-                  {layer.x.data + at.row * layer.features, at.rows, layer.features, layer.features}, adds);
+                  gates(4 - G, 4).transposed(), layer.x.some_rows(at.row, at.rows), adds);
     if (!w_hidden.numel()) return;
     T* out = static_cast<T*>(w_hidden.data_ptr());
     const View<T> previous{r.previous, at.rows, S, S};
@@ -421,15 +425,9 @@ LayerResults recurrent_layer(Tensor x, Tensor hidden, Optional cell, Tensor batc
                              Tensor w_hidden, Optional b_input, Optional b_hidden, Optional reverse_w_input,
                              Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden,
                              bool keep) {
-  const LayerInputs inputs{x,
-                           hidden,
-                           cell,
-                           batch_sizes,
-                           {w_input, w_hidden, b_input, b_hidden},
-                           reverse_w_input,
-                           reverse_w_hidden,
-                           reverse_b_input,
-                           reverse_b_hidden};
+  const Direction one{w_input, w_hidden, b_input, b_hidden};
+  const ReverseDirection other{reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
+  const LayerInputs inputs{x, hidden, cell, batch_sizes, one, other};
   check_layer(inputs);
   return dtype_of(x) == kDoubleDtype ? forward_as<double>(inputs, keep) : forward_as<float>(inputs, keep);
 }
@@ -439,15 +437,9 @@ LayerBackward recurrent_layer_backward(Optional grad_output, Optional grad_hidde
                                        Tensor w_hidden, Optional b_input, Optional b_hidden, Optional reverse_w_input,
                                        Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden,
                                        Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted) {
-  const LayerInputs inputs{x,
-                           hidden,
-                           cell,
-                           batch_sizes,
-                           {w_input, w_hidden, b_input, b_hidden},
-                           reverse_w_input,
-                           reverse_w_hidden,
-                           reverse_b_input,
-                           reverse_b_hidden};
+  const Direction one{w_input, w_hidden, b_input, b_hidden};
+  const ReverseDirection other{reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
+  const LayerInputs inputs{x, hidden, cell, batch_sizes, one, other};
   const LayerGradients grad{grad_output, grad_hidden, grad_cell, wanted};
   check_layer(inputs);
   return dtype_of(x) == kDoubleDtype ? backward_as<double>(grad, inputs, gates, reverse_gates, inner)
