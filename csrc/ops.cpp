@@ -21,4 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnext, CPU, m) {
   m.impl("dot_attention_backward_query_cpu", TORCH_BOX(&dot_attention_backward_query));
   m.impl("recurrent_layer_cpu", TORCH_BOX(&recurrent_layer));
   m.impl("recurrent_layer_backward_cpu", TORCH_BOX(&recurrent_layer_backward));
+  m.impl("attentive_decoder_cpu", TORCH_BOX(&attentive_decoder));
+  m.impl("attentive_decoder_backward_cpu", TORCH_BOX(&attentive_decoder_backward));
+  m.impl("attentive_decoder_pack_cpu", TORCH_BOX(&attentive_decoder_pack));
 }

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -117,5 +118,37 @@ LayerBackward recurrent_layer_backward(std::optional<Tensor> grad_output, std::o
                                        std::optional<Tensor> reverse_w_input, std::optional<Tensor> reverse_w_hidden,
                                        std::optional<Tensor> reverse_b_input, std::optional<Tensor> reverse_b_hidden,
                                        Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted);
+
+// A decoder: recurrent layers that attend a memory at every step; arguments and results are told in
+// attnext/recurrent/_decoder.py. `gates` and `feeds` are what the inputs add, and become what the backward pass needs.
+using Tensors = std::vector<Tensor>;
+
+Tensors attentive_decoder(Tensor gates, std::optional<Tensor> feeds, Tensors w_hidden, Tensors w_below, Tensors b_input,
+                          Tensors b_hidden, Tensors masks, std::optional<Tensor> w_outer, std::optional<Tensor> w_query,
+                          std::optional<Tensor> b_query, std::optional<Tensor> w_readout, Tensor hidden,
+                          std::optional<Tensor> cell, std::optional<Tensor> context, std::optional<Tensor> feed,
+                          Tensor key, std::optional<Tensor> value, std::optional<Tensor> score_weight,
+                          std::optional<Tensor> exp_key, std::optional<Tensor> key_limit, std::optional<Tensor> lengths,
+                          std::optional<Tensor> mask, std::optional<Tensor> filters, std::optional<Tensor> projection,
+                          std::optional<Tensor> past, std::optional<Tensor> cumulative, std::optional<Tensor> seeds,
+                          std::optional<Tensor> packed, double scale, double dropout_p, int64_t score, int64_t rule,
+                          bool after, bool need_weights, bool keep);
+
+Tensors attentive_decoder_backward(
+    std::optional<Tensor> grad_output, std::optional<Tensor> grad_contexts, std::optional<Tensor> grad_weights,
+    std::optional<Tensor> grad_hidden, std::optional<Tensor> grad_cell, std::optional<Tensor> grad_feeds, Tensors kept,
+    Tensor gates, std::optional<Tensor> feeds, Tensors w_hidden, Tensors w_below, Tensors b_input, Tensors b_hidden,
+    Tensors masks, std::optional<Tensor> w_outer, std::optional<Tensor> w_query, std::optional<Tensor> b_query,
+    std::optional<Tensor> w_readout, Tensor hidden, std::optional<Tensor> cell, std::optional<Tensor> context,
+    std::optional<Tensor> feed, Tensor key, std::optional<Tensor> value, std::optional<Tensor> score_weight,
+    std::optional<Tensor> exp_key, std::optional<Tensor> key_limit, std::optional<Tensor> lengths,
+    std::optional<Tensor> mask, std::optional<Tensor> filters, std::optional<Tensor> projection,
+    std::optional<Tensor> past, std::optional<Tensor> cumulative, std::optional<Tensor> seeds, double scale,
+    double dropout_p, int64_t score, int64_t rule, bool after);
+
+// The matrices of the forward pass as its steps read them, to be made once for many calls.
+Tensor attentive_decoder_pack(Tensors w_hidden, Tensors w_below, std::optional<Tensor> w_outer,
+                              std::optional<Tensor> w_query, std::optional<Tensor> w_readout, int64_t values,
+                              bool lstm);
 
 }  // namespace attnext::cpu

@@ -8,15 +8,6 @@ namespace attnext::cpu {
 namespace {
 
 template <class T>
-struct DotSetup : Setup<T> {
-  DotSetup(const Tensor& query, const Tensor& key, const Optional& value, const Optional& lengths, const Optional& mask,
-           double scale)
-      : Setup<T>(query, key, value ? &*value : &key, lengths, mask, scale, kValueBlock) {
-    this->problem.shared = !value;
-  }
-};
-
-template <class T>
 WideAttention attention_as(const Tensor& query, const Tensor& key, const Optional& value, const Optional& lengths,
                            const Optional& mask, const Optional& seed, double scale, double dropout_p,
                            bool need_weights, bool need_wide) {

@@ -42,6 +42,8 @@ constexpr int kVectorBytes = ATTNEXT_VECTOR_BYTES, kRegisters = ATTNEXT_REGISTER
 #include "cpu/gradients.h"
 #include "cpu/dot.h"
 #include "cpu/step.h"
+#include "cpu/activations.h"
+#include "cpu/panels.h"
 #include "cpu/recurrent.h"
 // clang-format on
 
@@ -62,7 +64,10 @@ constexpr Kernels<T> kernels() {
           query_backward<T>,
           dot_query_backward<T>,
           recurrent_kernels<T, Unit::kGru>(),
-          recurrent_kernels<T, Unit::kLstm>()};
+          recurrent_kernels<T, Unit::kLstm>(),
+          kPanelVectors * kLanes<T>,
+          pack_dense<T>,
+          dense<T>};
 }
 
 bool supported() {

@@ -224,6 +224,29 @@ struct RecurrentKernels {
   void (*step_backward)(const Recurrence<T>&, int64_t step, int64_t begin, int64_t end);
 };
 
+// A matrix of `columns` columns that rows of `depth` numbers are multiplied with at each step; its numbers any distance
+// apart.
+template <class T>
+struct Dense {
+  const T* data;
+  int64_t depth, columns, row, column;
+  T* packed;
+};
+
+// out = a M, of so many rows.
+template <class T>
+struct DenseProduct {
+  const Dense<T>* matrix;
+  const T* a;
+  int64_t a_row, rows;
+  T* out;
+  int64_t out_row;
+  bool adds;        // to what is there
+  const T* bias;    // (columns), may be null
+  bool tanh;        // of the sums
+  const T* factor;  // of each sum before it is added, in rows as those of out; may be null
+};
+
 template <class T>
 struct Kernels {
   void (*exponentials)(const Exponentials<T>&, int64_t begin, int64_t end);
@@ -245,6 +268,9 @@ struct Kernels {
   void (*query_backward)(const StepBackward<T>&, int64_t task, T* scratch);
   void (*dot_query_backward)(const StepBackward<T>&, int64_t task, T* scratch);
   RecurrentKernels<T> gru, lstm;
+  int64_t dense_block;  // columns of a panel
+  void (*pack_dense)(const Dense<T>&, int64_t begin, int64_t end);
+  void (*dense)(const DenseProduct<T>&, int64_t time, int64_t begin, int64_t end);
 };
 
 // Elements of T that one task needs as scratch.

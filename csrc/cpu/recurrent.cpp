@@ -7,16 +7,13 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "cpu/recurrence.h"
 #include "cpu/team.h"
-#include "cpu/tensors.h"
 #include "ops.h"
 
 namespace attnext::cpu {
 namespace {
 
-// Multiply-adds of a step that pay for one more thread: it takes a microsecond to meet.
-constexpr int64_t kStepPerThread = 1 << 16;
-constexpr int64_t kPartsPerThread = 4;
 constexpr int64_t kPieces = 8;  // of a product
 
 // What a core's own cache holds of a matrix, beside what else it reads.
@@ -125,13 +122,6 @@ void multiply(const View<T>& out, const View<T>& a, const View<T>& b, bool adds)
   });
 }
 
-template <class T>
-T* zeros(Scratch& scratch, int64_t n) {
-  T* x = scratch.take<T>(n);
-  std::fill(x, x + n, T(0));
-  return x;
-}
-
 // The rows [row, row + rows) of a stretch of steps in one direction.
 struct Stretch {
   int64_t row, rows;
@@ -166,7 +156,8 @@ class Layer {
       r.padded = round_up(size, std::max(kernels.block, kernels.grad_block));
       r.sizes = sizes, r.offsets = offsets_.data();
       r.weight = data(one.w_hidden), w_input[d] = {data(one.w_input), gates * size, features, features};
-      r.bias = biases(one, r.padded);
+      r.bias = biases<T>(scratch, one.b_input ? data(*one.b_input) : nullptr,
+                         one.b_hidden ? data(*one.b_hidden) : nullptr, gates, size, r.padded);
       r.hidden = hidden + d * batch * size;
       if (cell) r.cell = cell + d * batch * size;
       r.output_row = directions * size;
@@ -236,31 +227,10 @@ class Layer {
  private:
   static constexpr int64_t kStretchRows = 512;
 
-  // Sums of the two biases by gate, but for a gated unit's candidate: the state's, and then the input's.
-  T* biases(const Direction& one, int64_t padded) {
-    T* sums = zeros<T>(scratch, 4 * padded);
-    for (const bool of_input : {false, true}) {
-      const Optional& bias = of_input ? one.b_input : one.b_hidden;
-      if (!bias) continue;
-      const T* from = data(*bias);
-      for (int64_t g = 0; g < gates; ++g)
-        for (int64_t k = 0; k < size; ++k)
-          sums[(g + (gates == 3 && g == 2 && of_input)) * padded + k] += from[g * size + k];
-    }
-    return sums;
-  }
-
   int64_t block_ = 0, blocks_ = 0, bytes_ = 0;
   std::vector<int64_t> offsets_;
   std::vector<Tensor> held_;
 };
-
-// (B, S) into padded rows.
-template <class T>
-void copy_rows(const Recurrence<T>& r, const T* from, T* to) {
-  for (int64_t b = 0; b < r.batch; ++b)
-    std::copy(from + b * r.size, from + (b + 1) * r.size, to + b * row_of(r.padded));
-}
 
 template <class T>
 LayerResults forward_as(const LayerInputs& inputs, bool keep) {

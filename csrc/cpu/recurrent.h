@@ -3,71 +3,9 @@
 // in the backward pass some vectors of them; its part of the matrix lies in one piece, in the order in which it is
 // read.
 
-// Vectors of a block's sums for each row, a vector a gate, and the rows of a tile.
+// Vectors of a block's sums for each row, a vector a gate.
 template <Unit U>
 constexpr int kGates = U == Unit::kGru ? 3 : 4;
-template <int N>
-constexpr int kTileRows = kSums / N;
-// Vectors of columns of a block of the backward pass.
-constexpr int kGradVectors = kRegisters > 16 ? 4 : 3;
-
-template <class T>
-inline Vec<T> load_part(const T* p, int64_t n) {
-  if (n >= kLanes<T>) return load(p);
-  Vec<T> x = {};
-  for (int64_t k = 0; k < n; ++k) x[k] = p[k];
-  return x;
-}
-template <class T>
-inline void store_part(T* p, Vec<T> x, int64_t n) {
-  if (n >= kLanes<T>) return store<T>(p, x);
-  for (int64_t k = 0; k < n; ++k) p[k] = x[k];
-}
-
-// A line that is read after the next tile of a product: of lines of many rows the processor sees no pattern. (GCC takes
-// a function that does no more than the built-in prefetch for one without effect, and leaves its calls out.)
-template <class T>
-inline void fetch(const T* p) {
-#if defined(__x86_64__)
-  asm volatile("prefetcht0 %0" ::"m"(*p));
-#else
-  __builtin_prefetch(p);
-#endif
-}
-
-// 2^n and exp(rest) - 1 without the 1 of the series, of x = n ln 2 + rest within the range of normal numbers; a NaN of
-// x comes out as one of the latter.
-template <class T>
-struct Exponential {
-  explicit Exponential(Vec<T> x) {
-    using L = Limits<T>;
-    using Bits = typename VecOf<T>::bits;
-    const Vec<T> shifted = x * L::log2e + L::magic, n = shifted - L::magic;
-    const Vec<T> rest = x - n * L::ln2_high - n * L::ln2_low;
-    power = (Vec<T>)((Bits)(Vec<T>{} + 1) + ((Bits)shifted << L::mantissa));
-    less_one = rest * exp_series<T, 1>(rest);
-  }
-  Vec<T> power, less_one;
-};
-
-template <class T>
-inline Vec<T> within(Vec<T> x, T limit) {
-  return at_least<T>(Vec<T>{} - limit, at_most<T>(Vec<T>{} + limit, x));
-}
-
-template <class T>
-inline Vec<T> sigmoid(Vec<T> x) {
-  const Exponential<T> e(within<T>(-x, Limits<T>::steep));
-  return reciprocal<T>((e.power + T(1)) + e.power * e.less_one);
-}
-
-// (e - 1) / (e + 1) of e = exp(2 x); e - 1 without the 1 of the series, so that a small x keeps its places.
-template <class T>
-inline Vec<T> tanh(Vec<T> x) {
-  const Exponential<T> e(within<T>(2 * x, Limits<T>::flat));
-  const Vec<T> less_one = e.power * e.less_one + (e.power - 1);
-  return less_one * reciprocal<T>(less_one + 2);
-}
 
 // ------------------------------------------------------------------------------------------------ the matrix
 
@@ -93,7 +31,7 @@ inline void pack_forward(const Recurrence<T>& r, int64_t begin, int64_t end) {
 // the order candidate, reset, update.
 template <class T, Unit U>
 inline void pack_backward(const Recurrence<T>& r, int64_t begin, int64_t end) {
-  constexpr int width = kGradVectors * kLanes<T>;
+  constexpr int width = kPanelVectors * kLanes<T>;
   const int64_t size = r.size, rows = kGates<U> * size, first = U == Unit::kGru ? 2 * size : 0;
   for (int64_t block = begin; block < end; ++block) {
     T* out = r.packed + block * rows * width;
@@ -102,101 +40,6 @@ inline void pack_backward(const Recurrence<T>& r, int64_t begin, int64_t end) {
       const T* from = r.weight + (row + first) % rows * size + column;
       for (int64_t k = 0; k < n; ++k) out[k] = from[k];
       for (int64_t k = n; k < width; ++k) out[k] = 0;
-    }
-  }
-}
-
-// sum[i][n] += sum_k a[i][k] panel[k][n]. Few sums are taken in parts, so that a multiply-add needn't wait for the
-// last.
-template <class T, int I, int N, bool Fetch>
-inline void multiply(const T* a, int64_t a_row, const T* panel, int64_t depth, Vec<T> (&sum)[I][N], const char* ahead) {
-  constexpr int W = kLanes<T>, parts = I * N >= 8 ? 1 : I * N >= 6 ? 2 : 4;
-  Vec<T> part[parts][I][N];
-  UNROLL for (int u = 0; u < parts; ++u) UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n)
-      part[u][i][n] = u ? Vec<T>{} : sum[i][n];
-  int64_t k = 0;
-  for (; k + parts <= depth; k += parts, panel += parts * N * W) UNROLL for (int u = 0; u < parts; ++u) {
-      Vec<T> line[N];
-      UNROLL for (int n = 0; n < N; ++n) line[n] = load(panel + (u * N + n) * W);
-      if constexpr (Fetch) __builtin_prefetch(ahead, 0, 2), ahead += 64;
-      UNROLL for (int i = 0; i < I; ++i) {
-        const T factor = a[i * a_row + k + u];
-        UNROLL for (int n = 0; n < N; ++n) part[u][i][n] += factor * line[n];
-      }
-    }
-  for (; k < depth; ++k, panel += N * W)
-    UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n) part[0][i][n] +=
-        a[i * a_row + k] * load(panel + n * W);
-  UNROLL for (int i = 0; i < I; ++i) UNROLL for (int n = 0; n < N; ++n) {
-    Vec<T> total = part[0][i][n];
-    UNROLL for (int u = 1; u < parts; ++u) total += part[u][i][n];
-    sum[i][n] = total;
-  }
-}
-
-// Rows of a times a panel of N vectors.
-template <class T>
-struct PanelProduct {
-  const T* a;
-  int64_t a_row;
-  const T* panel;
-  int64_t depth;
-};
-
-constexpr int64_t kGroup = 64;              // rows whose sums wait while the panel is read in parts
-constexpr int64_t kPanelBytes = 16 * 1024;  // of a part: it stays in the first-level cache for all rows of a group
-
-// Rows [row, end) over the lines [k0, k1) of the panel, in tiles of I. What comes after these lines is fetched
-// meanwhile.
-template <class T, int N, int I, class First, class Soon, class Last>
-inline void panel_rows(const PanelProduct<T>& p, int64_t row, int64_t end, int64_t k0, int64_t k1, Ahead& ahead,
-                       T* sums, const First& first, const Soon& soon, const Last& last) {
-  constexpr int W = kLanes<T>;
-  for (; row + I <= end; row += I, sums += I * N * W) {
-    Vec<T> sum[I][N];
-    for (int i = 0; i < I; ++i) {
-      if (k0 == 0) {
-        first(row + i, sum[i]);
-      } else {
-        UNROLL for (int n = 0; n < N; ++n) sum[i][n] = load(sums + (i * N + n) * W);
-      }
-    }
-    for (int i = 0; k1 == p.depth && i < I; ++i) soon(row + i);
-    const T *a = p.a + row * p.a_row + k0, *panel = p.panel + k0 * N * W;
-    if (ahead.more()) {
-      multiply<T, I, N, true>(a, p.a_row, panel, k1 - k0, sum, ahead.at);
-      ahead.at += (k1 - k0) * 64;
-    } else {
-      multiply<T, I, N, false>(a, p.a_row, panel, k1 - k0, sum, nullptr);
-    }
-    for (int i = 0; i < I; ++i) {
-      if (k1 == p.depth) {
-        last(row + i, sum[i]);
-      } else {
-        UNROLL for (int n = 0; n < N; ++n) store<T>(sums + (i * N + n) * W, sum[i][n]);
-      }
-    }
-  }
-  if constexpr (I > 1) panel_rows<T, N, (I > 4 ? 4 : I / 2)>(p, row, end, k0, k1, ahead, sums, first, soon, last);
-}
-
-// first(row, sum) gives what the sums of a row begin with, last(row, sum) takes them; soon(row) is told a tile before.
-template <class T, int N, class First, class Soon, class Last>
-inline void panel_product(const PanelProduct<T>& p, int64_t row, int64_t end, const First& first, const Soon& soon,
-                          const Last& last) {
-  constexpr int W = kLanes<T>, I = kTileRows<N>;
-  constexpr int64_t part = kPanelBytes / (N * kVectorBytes);
-  alignas(kVectorBytes) T sums[kGroup * N * W];
-  for (; row < end; row += kGroup) {
-    const int64_t to = end - row < kGroup ? end : row + kGroup, step = to - row > I ? part : p.depth;
-    for (int64_t k = 0; k < p.depth; k += step) {
-      const int64_t next = p.depth - k < step ? p.depth : k + step;
-      Ahead ahead;
-      if (to - row > I) {
-        ahead.at = reinterpret_cast<const char*>(p.panel + next * N * W);
-        ahead.end = ahead.at + part * N * kVectorBytes;
-      }
-      panel_rows<T, N, I>(p, row, to, k, next, ahead, sums, first, soon, last);
     }
   }
 }
@@ -365,7 +208,7 @@ inline void state_gradient(const Recurrence<T>& r, const Units& at, Vec<T> grad)
 // Blocks [begin, end) of a step of the backward pass, from the last step down to -1, which is what comes before all.
 template <class T, Unit U>
 void recurrent_backward(const Recurrence<T>& r, int64_t step, int64_t begin, int64_t end) {
-  constexpr int W = kLanes<T>, N = kGradVectors;
+  constexpr int W = kLanes<T>, N = kPanelVectors;
   const int64_t coming = r.rows_at(step + 1), depth = kGates<U> * r.size;
   const T* grads = r.grads_at(step + 1);
   for (int64_t k = 0; k < end - begin; ++k) {
@@ -401,6 +244,6 @@ void recurrent_backward(const Recurrence<T>& r, int64_t step, int64_t begin, int
 
 template <class T, Unit U>
 constexpr RecurrentKernels<T> recurrent_kernels() {
-  return {kLanes<T>,       kGradVectors * kLanes<T>, pack_forward<T, U>,
+  return {kLanes<T>,       kPanelVectors * kLanes<T>, pack_forward<T, U>,
           recurrent<T, U>, pack_backward<T, U>,      recurrent_backward<T, U>};
 }

@@ -61,6 +61,16 @@ struct Setup {
   Optional contiguous_lengths;
 };
 
+// Of dot products; keys that are the values come as no value.
+template <class T>
+struct DotSetup : Setup<T> {
+  DotSetup(const Tensor& query, const Tensor& key, const Optional& value, const Optional& lengths, const Optional& mask,
+           double scale)
+      : Setup<T>(query, key, value ? &*value : &key, lengths, mask, scale, kValueBlock) {
+    this->problem.shared = !value;
+  }
+};
+
 using Attention = std::tuple<Tensor, Tensor, Tensor>;  // context, weights, log_sum_exp
 using WideAttention = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 

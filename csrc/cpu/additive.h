@@ -1,4 +1,4 @@
-// The score weight v of additive attention, as the kernels take it.
+// A problem of additive attention: its score weight v as the kernels take it, and exponentials of the keys.
 #pragma once
 
 #include <cmath>
@@ -76,5 +76,55 @@ void take_score_weight(Setup<T>& setup, const Tensor& score_weight, const Tensor
     heads[h] = ScoreWeightRows<T>(setup.scratch, score_weight, h, scale, problem.padded).addresses();
   problem.heads = heads, problem.head_count = count;
 }
+
+template <class T>
+void exponentials(const Rows& input, int64_t batch, int64_t rows, int64_t features, int64_t padded,
+                  const int64_t* lengths, const Mask& mask, T* output, int64_t output_row, T* limit) {
+  const Exponentials<T> e{input, batch, rows, features, padded, lengths, mask, output, output_row, limit};
+  const auto& kernels = kernels_of<T>();
+  parallel(batch * rows, batch * rows * padded,
+           [&](int64_t begin, int64_t end) { kernels.exponentials(e, begin, end); });
+}
+
+// The problem with its score weight and with F.
+template <class T>
+struct AdditiveSetup : Setup<T> {
+  AdditiveSetup(const Tensor& query, const Tensor& key, const Tensor* value, const Tensor& score_weight,
+                const Optional& exp_key, const Optional& key_limit, const Optional& lengths, const Optional& mask,
+                double scale, bool makes_exponentials = true)
+      : Setup<T>(query, key, value, lengths, mask, scale, kFeatureBlock) {
+    take_score_weight<T>(*this, score_weight, query, scale);
+    if (exp_key && key_limit) {
+      take_exponentials(*exp_key, *key_limit);
+    } else if (makes_exponentials) {
+      make_exponentials();
+    }
+  }
+
+  // F as it was prepared.
+  void take_exponentials(const Tensor& exp_key, const Tensor& key_limit) {
+    check_shape(exp_key, "exp_key", {problem.batch, problem.keys, problem.padded});
+    check_shape(key_limit, "key_limit", {problem.batch, problem.keys});
+    const int32_t dtype = arithmetic_dtype<T>();
+    STD_TORCH_CHECK(exp_key.is_contiguous() && key_limit.is_contiguous() && dtype_of(exp_key) == dtype &&
+                        dtype_of(key_limit) == dtype,
+                    "attnext: the prepared keys are not as prepare made them");
+    problem.exp_key = static_cast<const T*>(exp_key.data_ptr());
+    problem.key_limit = static_cast<const T*>(key_limit.data_ptr());
+  }
+
+  void make_exponentials() {
+    const int64_t rows = problem.batch * problem.keys, padded = problem.padded;
+    T* made_keys = scratch.template take<T>(rows * padded);
+    T* made_limit = scratch.template take<T>(rows);
+    const Mask by_key = problem.mask.query == 0 ? problem.mask : Mask{};
+    exponentials<T>(problem.key, problem.batch, problem.keys, problem.features, padded, problem.lengths, by_key,
+                    made_keys, padded, made_limit);
+    problem.exp_key = made_keys, problem.key_limit = made_limit;
+  }
+
+  using Setup<T>::problem;
+  using Setup<T>::scratch;
+};
 
 }  // namespace attnext::cpu
