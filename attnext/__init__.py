@@ -19,15 +19,18 @@ from attnext.attention import (
 from attnext.backends import Backend, backends, use_backend
 from attnext.functional import additive_attention, additive_scores, additive_step, dot_attention, prepare
 from attnext.memory import Memory
-from attnext.recurrent import GRU, LSTM
+from attnext.recurrent import GRU, LSTM, AttentiveGRU, AttentiveLSTM, DecoderState
 
 __all__ = [
     "GRU",
     "LSTM",
     "AttentionPooling",
+    "AttentiveGRU",
+    "AttentiveLSTM",
     "Backend",
     "BahdanauAttention",
     "CoverageAttention",
+    "DecoderState",
     "ForwardAttention",
     "LocalAttention",
     "LocationSensitiveAttention",

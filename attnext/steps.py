@@ -17,7 +17,7 @@ from torch import Tensor
 from attnext import _checks, definitions
 from attnext.ops import accumulator, of_steps, operators
 
-__all__ = ["PerPass", "Steps", "gathered", "made_anew"]
+__all__ = ["PerPass", "Shared", "Steps", "gathered", "gradient_of_values", "gradients_of_keys", "made_anew"]
 
 _BLOCK = 64
 """Queries whose gradients of keys and values are made together."""
@@ -49,7 +49,7 @@ class PerPass(Generic[T]):
         self._of_pass.pop(one, None)
 
 
-class _Shared(NamedTuple):
+class Shared(NamedTuple):
     """An operator and what its steps share beside key, value and score weight."""
 
     op: Any
@@ -73,7 +73,7 @@ class _Collected:
     def __init__(self, key: Tensor, value: Tensor | None, score_weight: Tensor | None) -> None:
         self._inputs = key, value, score_weight
         self._sums: list[Tensor | None] = [None, None, None]
-        self._shared: _Shared | None = None
+        self._shared: Shared | None = None
         self._waiting: list[_Kept] = []
         self._queries = 0
 
@@ -84,7 +84,7 @@ class _Collected:
             total = self._sums[0] = key.new_zeros(key.shape, dtype=accumulator(key.dtype))
         return total
 
-    def add(self, shared: _Shared, kept: _Kept) -> None:
+    def add(self, shared: Shared, kept: _Kept) -> None:
         if self._shared is not None and (self._queries >= _BLOCK or not _same(self._shared, shared)):
             self._make()
         self._shared = shared
@@ -104,29 +104,44 @@ class _Collected:
         query, grad_scores, weights, grad_context = (_joined(x, dtype) for x in zip(*self._waiting, strict=True))
         self._waiting, self._queries = [], 0
         with torch.autocast("cpu", enabled=False) if _checks.autocasts("cpu") else nullcontext():
-            # 0 times what came in may be NaN: of a row that attends nothing, and below of a slot that none may attend.
-            grad_context = grad_context.masked_fill((weights == 0).all(-1, keepdim=True), 0.0)
-            of_value = weights.mT @ grad_context
-            if shared.lengths is not None or shared.mask is not None:
-                of_value.masked_fill_(~_visible(key, shared.lengths, shared.mask), 0.0)
-            self._add(0 if value is None else 1, of_value)
+            self._add(0 if value is None else 1, gradient_of_values(key, shared, weights, grad_context))
             if grad_scores is None:
                 return
             if shared.op is _OPERATORS.dot_attention:
-                self._add(0, (grad_scores * shared.scale).mT @ query)
-                return
-            assert score_weight is not None
-            inputs = (query, key.to(dtype), score_weight.to(dtype), shared.lengths, shared.mask)
-            _, of_key, of_score_weight = _scores_backward(grad_scores, *inputs, shared.scale)
+                score_weight = None
+            of_key, of_score_weight = gradients_of_keys(query, grad_scores, key.to(dtype), score_weight, shared)
             self._add(0, of_key)
-            self._add(2, of_score_weight)
+            if of_score_weight is not None:
+                self._add(2, of_score_weight)
 
     def _add(self, place: int, gradient: Tensor) -> None:
         total = self._sums[place]
         self._sums[place] = gradient if total is None else total.add_(gradient)
 
 
-def _same(a: _Shared, b: _Shared) -> bool:
+def gradient_of_values(key: Tensor, shared: Shared, weights: Tensor, grad_context: Tensor) -> Tensor:
+    """(B, Tk, H), of weights (B, Tq, Tk) and what came in for their contexts (B, Tq, H)."""
+    # 0 times what came in may be NaN: of a row that attends nothing, and below of a slot that none may attend.
+    grad_context = grad_context.masked_fill((weights == 0).all(-1, keepdim=True), 0.0)
+    of_value = weights.mT @ grad_context
+    if shared.lengths is not None or shared.mask is not None:
+        of_value.masked_fill_(~_visible(key, shared.lengths, shared.mask), 0.0)
+    return of_value
+
+
+def gradients_of_keys(
+    query: Tensor, grad_scores: Tensor, key: Tensor, score_weight: Tensor | None, shared: Shared
+) -> tuple[Tensor, Tensor | None]:
+    """(B, Tk, D), of queries (B, Tq, D) and what came in for their scores (B, Tq, Tk); and of the score weight, without
+    which they are dot products."""
+    if score_weight is None:
+        return (grad_scores * shared.scale).mT @ query, None
+    inputs = (query, key, score_weight.to(key.dtype), shared.lengths, shared.mask)
+    _, of_key, of_score_weight = _scores_backward(grad_scores, *inputs, shared.scale)
+    return of_key, of_score_weight
+
+
+def _same(a: Shared, b: Shared) -> bool:
     return a.op is b.op and a.lengths is b.lengths and a.mask is b.mask and a.scale == b.scale
 
 
@@ -175,7 +190,7 @@ class _Call(NamedTuple):
     op: Any
     collected: Callable[[], _Collected]
     rest: tuple[Any, ...]
-    shared: _Shared
+    shared: Shared
 
 
 class _Attention(torch.autograd.Function):
@@ -291,9 +306,9 @@ class Steps:
             return results
         if op is _OPERATORS.step:
             inputs[4:6] = (None if x is None else x.to(key.dtype) for x in inputs[4:6])  # which autocast has left
-            shared = _Shared(op, rest[0], rest[1], rest[-3])
+            shared = Shared(op, rest[0], rest[1], rest[-3])
             return _past(_Call(op, self._of_pass, rest, shared), *inputs)
-        call = _Call(op, self._of_pass, rest, _Shared(op, rest[-6], rest[-5], rest[-3]))
+        call = _Call(op, self._of_pass, rest, Shared(op, rest[-6], rest[-5], rest[-3]))
         return (*_attention(call, *inputs), None, None)[:3]
 
     def _of_pass(self) -> _Collected:

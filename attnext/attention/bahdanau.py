@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from attnext import _checks, functional
 from attnext.alignments import NORMALIZERS
 from attnext.alignments import normalize as normalized
-from attnext.attention.base import Attention, context_of, linear
+from attnext.attention.base import Attention, StepParts, context_of, linear, plain_layer
 from attnext.memory import Memory
+from attnext.ops import RULES
 
 __all__ = ["BahdanauAttention"]
 
@@ -80,6 +83,17 @@ class BahdanauAttention(Attention):
 
     def _project_query(self, query: Tensor) -> Tensor:
         return linear(self, "query_projection", query)
+
+    def _step_parts(self) -> StepParts | None:
+        return self._parts("additive") if type(self) is BahdanauAttention else None
+
+    def _parts(self, score: str, **others: Any) -> StepParts | None:
+        """Those, of weights that a rule of the kernels makes."""
+        layer = plain_layer(self, "query_projection")
+        if layer is None or self.normalizer not in (("softmax",) if score == "additive" else RULES[:2]):
+            return None
+        dropout = self.dropout if self.training else 0.0
+        return StepParts(score, layer.weight, layer.bias, self._scale, dropout, self.normalizer, **others)
 
     def _project_states(self, states: Tensor) -> Tensor:
         projected: Tensor = self.memory_projection(states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,41 @@ from attnext import _checks, functional, reference
 from attnext.memory import Memory, prepare, prepared_memory
 from attnext.steps import gathered
 
-__all__ = ["Attention", "context_of", "has_global_hooks", "has_own_hooks", "linear", "weight_of"]
+__all__ = [
+    "Attention",
+    "StepParts",
+    "context_of",
+    "has_global_hooks",
+    "has_own_hooks",
+    "linear",
+    "plain_layer",
+    "weight_of",
+]
+
+
+class StepParts(NamedTuple):
+    """What a step of attention is made of, for the operator that goes through the steps of a decoder.
+
+    Attributes:
+        score: "additive", "dot" or "past": additive with filters over past weights.
+        weight: (D, Q), of the projection of a query; None where it is taken as it is.
+        bias: (D,) of that projection.
+        scale: multiplies the scores.
+        dropout: the probability that a weight is dropped, now.
+        rule: what makes weights of the scores.
+        filters, projection: as :func:`attnext.additive_step` takes them.
+        sees: of a past whether the filters see the last weights, and whether the sum of all.
+    """
+
+    score: str
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: float
+    dropout: float
+    rule: str = "softmax"
+    filters: Tensor | None = None
+    projection: Tensor | None = None
+    sees: tuple[bool, bool] = (False, False)
 
 
 class Attention(nn.Module, ABC):
@@ -49,6 +83,10 @@ class Attention(nn.Module, ABC):
     def _scale(self) -> float:
         """What multiplies the scores."""
         return 1.0
+
+    def _step_parts(self) -> StepParts | None:
+        """What a step is made of; None where it is something else, or only its modules know."""
+        return None
 
     def _kept_weight(self) -> Tensor | None:
         """The vector of an additive score, as a memory keeps it."""
@@ -244,13 +282,19 @@ def linear(module: nn.Module, name: str, x: Tensor) -> Tensor:
 
     By dictionaries, as each attribute that a module looks up takes as long as a check of the query.
     """
+    plain: Any = plain_layer(module, name)
+    if plain is not None:
+        parameters = plain._parameters
+        return nn.functional.linear(x, parameters["weight"], parameters["bias"])
     layer: Any = module._modules[name]
-    if type(layer) is nn.Linear and _is_only(layer, nn.Linear):
-        parameters = layer._parameters
-        weight: Any = parameters["weight"]
-        return nn.functional.linear(x, weight, parameters["bias"])
     projected: Tensor = layer(x)
     return projected
+
+
+def plain_layer(module: nn.Module, name: str) -> nn.Linear | None:
+    """A layer of a module, if it is a linear one whose call does nothing more."""
+    layer = module._modules[name]
+    return layer if type(layer) is nn.Linear and _is_only(layer, nn.Linear) else None
 
 
 def weight_of(module: nn.Module, name: str, cls: type[nn.Module]) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnext.attention.base import StepParts
 from attnext.attention.past import Past, PastAttention
 
 __all__ = ["CoverageAttention"]
@@ -50,6 +51,11 @@ class CoverageAttention(PastAttention):
 
     def _filters(self) -> tuple[Tensor, None]:
         return self.coverage_weight.view(-1, 1, 1), None
+
+    def _step_parts(self) -> StepParts | None:
+        if type(self) is not CoverageAttention:
+            return None
+        return self._parts("past", filters=self._filters()[0], sees=(False, True))
 
     def _seen(self, past: Past) -> tuple[Tensor, ...]:
         return (past.cumulative,)

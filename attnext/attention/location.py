@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks
-from attnext.attention.base import weight_of
+from attnext.attention.base import StepParts, weight_of
 from attnext.attention.past import Past, PastAttention
 
 __all__ = ["LocationSensitiveAttention"]
@@ -74,6 +74,13 @@ class LocationSensitiveAttention(PastAttention):
         filters = weight_of(self, "location_convolution", nn.Conv1d)
         projection = weight_of(self, "location_projection", nn.Linear)
         return None if filters is None or projection is None else (filters, projection)
+
+    def _step_parts(self) -> StepParts | None:
+        filters = self._filters() if type(self) is LocationSensitiveAttention else None
+        if filters is None:
+            return None
+        sees = self.features != "cumulative", self.features != "previous"
+        return self._parts("past", filters=filters[0], projection=filters[1], sees=sees)
 
     def _seen(self, past: Past) -> tuple[Tensor, ...]:
         if self.features == "both":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from attnext import _checks, functional
-from attnext.attention.base import Attention
+from attnext.attention.base import Attention, StepParts, plain_layer
 
 __all__ = ["LuongAttention"]
 
@@ -78,6 +78,19 @@ class LuongAttention(Attention):
             projected: Tensor = self.query_projection(query)
             return projected
         return query
+
+    def _step_parts(self) -> StepParts | None:
+        if type(self) is not LuongAttention:
+            return None
+        dropout, weight = self.dropout if self.training else 0.0, None
+        if self.joint_projection is not None:
+            weight = self.joint_projection.weight[:, : self.query_size]
+        elif self.query_projection is not None:
+            layer = plain_layer(self, "query_projection")
+            if layer is None:
+                return None
+            weight = layer.weight
+        return StepParts("additive" if self._is_additive else "dot", weight, None, self._scale, dropout)
 
     def _project_states(self, states: Tensor) -> Tensor:
         if self.joint_projection is not None:

@@ -1,0 +1,481 @@
+"""A decoder over whole sequences, or one of its steps, as one operator forward and one backward.
+
+The operators go through the steps: attention, layers and output vector. What is a product over all steps is made here,
+before the first step (what the inputs add) or after the last (gradients of matrices, keys and values).
+
+Rows are hypotheses: N is B, or B times the beam. Tensors of all steps have the steps first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnext import _checks
+from attnext.attention.base import StepParts
+from attnext.memory import Memory
+from attnext.ops import RULES, define
+from attnext.steps import Shared, gradient_of_values, gradients_of_keys
+
+__all__ = ["Layer", "Results", "Start", "Weights", "decode", "packed"]
+
+SCORES = ("additive", "dot", "past")
+"""The kinds of scores, in the order of the operators' numbers."""
+
+_MATRICES = "Tensor[] w_hidden, Tensor[] w_below"
+_OUTER = "Tensor? w_outer, Tensor? w_query"
+_INPUTS = (
+    f"{_MATRICES}, Tensor[] b_input, Tensor[] b_hidden, Tensor[] masks, {_OUTER}, Tensor? b_query, Tensor? w_readout, "
+    "Tensor hidden, Tensor? cell, Tensor? context, Tensor? feed, Tensor key, Tensor? value, Tensor? score_weight, "
+    "Tensor? exp_key, Tensor? key_limit, Tensor? lengths, Tensor? mask, Tensor? filters, Tensor? projection, "
+    "Tensor? past, Tensor? cumulative, Tensor? seeds"
+)
+_OPTIONS = "float scale, float dropout_p, int score, int rule, bool after"
+_SCHEMA = (
+    f"(Tensor(a!) gates, Tensor(b!)? feeds, {_INPUTS}, Tensor? packed, {_OPTIONS}, bool need_weights, bool keep) "
+    "-> Tensor[]"
+)
+_INCOMING = ", ".join(f"Tensor? grad_{name}" for name in ("output", "contexts", "weights", "hidden", "cell", "feeds"))
+_BACKWARD_SCHEMA = f"({_INCOMING}, Tensor[] kept, Tensor gates, Tensor? feeds, {_INPUTS}, {_OPTIONS}) -> Tensor[]"
+
+
+def _not_in_graphs(*_: Any) -> Any:
+    raise RuntimeError("attnext's decoder operators are not for graphs: the modules run their steps one by one there")
+
+
+_forward: Callable[..., list[Tensor]] = define("attentive_decoder_cpu", _SCHEMA, _not_in_graphs)
+_backward: Callable[..., list[Tensor]] = define("attentive_decoder_backward_cpu", _BACKWARD_SCHEMA, _not_in_graphs)
+_pack: Callable[..., Tensor] = define(
+    "attentive_decoder_pack_cpu",
+    f"({_MATRICES}, {_OUTER}, Tensor? w_readout, int values, bool lstm) -> Tensor",
+    _not_in_graphs,
+)
+
+
+class Layer(NamedTuple):
+    """The parameters of a layer of S units with G gates, as :class:`torch.nn.GRU` and LSTM have them."""
+
+    w_input: Tensor
+    w_hidden: Tensor
+    b_input: Tensor | None
+    b_hidden: Tensor | None
+
+
+class Weights(NamedTuple):
+    """The parameters of a decoder.
+
+    Attributes:
+        layers: from the lowest, whose inputs are E features, the context where it enters the step, and the last output
+            vector where there is one.
+        w_readout: (R, E + S + H), of the output vector; None without.
+        b_readout: (R,).
+        parts: how a state attends.
+    """
+
+    layers: Sequence[Layer]
+    w_readout: Tensor | None
+    b_readout: Tensor | None
+    parts: StepParts
+
+
+class Start(NamedTuple):
+    """What there was before the first step: (L, N, S) twice, (N, H), (N, R), and (N, Tk) of what a score sees."""
+
+    hidden: Tensor
+    cell: Tensor | None
+    context: Tensor | None
+    feed: Tensor | None
+    past: Tensor | None
+    cumulative: Tensor | None
+
+
+class Results(NamedTuple):
+    """Of all steps, (T, N, ...), and of the last (L, N, S)."""
+
+    output: Tensor
+    contexts: Tensor
+    weights: Tensor | None
+    hidden: Tensor
+    cell: Tensor | None
+    feeds: Tensor | None
+
+
+class _Call(NamedTuple):
+    """What has no gradient."""
+
+    memory: Memory
+    parts: StepParts
+    masks: list[Tensor]
+    seeds: Tensor | None
+    packed: Tensor | None
+    after: bool
+    need_weights: bool
+    keep: bool
+
+
+class _Inputs(NamedTuple):
+    """What may have a gradient."""
+
+    x: Tensor
+    hidden: Tensor
+    cell: Tensor | None
+    context: Tensor | None
+    feed: Tensor | None
+    past: Tensor | None
+    cumulative: Tensor | None
+    key: Tensor
+    value: Tensor | None
+    score_weight: Tensor | None
+    filters: Tensor | None
+    projection: Tensor | None
+    w_query: Tensor | None
+    b_query: Tensor | None
+    w_readout: Tensor | None
+    b_readout: Tensor | None
+    layers: tuple[Layer, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> _Inputs:
+        """From one row of them, the layers' last."""
+        ends = range(_FIXED, len(tensors), 4)
+        return cls(*tensors[:_FIXED], tuple(Layer(*tensors[k : k + 4]) for k in ends))  # type: ignore[arg-type]
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        return *self[:-1], *(x for layer in self.layers for x in layer)
+
+    @property
+    def features(self) -> int:
+        """E."""
+        return self.x.shape[2]
+
+    def of_operator(self, call: _Call) -> tuple[Any, ...]:
+        """As the operators take them, from w_hidden to seeds."""
+        features, memory = self.features, call.memory
+        lowest, above = self.layers[0], self.layers[1:]
+        outer = lowest.w_input[:, features:]
+        prepared = memory.prepared if call.parts.score == "additive" else None
+        return (
+            [x.w_hidden for x in self.layers],
+            [x.w_input for x in above],
+            [x.b_input for x in self.layers if x.b_input is not None],
+            [x.b_hidden for x in self.layers if x.b_hidden is not None],
+            call.masks,
+            outer if outer.shape[1] else None,
+            self.w_query,
+            self.b_query,
+            None if self.w_readout is None else self.w_readout[:, features:],
+            self.hidden,
+            self.cell,
+            self.context,
+            self.feed,
+            self.key,
+            self.value,
+            self.score_weight,
+            prepared and prepared.exp_key,
+            prepared and prepared.key_limit,
+            memory.lengths,
+            memory.mask,
+            self.filters,
+            self.projection,
+            self.past,
+            self.cumulative,
+            call.seeds,
+        )
+
+
+_FIXED = len(_Inputs._fields) - 1
+
+
+def _options(parts: StepParts, after: bool) -> tuple[Any, ...]:
+    return parts.scale, parts.dropout, SCORES.index(parts.score), RULES.index(parts.rule), after
+
+
+def _plain() -> AbstractContextManager[Any]:
+    """Products as they stand, whatever autocast the backward pass is run in."""
+    return torch.autocast("cpu", enabled=False) if _checks.autocasts("cpu") else nullcontext()
+
+
+def _run(call: _Call, inputs: _Inputs) -> tuple[list[Tensor], Tensor | None]:
+    """The operator's results, and the output vectors."""
+    steps, rows, features = inputs.x.shape
+    x = inputs.x.view(steps * rows, features)
+    gates = torch.mm(x, inputs.layers[0].w_input[:, :features].t()).view(steps, rows, -1)
+    feeds = None
+    if inputs.w_readout is not None:
+        feeds = torch.nn.functional.linear(x, inputs.w_readout[:, :features], inputs.b_readout).view(steps, rows, -1)
+    options = _options(call.parts, call.after)
+    arguments = inputs.of_operator(call)
+    return _forward(gates, feeds, *arguments, call.packed, *options, call.need_weights, call.keep), feeds
+
+
+class _Decoder(torch.autograd.Function):
+    """The operators, and the products over all steps around them."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = _Inputs.of(tensors)
+        kept, feeds = _run(call, inputs)
+        output, contexts, weights, wide, hidden, cell = kept[:6]
+        ctx.call, ctx.count = call, len(tensors)
+        ctx.save_for_backward(*tensors, feeds, *kept)
+        ctx.set_materialize_grads(False)
+        shown = None
+        if call.need_weights:
+            shown = weights if weights.numel() or not wide.numel() else wide
+        return output, contexts, shown, hidden, cell if inputs.cell is not None else None, feeds
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        inputs, feeds, kept = _Inputs.of(saved[: ctx.count]), saved[ctx.count], list(saved[ctx.count + 1 :])
+        if all(grad is None for grad in incoming):
+            return (None,) * (ctx.count + 1)
+        needs = _Inputs.of(ctx.needs_input_grad[1:])
+        with torch.no_grad(), _plain():
+            grads = _Gradients(ctx.call, inputs, feeds, kept, incoming).all(needs)
+        if torch.is_grad_enabled():
+            there = next(x for x in incoming if x is not None)
+            grads = tuple(None if x is None else _once(x, there) for x in grads)
+        return None, *grads
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that can't be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, _of: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "attnext's decoder kernels have no second derivative: run it inside attnext.use_backend('reference'), "
+            "which follows autograd to any order"
+        )
+
+
+# As mypy sees them: torch's apply has no types.
+_applied: Callable[..., tuple[Any, ...]] = _Decoder.apply
+_once: Callable[[Tensor, Tensor], Tensor] = _Once.apply
+
+
+class _Found(NamedTuple):
+    """What the operator of the backward pass returns first: gradients of all steps, and of what was there before."""
+
+    contexts: Tensor
+    feeds: Tensor
+    queries: Tensor
+    scores: Tensor
+    taken: Tensor
+    """What the values' gradient takes of each context's; without dropout a past's are its weights."""
+    hidden: Tensor
+    cell: Tensor
+    context: Tensor
+    feed: Tensor
+    biases: Tensor
+    """(L, 4 S), by gate; of a gated unit the projected candidate, reset, update, candidate."""
+
+
+class _OfPast(NamedTuple):
+    """And last, where a score sees its past."""
+
+    key: Tensor
+    score_weight: Tensor
+    filters: Tensor
+    projection: Tensor
+    past: Tensor
+    cumulative: Tensor
+
+
+_FOUND, _KEPT = len(_Found._fields), 8
+
+
+class _Gradients:
+    """From what the steps' backward pass has found, the gradients of all inputs."""
+
+    def __init__(
+        self, call: _Call, inputs: _Inputs, feeds: Tensor | None, kept: list[Tensor], incoming: Sequence[Tensor | None]
+    ) -> None:
+        self._call, self._inputs, self._feeds, self._kept = call, inputs, feeds, kept
+        arguments, options = inputs.of_operator(call), _options(call.parts, call.after)
+        found = _backward(*incoming, kept, kept[_KEPT], feeds, *arguments, *options)
+        self._found = _Found._make(found[:_FOUND])
+        ends = _FOUND + 2 * len(inputs.layers)
+        self._gates, self._states = found[_FOUND:ends:2], found[_FOUND + 1 : ends : 2]
+        self._past = _OfPast._make(found[ends:]) if call.parts.score == "past" else None
+
+    def all(self, needs: _Inputs) -> tuple[Tensor | None, ...]:
+        """Of all inputs; those that need none may be left out."""
+        inputs, found, past = self._inputs, self._found, self._past
+        key, value, score_weight = self._of_memory()
+        rows_of_query, there = found.queries.flatten(0, 1), _there
+        return _Inputs(
+            x=self._of_x() if needs.x else None,  # type: ignore[arg-type]
+            hidden=found.hidden,
+            cell=there(inputs.cell, found.cell),
+            context=there(inputs.context, found.context),
+            feed=there(inputs.feed, found.feed),
+            past=there(inputs.past, past and past.past),
+            cumulative=there(inputs.cumulative, past and past.cumulative),
+            key=key,
+            value=value,
+            score_weight=score_weight,
+            filters=past and past.filters,
+            projection=there(inputs.projection, past and past.projection),
+            w_query=rows_of_query.t() @ self._asked() if needs.w_query else None,
+            b_query=rows_of_query.sum(0) if needs.b_query else None,
+            w_readout=self._of_readout() if needs.w_readout else None,
+            b_readout=found.feeds.flatten(0, 1).sum(0) if needs.b_readout else None,
+            layers=tuple(self._of_layer(k, needs.layers[k]) for k in range(len(inputs.layers))),
+        ).flat()
+
+    def _of_input(self, k: int) -> Tensor:
+        """The gradients of what inputs add to a layer's gates."""
+        gates = self._gates[k]
+        return gates[:, gates.shape[1] - self._inputs.layers[k].w_hidden.shape[0] :]
+
+    def _asked(self) -> Tensor:
+        """The states that were made into queries, (T N, S)."""
+        return self._kept[0].flatten(0, 1) if self._call.after else self._states[-1]
+
+    def _of_x(self) -> Tensor:
+        inputs = self._inputs
+        grad = self._of_input(0) @ inputs.layers[0].w_input[:, : inputs.features]
+        if inputs.w_readout is not None:
+            grad.addmm_(self._found.feeds.flatten(0, 1), inputs.w_readout[:, : inputs.features])
+        return grad.view(inputs.x.shape)
+
+    def _of_layer(self, k: int, needs: Layer) -> Layer:
+        layer, gates, biases = self._inputs.layers[k], self._gates[k], self._found.biases[k]
+        rows, size = layer.w_hidden.shape
+        w_hidden, gated = torch.empty_like(layer.w_hidden, memory_format=torch.contiguous_format), rows == 3 * size
+        # Of a gated unit the state's candidate comes first, and is the matrix' last.
+        first = gates[:, size : 3 * size] if gated else gates
+        torch.mm(first.t(), self._states[k], out=w_hidden[: first.shape[1]])
+        if gated:
+            torch.mm(gates[:, :size].t(), self._states[k], out=w_hidden[2 * size :])
+        return Layer(
+            self._of_lowest() if k == 0 else self._of_input(k).t() @ self._below(k),
+            w_hidden,
+            _there(layer.b_input, biases[4 * size - rows :]),
+            _there(layer.b_hidden, torch.cat((biases[size : 3 * size], biases[:size])) if gated else biases),
+        )
+
+    def _of_lowest(self) -> Tensor:
+        """Of the lowest layer's matrix: columns of the inputs, of the context and of the output vector."""
+        inputs, grads, found = self._inputs, self._of_input(0), self._kept[1]
+        weight = torch.empty_like(inputs.layers[0].w_input, memory_format=torch.contiguous_format)
+        features, feeds = inputs.features, 0 if self._feeds is None else self._feeds.shape[2]
+        torch.mm(grads.t(), inputs.x.flatten(0, 1), out=weight[:, :features])
+        end = weight.shape[1] - feeds
+        if end > features:
+            _products(grads, found, inputs.context, weight[:, features:end])
+        if self._feeds is not None:
+            _products(grads, self._feeds, inputs.feed, weight[:, end:])
+        return weight
+
+    def _below(self, k: int) -> Tensor:
+        """What a layer took of the one below, (T N, S)."""
+        hidden = self._kept[_KEPT + 1 + 2 * (k - 1)][:, self._inputs.hidden.shape[2] :]
+        return hidden * self._call.masks[k - 1].flatten(0, 1) if self._call.masks else hidden
+
+    def _of_readout(self) -> Tensor:
+        inputs, output, contexts = self._inputs, self._kept[0], self._kept[1]
+        rows = torch.cat([x.flatten(0, 1) for x in (inputs.x, output, contexts)], 1)
+        return self._found.feeds.flatten(0, 1).t() @ rows
+
+    def _of_memory(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of key, value and score weight, as of one call with the queries of all steps."""
+        inputs, found, call = self._inputs, self._found, self._call
+        batch = inputs.key.shape[0]
+        taken = found.taken if found.taken.numel() else self._kept[3]
+        incoming, weights = _by_sentence(found.contexts, batch), _by_sentence(taken, batch)
+        shared = Shared(None, call.memory.lengths, call.memory.mask, call.parts.scale)
+        of_value = gradient_of_values(inputs.key, shared, weights, incoming)
+        if self._past is not None:
+            return self._past.key, of_value, self._past.score_weight
+        queries = self._kept[7] if inputs.w_query is not None else self._asked().view_as(self._kept[0])
+        of_key, of_score_weight = gradients_of_keys(
+            _by_sentence(queries, batch), _by_sentence(found.scores, batch), inputs.key, inputs.score_weight, shared
+        )
+        if inputs.value is None:
+            return of_key + of_value, None, None
+        return of_key, of_value, of_score_weight
+
+
+def _there(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    return None if x is None else grad
+
+
+def _products(grads: Tensor, x: Tensor, first: Tensor | None, out: Tensor) -> None:
+    """The product of gradients (T N, G) with rows (T, N, I), or with those of the step before and at first others."""
+    if first is None:
+        torch.mm(grads.t(), x.flatten(0, 1), out=out)
+        return
+    rows = first.shape[0]
+    torch.mm(grads[:rows].t(), first, out=out)
+    out.addmm_(grads[rows:].t(), x[:-1].flatten(0, 1))
+
+
+def _by_sentence(x: Tensor, batch: int) -> Tensor:
+    """(T, N, ...) as (B, T Q, ...), of Q hypotheses each."""
+    steps, rows, size = x.shape
+    return x.view(steps, batch, rows // batch, size).transpose(0, 1).reshape(batch, -1, size)
+
+
+def packed(weights: Weights, features: int, values: int) -> Tensor:
+    """The matrices as steps read them, for calls without a gradient as long as these parameters stay as they are.
+
+    Args:
+        features, values: E and H.
+    """
+    lowest, above = weights.layers[0], weights.layers[1:]
+    outer, readout = lowest.w_input[:, features:], weights.w_readout
+    return _pack(
+        [x.w_hidden.detach() for x in weights.layers],
+        [x.w_input.detach() for x in above],
+        outer.detach() if outer.shape[1] else None,
+        None if weights.parts.weight is None else weights.parts.weight.detach(),
+        None if readout is None else readout[:, features:].detach(),
+        values,
+        lowest.w_hidden.shape[0] == 4 * lowest.w_hidden.shape[1],
+    )
+
+
+def decode(
+    x: Tensor,
+    start: Start,
+    memory: Memory,
+    weights: Weights,
+    *,
+    masks: list[Tensor],
+    seeds: Tensor | None,
+    ready: Tensor | None,
+    after: bool,
+    need_weights: bool,
+) -> Results:
+    """Goes through the steps.
+
+    Args:
+        x: (T, N, E) contiguous, in float32 or float64, as all that follows.
+        start: what there was before the first step.
+        memory: of B sentences.
+        weights: the parameters.
+        masks: (T, N, S), what each but the topmost layer's states are multiplied with on their way up; or none.
+        seeds: (T,) int64, where the attention drops weights.
+        ready: what :func:`packed` made of these parameters.
+        after: a step attends with the state it has made, and not with the one before.
+    """
+    parts, additive = weights.parts, weights.parts.score != "dot"
+    inputs = _Inputs(
+        x, start.hidden, start.cell, start.context, start.feed, start.past, start.cumulative,
+        memory.key, None if memory.shared and not additive else memory.value, memory.score_weight if additive else None,
+        parts.filters, parts.projection, parts.weight, parts.bias, weights.w_readout, weights.b_readout,
+        tuple(weights.layers),
+    ).flat()  # fmt: skip
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return Results._make(_applied(_Call(memory, parts, masks, seeds, ready, after, need_weights, keep), *inputs))

@@ -1,0 +1,549 @@
+"""Decoders that attend: recurrent layers with attention in the loop, called as an encoder is.
+
+With h_j the states of an encoder, h'_t those of the decoder and y_t its inputs:
+
+    a step that attends first    C_t = sum_j a_tj h_j of the query h'_{t-1},  h'_t = f(h'_{t-1}, [y_t; C_t])
+    a step that attends last     h'_t = f(h'_{t-1}, [y_t; C_{t-1}]),  C_t = sum_j a_tj h_j of the query h'_t
+
+f are gated units (Cho et al., 2014) or long short-term memory (Hochreiter and Schmidhuber, 1997), of one layer or
+several; of several the topmost asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attnext import _checks
+from attnext.attention.base import StepParts, has_global_hooks, has_own_hooks
+from attnext.attention.past import Past
+from attnext.backends import choose
+from attnext.memory import Memory
+from attnext.recurrent._decoder import Layer, Start, Weights, decode, packed
+
+__all__ = ["AttentiveGRU", "AttentiveLSTM", "DecoderState"]
+
+_ORDERS = ("before", "after")
+
+
+class DecoderState(NamedTuple):
+    """What a decoder carries from step to step, for one hypothesis a sentence (B, ...) or several (B, beam, ...).
+
+    Attributes:
+        hidden: (L, B, S) or (L, B, beam, S), of the layers from the lowest.
+        cell: the same shape, of long short-term memory; else None.
+        context: (B, H) or (B, beam, H), the last one, where a step attends last and has no output vector; else None.
+        vector: (B, R) or (B, beam, R), the last output vector, where there are any; else None.
+        attention: the attention's own state; None at the first step, and where it has none.
+    """
+
+    hidden: Tensor
+    cell: Tensor | None = None
+    context: Tensor | None = None
+    vector: Tensor | None = None
+    attention: Any = None
+
+    def select(self, indices: Tensor) -> DecoderState:
+        """The state of other rows (N,), or for each sentence of the hypotheses that go on (B, beam).
+
+        Raises:
+            TypeError, ValueError: ``indices`` is not that.
+        """
+        indices = _checks.tensor("indices", indices, 1, 2)
+        batch = self.hidden.shape[1]
+        if indices.dim() == 1:
+            rows = _checks.indices("indices", indices, batch, self.hidden.device)
+            return self._map(lambda x, dim: x.index_select(dim, rows), lambda state: state.select(rows))
+        if self.hidden.dim() == 3:
+            raise ValueError("indices of (B, beam) need a state of (L, B, beam, S), got one of (L, B, S)")
+        _checks.size("indices", indices, 0, batch, "the state's batch")
+        kept = _checks.indices("indices", indices.flatten(), self.hidden.shape[2], self.hidden.device).view(indices.shape)
+
+        def take(x: Tensor, dim: int) -> Tensor:
+            places = kept.unsqueeze(-1).expand(*kept.shape, x.shape[-1])
+            return x.gather(dim + 1, places.expand(*x.shape[:dim], *places.shape))
+
+        return self._map(take, lambda state: state.select(kept))
+
+    def one_hypothesis(self) -> DecoderState:
+        """The same as (B, 1, ...), before the first step."""
+        if self.attention is not None:
+            raise ValueError("one_hypothesis is of a state before the first step")
+        return self._map(lambda x, dim: x.unsqueeze(dim + 1), lambda state: state)
+
+    def _map(self, change: Callable[[Tensor, int], Tensor], of_attention: Callable[[Any], Any]) -> DecoderState:
+        """With each tensor changed, given where its batch is."""
+        hidden, *others = (
+            None if x is None else change(x, dim) for x, dim in zip(self[:4], (1, 1, 0, 0), strict=True)
+        )
+        assert hidden is not None
+        return DecoderState(hidden, *others, None if self.attention is None else of_attention(self.attention))
+
+
+class _AttentiveLayers(nn.Module):
+    """What both have in common."""
+
+    _gates: int
+    """Rows of a matrix, in units of the size."""
+    _has_cell: bool
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        attention: nn.Module,
+        num_layers: int = 1,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        attend: str = "before",
+        vector_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_size = _checks.at_least_one("input_size", input_size)
+        self.hidden_size = _checks.at_least_one("hidden_size", hidden_size)
+        self.num_layers = _checks.at_least_one("num_layers", num_layers)
+        self.dropout = _checks.probability("dropout", dropout)
+        self.attend = _checks.choice("attend", attend, _ORDERS)
+        self.vector_size = None if vector_size is None else _checks.at_least_one("vector_size", vector_size)
+        self.context_size = self._context_size(attention)
+        self.attention: Any = attention
+        self.bias = _checks.flag("bias", bias)
+        rows = self._gates * hidden_size
+        context = self.context_size if self._feeds_context else 0
+        for k in range(num_layers):
+            inputs = input_size + context + (self.vector_size or 0) if k == 0 else hidden_size
+            self.register_parameter(f"weight_ih_l{k}", nn.Parameter(torch.empty(rows, inputs)))
+            self.register_parameter(f"weight_hh_l{k}", nn.Parameter(torch.empty(rows, hidden_size)))
+            for name in ("bias_ih", "bias_hh"):
+                self.register_parameter(f"{name}_l{k}", nn.Parameter(torch.empty(rows)) if bias else None)
+        joined = input_size + hidden_size + self.context_size
+        self.readout = None if self.vector_size is None else nn.Linear(joined, self.vector_size)
+        self._reset_layers()
+
+    def _context_size(self, attention: Any) -> int:
+        """H, of an attention whose queries are states."""
+        for name in ("prepare", "step", "query_size", "memory_size"):
+            if not hasattr(attention, name):
+                raise TypeError(f"attention must be one of attnext's modules, got {type(attention).__name__}")
+        if attention.query_size != self.hidden_size:
+            raise ValueError(
+                f"attention must have query_size={self.hidden_size}, as hidden_size, got {attention.query_size}"
+            )
+        size: int = attention.memory_size
+        return size
+
+    @property
+    def _after(self) -> bool:
+        return self.attend == "after"
+
+    @property
+    def _feeds_context(self) -> bool:
+        """Whether the context enters the layers: not where the output vector does, which is made of the last one."""
+        return not (self._after and self.vector_size is not None)
+
+    def _reset_layers(self) -> None:
+        bound = self.hidden_size**-0.5
+        for name, x in self.named_parameters(recurse=False):
+            assert "_l" in name
+            nn.init.uniform_(x, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew: of the layers uniform within 1/sqrt(S), of attention and readout as they do."""
+        self._reset_layers()
+        self.attention.reset_parameters()
+        if self.readout is not None:
+            self.readout.reset_parameters()
+
+    def extra_repr(self) -> str:
+        rest = "" if self.vector_size is None else f", vector_size={self.vector_size}"
+        rest += f", dropout={self.dropout}" if self.dropout else ""
+        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, attend={self.attend!r}{rest}"
+
+    # ------------------------------------------------------------------------------------------------- what is called
+
+    def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
+        """The memory of encoder states (B, Tk, H), as the attention's ``prepare`` makes it."""
+        memory: Memory = self.attention.prepare(encoder_states, lengths, mask)
+        return memory
+
+    def first_state(self, batch: int, beam: int | None = None) -> DecoderState:
+        """Zeros, for so many sentences, and so many hypotheses of each."""
+        rows = (batch,) if beam is None else (batch, beam)
+        like = self._parameter
+
+        def zeros(*sizes: int) -> Tensor:
+            return like.new_zeros(sizes)
+
+        return DecoderState(
+            zeros(self.num_layers, *rows, self.hidden_size),
+            zeros(self.num_layers, *rows, self.hidden_size) if self._has_cell else None,
+            zeros(*rows, self.context_size) if self._after and self._feeds_context else None,
+            None if self.vector_size is None else zeros(*rows, self.vector_size),
+        )
+
+    def forward(
+        self, inputs: Tensor, memory: Any, state: DecoderState | None = None, *, need_weights: bool = False
+    ) -> tuple[Any, ...]:
+        """Goes through all steps, given the inputs of each (teacher forcing).
+
+        Args:
+            inputs: (B, T, E), of one step at least.
+            memory: what :meth:`prepare` returned.
+            state: what there was before; zeros by default.
+            need_weights: also return the attention's weights.
+
+        Returns:
+            The topmost layer's states (B, T, S), or with ``vector_size`` the output vectors (B, T, R); the contexts
+            (B, T, H); the state after the last step; and if asked for the weights (B, T, Tk).
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        inputs = _checks.tensor("inputs", inputs, 3)
+        state = self._checked(inputs, state)
+        if inputs.shape[1] == 0:
+            raise ValueError("inputs must have at least one step, got shape " + str(tuple(inputs.shape)))
+        _checks.flag("need_weights", need_weights)
+        parts = self._parts(inputs, memory, state)
+        if parts is not None:
+            steps = inputs.transpose(0, 1).contiguous()
+            found = self._at_once(steps, memory, state, parts, None, need_weights)
+        else:
+            found = self._one_by_one(inputs, memory, state, need_weights)
+        return found if need_weights else found[:3]
+
+    def step(
+        self, input: Tensor, memory: Any, state: DecoderState | None = None, *, need_weights: bool = False
+    ) -> tuple[Any, ...]:
+        """One step; see :meth:`opened` for many.
+
+        Args:
+            input: (B, E), or (B, beam, E) for hypotheses that share the memory.
+            memory: what :meth:`prepare` returned.
+            state: what the last step returned, or :meth:`forward`; zeros by default.
+            need_weights: also return the attention's weights.
+
+        Returns:
+            As :meth:`forward`, of one step: (B, S) or (B, R), or with a beam (B, beam, S), and so on.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        return self._step(input, memory, state, need_weights, None)
+
+    def opened(self) -> Callable[..., tuple[Any, ...]]:
+        """:meth:`step` for the steps of a search, which are faster: it reads the matrices as they are now.
+
+        Gradients don't flow through it; call it anew when a parameter has changed.
+        """
+        ready: list[Tensor] = []
+
+        @torch.no_grad()
+        def step(
+            input: Tensor, memory: Any, state: DecoderState | None = None, *, need_weights: bool = False
+        ) -> tuple[Any, ...]:
+            return self._step(input, memory, state, need_weights, ready)
+
+        return step
+
+    # --------------------------------------------------------------------------------------------------- how it works
+
+    def _step(
+        self, input: Tensor, memory: Any, state: DecoderState | None, need_weights: bool, ready: list[Tensor] | None
+    ) -> tuple[Any, ...]:
+        input = _checks.tensor("input", input, 2, 3)
+        state = self._checked(input, state, "input")
+        _checks.flag("need_weights", need_weights)
+        parts = self._parts(input, memory, state)
+        found: tuple[Any, ...]
+        if parts is None:
+            vector, context, state, weights = self._one(self._ahead(input), memory, state, need_weights)
+            found = vector, context, state, weights
+        else:
+            if ready is not None and not ready:
+                ready.append(packed(self._weights(parts), self.input_size, self.context_size))
+            rows = input.shape[:-1]
+            steps = input.reshape(1, -1, input.shape[-1])
+            flat = steps if input.dim() == 2 else steps
+            found = self._at_once(flat, memory, state, parts, ready[0] if ready else None, need_weights)
+            found = tuple(
+                x if x is None or isinstance(x, DecoderState) else x.view(*rows, x.shape[-1]) for x in found
+            )
+        return found if need_weights else found[:3]
+
+    @property
+    def _parameter(self) -> Tensor:
+        found: Tensor = self._parameters["weight_ih_l0"]  # type: ignore[assignment]
+        return found if found is not None else next(self.parameters())
+
+    def _checked(self, inputs: Tensor, state: Any, name: str = "inputs") -> DecoderState:
+        """The state, once inputs and state fit the module."""
+        _checks.size(name, inputs, -1, self.input_size, "input_size")
+        _checks.same_kind_as_module(name, inputs, self._parameter)
+        beam = inputs.shape[1] if name == "input" and inputs.dim() == 3 else None
+        rows = (inputs.shape[0],) if beam is None else (inputs.shape[0], beam)
+        if state is None:
+            return self.first_state(*rows)
+        if not isinstance(state, DecoderState):
+            raise TypeError(f"state must be None or a DecoderState, got {type(state).__name__}")
+        wanted = {
+            "hidden": (self.num_layers, *rows, self.hidden_size),
+            "cell": (self.num_layers, *rows, self.hidden_size) if self._has_cell else None,
+            "context": (*rows, self.context_size) if self._after and self._feeds_context else None,
+            "vector": None if self.vector_size is None else (*rows, self.vector_size),
+        }
+        for field, shape in wanted.items():
+            x = getattr(state, field)
+            got = None if x is None else tuple(x.shape)
+            if got != shape:
+                raise ValueError(f"state must have {field} of shape {shape}, got {got}")
+            if x is not None:
+                _checks.same_kind_as_module(f"state.{field}", x, self._parameter)
+        return state
+
+    def _parts(self, inputs: Tensor, memory: Any, state: DecoderState) -> StepParts | None:
+        """What the attention is made of, where the operator serves; None where the steps go one by one."""
+        like, attention = self._parameter, self.attention
+        dtype = like.dtype
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _checks.in_transforms():
+            return None
+        if dtype not in (torch.float32, torch.float64) or like.device.type != "cpu" or _checks.autocasts("cpu"):
+            return None
+        if not isinstance(memory, Memory) or memory.heads > 1 or inputs.numel() == 0 or memory.key.numel() == 0:
+            return None
+        if choose(None, "cpu", dtype) != "cpu" or has_global_hooks() or has_own_hooks(attention):
+            return None
+        if "forward" in attention.__dict__ or "step" in attention.__dict__ or attention._compiled_call_impl is not None:
+            return None
+        if self.readout is not None and (has_own_hooks(self.readout) or type(self.readout) is not nn.Linear):
+            return None
+        parts: StepParts | None = attention._step_parts() if hasattr(attention, "_step_parts") else None
+        if parts is None or not self._fits(parts, inputs, memory, state):
+            return None
+        return parts
+
+    def _fits(self, parts: StepParts, inputs: Tensor, memory: Memory, state: DecoderState) -> bool:
+        """Whether the memory is such an attention's; what is not is left to its own checks."""
+        size = self.hidden_size if parts.weight is None else parts.weight.shape[0]
+        slots = (*inputs.shape[: state.hidden.dim() - 2], memory.key.shape[1])
+        past = state.attention
+        fits_past = past is None or (
+            parts.score == "past" and isinstance(past, Past) and past.weights.shape == past.cumulative.shape == slots
+        )
+        return (
+            memory.key.shape[0] == inputs.shape[0]
+            and memory.key.shape[2] == size
+            and memory.value.shape[2] == self.context_size
+            and (memory.score_weight is None) == (parts.score == "dot")
+            and (memory.score_weight is None or memory.score_weight.dim() == 1)
+            and (memory.mask is None or memory.mask.dim() == 2)
+            and memory.key.dtype == memory.value.dtype == inputs.dtype
+            and fits_past
+            and (memory.prepared is None or memory.prepared.backend == "cpu")
+        )
+
+    def _layers(self) -> list[Layer]:
+        found = self._parameters
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return [
+            Layer(*(found.get(f"{name}_l{k}", None) if f"{name}_l{k}" in found else getattr(self, f"{name}_l{k}")
+                    for name in names))  # type: ignore[arg-type]
+            for k in range(self.num_layers)
+        ]  # fmt: skip
+
+    def _weights(self, parts: StepParts) -> Weights:
+        readout = self.readout
+        return Weights(self._layers(), readout and readout.weight, readout and readout.bias, parts)
+
+    def _at_once(
+        self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, ready: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
+        """The steps (T, N, E) by the operator; results are (N, T, ...)."""
+        count, n = steps.shape[:2]
+        rows = state.hidden.shape[1:-1]
+
+        def flat(x: Tensor | None) -> Tensor | None:
+            """Hypotheses as rows."""
+            return x if x is None or len(rows) == 1 else x.flatten(-3, -2)
+
+        past, sees = state.attention, parts.sees
+        if parts.score == "past" and past is None:
+            past = self.attention._beginning(memory, rows)
+        hidden = flat(state.hidden)
+        assert hidden is not None
+        start = Start(
+            hidden,
+            flat(state.cell),
+            flat(state.context),
+            flat(state.vector),
+            flat(past.weights) if sees[0] else None,
+            flat(past.cumulative) if sees[1] else None,
+        )
+        masks, seeds = [], None
+        if self.training and self.dropout:
+            like = steps.new_ones(count, n, self.hidden_size)
+            masks = [F.dropout(like, self.dropout) for _ in range(self.num_layers - 1)]
+        if parts.dropout > 0.0:
+            seeds = torch.randint(2**62, (count,))
+        found = decode(
+            steps, start, memory, self._weights(parts), masks=masks, seeds=seeds, ready=ready, after=self._after,
+            need_weights=need_weights or parts.score == "past",
+        )  # fmt: skip
+        shape = state.hidden.shape
+        context = vector = None
+        if state.context is not None:
+            context = found.contexts[-1].view(state.context.shape)
+        if found.feeds is not None and state.vector is not None:
+            vector = found.feeds[-1].view(state.vector.shape)
+        attention = None
+        if parts.score == "past":
+            assert found.weights is not None
+            slots = past.weights.shape
+            attention = Past(found.weights[-1].view(slots), past.cumulative + found.weights.sum(0).view(slots))
+        last = DecoderState(
+            found.hidden.view(shape), None if found.cell is None else found.cell.view(shape), context, vector, attention
+        )
+        output = found.output if found.feeds is None else found.feeds
+        weights = found.weights.transpose(0, 1) if need_weights and found.weights is not None else None
+        return output.transpose(0, 1), found.contexts.transpose(0, 1), last, weights
+
+    def _ahead(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What inputs (..., E) add to the lowest layer's gates and to the output vector: of all steps one product."""
+        lowest, size = self._layers()[0], self.input_size
+        gates = F.linear(inputs, lowest.w_input[:, :size], lowest.b_input)
+        if self.readout is None:
+            return gates, None
+        return gates, F.linear(inputs, self.readout.weight[:, :size], self.readout.bias)
+
+    def _one_by_one(
+        self, inputs: Tensor, memory: Any, state: DecoderState, need_weights: bool
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
+        gates, vectors = self._ahead(inputs)
+        outputs, contexts, weights = [], [], []
+        for t in range(inputs.shape[1]):
+            ahead = gates[:, t], None if vectors is None else vectors[:, t]
+            output, context, state, of_step = self._one(ahead, memory, state, need_weights)
+            outputs.append(output)
+            contexts.append(context)
+            weights.append(of_step)
+        stacked = torch.stack(weights, 1) if need_weights else None  # type: ignore[arg-type]
+        return torch.stack(outputs, 1), torch.stack(contexts, 1), state, stacked
+
+    def _one(
+        self, ahead: tuple[Tensor, Tensor | None], memory: Any, state: DecoderState, need_weights: bool
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
+        """A step by the modules, of what its input adds."""
+        context, weights, past = state.context, None, state.attention
+        if not self._after:
+            context, weights, past = self.attention.step(state.hidden[-1], memory, past, need_weights=need_weights)
+        fed = [x for x in (context if self._feeds_context else None, state.vector) if x is not None]
+        hidden, cell = self._through(ahead[0], fed, state)
+        if self._after:
+            context, weights, past = self.attention.step(hidden[-1], memory, past, need_weights=need_weights)
+        assert context is not None
+        output, vector = hidden[-1], None
+        if self.readout is not None and ahead[1] is not None:
+            joined = torch.cat((hidden[-1], context), -1)
+            output = vector = (ahead[1] + F.linear(joined, self.readout.weight[:, self.input_size :])).tanh()
+        kept = context if self._after and self._feeds_context else None
+        last = DecoderState(
+            torch.stack(hidden), torch.stack(cell) if cell else None,
+            kept if kept is None else kept.to(hidden[-1].dtype),
+            vector if vector is None else vector.to(hidden[-1].dtype), past,
+        )  # fmt: skip
+        return output, context, last, weights
+
+    def _through(
+        self, gates: Tensor, fed: list[Tensor], state: DecoderState
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The states of all layers, of what the input adds to the lowest's gates and what else enters it."""
+        hidden: list[Tensor] = []
+        cells: list[Tensor] = []
+        for k, layer in enumerate(self._layers()):
+            if k > 0:
+                gates = F.linear(F.dropout(hidden[-1], self.dropout, self.training), layer.w_input, layer.b_input)
+            elif fed:
+                gates = gates + F.linear(torch.cat(fed, -1), layer.w_input[:, self.input_size :])
+            last = None if state.cell is None else state.cell[k]
+            one, *cell = self._units(gates, F.linear(state.hidden[k], layer.w_hidden, layer.b_hidden),
+                                     state.hidden[k], last)  # fmt: skip
+            hidden.append(one)
+            cells.extend(cell)
+        return hidden, cells
+
+    def _units(self, gates: Tensor, projected: Tensor, hidden: Tensor, cell: Tensor | None) -> tuple[Tensor, ...]:
+        """The next state of a layer, of what inputs and the last state add to its gates."""
+        raise NotImplementedError
+
+
+class AttentiveGRU(_AttentiveLayers):
+    """Gated recurrent units that attend a memory at every step.
+
+    By default as Bahdanau, Cho and Bengio, "Neural machine translation by jointly learning to align and translate",
+    2015: the last state asks, and the context enters the step. The units are :class:`torch.nn.GRU`'s.
+
+    Args:
+        input_size: size E of an input, as an embedded symbol.
+        hidden_size: size S of a state.
+        attention: any of attnext's attention modules that a decoder steps, of ``query_size`` S; its ``memory_size``
+            is the size H of a context.
+        num_layers: of the decoder. The context enters the lowest, the topmost asks.
+        bias: whether the layers have biases.
+        dropout: probability that a state is dropped on its way to the next layer, in training.
+        attend: "before" the step, with the last state; or "after" it, with the new one, whose context then enters the
+            next step (Chan et al., "Listen, attend and spell", 2016; Shen et al., Tacotron 2, 2018).
+        vector_size: size R of an output vector ``tanh(W [input; state; context] + b)``, which then enters the next step
+            (input feeding: Luong, Pham and Manning, 2015); after the step in place of the context. None for none.
+
+    Shapes:
+        inputs (B, T, E), memory of B sentences; states (B, T, S) or vectors (B, T, R), contexts (B, T, H).
+
+    float32 and float64 on the CPU, with additive, dot-product, location-sensitive and coverage attention, are one call
+    forward and one backward. What else there is (other attentions, dtypes and devices, autocast, ``torch.compile``,
+    export) goes step by step, with the same results.
+
+    Parameters are those of a ``torch.nn.GRUCell(E + H, S)`` and of the layers above, by the names of
+    :class:`torch.nn.GRU`: ``weight_ih_l0`` has columns of the input, of the context and of the output vector.
+
+    Example:
+        >>> attention = attnext.BahdanauAttention(512, 1024, 256)
+        >>> decoder = attnext.AttentiveGRU(300, 512, attention)
+        >>> memory = decoder.prepare(encoder_states, lengths)
+        >>> hidden, contexts, state = decoder(embedded, memory)   # teacher forcing
+        >>> step = decoder.opened()
+        >>> hidden, context, state = step(embedded_symbol, memory, state)   # at every step of a search
+    """
+
+    _gates, _has_cell = 3, False
+
+    def _units(self, gates: Tensor, projected: Tensor, hidden: Tensor, cell: Tensor | None) -> tuple[Tensor, ...]:
+        size = self.hidden_size
+        reset, update = (gates[..., : 2 * size] + projected[..., : 2 * size]).sigmoid().chunk(2, -1)
+        candidate = (gates[..., 2 * size :] + reset * projected[..., 2 * size :]).tanh().to(hidden.dtype)
+        return (candidate + update.to(hidden.dtype) * (hidden - candidate),)
+
+
+class AttentiveLSTM(_AttentiveLayers):
+    """Long short-term memory that attends a memory at every step; in all else as :class:`attnext.AttentiveGRU`.
+
+    Parameters are those of a ``torch.nn.LSTMCell(E + H, S)`` and of the layers above, by the names of
+    :class:`torch.nn.LSTM`.
+
+    Example:
+        >>> attention = attnext.LuongAttention(512, 1024)
+        >>> decoder = attnext.AttentiveLSTM(300, 512, attention, attend="after", vector_size=512)   # Luong 2015
+    """
+
+    _gates, _has_cell = 4, True
+
+    def _units(self, gates: Tensor, projected: Tensor, hidden: Tensor, cell: Tensor | None) -> tuple[Tensor, ...]:
+        assert cell is not None
+        take, keep, candidate, show = (gates + projected).chunk(4, -1)
+        new = keep.sigmoid().to(cell.dtype) * cell + (take.sigmoid() * candidate.tanh()).to(cell.dtype)
+        return show.sigmoid().to(cell.dtype) * new.tanh(), new
