@@ -86,12 +86,6 @@ def close(got: Any, expected: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def of_torch(rows: Tensor) -> Tensor:
-    """An LSTM's rows in torch's order, input, forget, candidate, output; here the candidate is last."""
-    keep_new, keep_old, show, candidate = rows.chunk(4)
-    return torch.cat((keep_new, keep_old, candidate, show))
-
-
 def by_the_formulas(model: Seq2Seq, word: list[int], previous: list[int]) -> Tensor:
     """The logits (Ty, V) of one word, every step and every score written out."""
     config, encoder, decoder = model.config, model.encoder, model.decoder
@@ -100,36 +94,31 @@ def by_the_formulas(model: Seq2Seq, word: list[int], previous: list[int]) -> Ten
     hidden = last[0] if config.cell == "lstm" else last  # layer by layer, in each the directions
     ends = torch.cat([hidden[-2, 0], hidden[-1, 0]]) if config.bidirectional else hidden[-1, 0]
     first = iter(torch.tanh(decoder.first(ends)).split(config.decoder_size))
-    layers = [[next(first) for _ in range(1 if config.cell == "gru" else 2)] for _ in decoder.layers]
-    feed = torch.zeros(decoder.readout.out_features, dtype=h.dtype)
+    recurrent, depths = decoder.recurrent, range(config.decoder_layers)
+    readout = recurrent.readout if config.input_feeding else decoder.readout
+    layers = [[next(first) for _ in range(1 if config.cell == "gru" else 2)] for _ in depths]
+    feed = torch.zeros(readout.out_features, dtype=h.dtype)
     logits = []
     for number in previous:
         y = decoder.embedding.weight[number]
         if config.attention == "none":
             context = ends
         else:
-            attn = decoder.attention
+            attn = recurrent.attention
             query = attn.query_projection.weight @ layers[-1][0]
             e = torch.stack([attn.score_weight @ torch.tanh(query + attn.memory_projection.weight @ h_j) for h_j in h])
             a = torch.exp(e) / torch.exp(e).sum()
             context = sum((a_j * h_j for a_j, h_j in zip(a, h, strict=True)), torch.zeros_like(h[0]))
-        for depth, layer in enumerate(decoder.layers):
-            weights = layer.weights
-            if depth:
-                x, w = layers[depth - 1][0], weights["below"]
-            elif config.input_feeding:
-                x = torch.cat([y, context, feed])
-                w = torch.cat([weights["embedded"], weights["context"], weights["feed"]], 1)
-            else:
-                x, w = torch.cat([y, context]), torch.cat([weights["embedded"], weights["context"]], 1)
+        for depth in depths:
+            x = layers[depth - 1][0] if depth else torch.cat([y, context, *([feed] if config.input_feeding else [])])
+            parts = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            arguments: Any = [getattr(recurrent, f"{part}_l{depth}") for part in parts]
             if config.cell == "gru":
-                arguments: Any = (w, weights["recurrent"], layer.bias, layer.recurrent_bias)
                 layers[depth] = [torch.gru_cell(x[None], layers[depth][0][None], *arguments)[0]]
             else:
-                arguments = (of_torch(w), of_torch(weights["recurrent"]), of_torch(layer.bias), None)
                 pair = tuple(part[None] for part in layers[depth])
                 layers[depth] = [part[0] for part in torch.lstm_cell(x[None], pair, *arguments)]
-        feed = torch.tanh(decoder.readout.weight @ torch.cat([y, layers[-1][0], context]) + decoder.readout.bias)
+        feed = torch.tanh(readout.weight @ torch.cat([y, layers[-1][0], context]) + readout.bias)
         output = decoder.embedding.weight if config.tied_embeddings else decoder.output.weight
         logits.append(output @ feed + decoder.output.bias)
     return torch.stack(logits)

@@ -52,6 +52,66 @@ def test_a_checkpoint_of_float64(tmp_path: Path) -> None:
     assert equal(load(tmp_path).model, tiny())
 
 
+def of_format_2(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a model as the release before wrote them: matrices cut into parts, an LSTM's candidate last."""
+    found, depths = {}, range(config["decoder_layers"])
+    lowest = [config["embedding_size"], config["encoder_size"] * 2]
+    lowest += [config["decoder_size"]] if config["input_feeding"] else []
+
+    def ordered(x: Tensor) -> Tensor:
+        take, keep, candidate, show = x.chunk(4)
+        return torch.cat((take, keep, show, candidate)) if config["cell"] == "lstm" else x
+
+    for name, x in tensors.items():
+        if not name.startswith("decoder.recurrent."):
+            found[name] = x
+        elif "_l" not in name:
+            found[name.replace("recurrent.", "")] = x
+    for k in depths:
+        w_input, w_hidden, b_input, b_hidden = (
+            tensors[f"decoder.recurrent.{name}_l{k}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        names = ("embedded", "context", "feed") if k == 0 else ("below",)
+        sizes = lowest if k == 0 else [w_input.shape[1]]
+        for name, part in zip(names, w_input.split(sizes, 1), strict=False):
+            found[f"decoder.layers.{k}.weights.{name}"] = ordered(part)
+        found[f"decoder.layers.{k}.weights.recurrent"] = ordered(w_hidden)
+        if config["cell"] == "lstm":
+            found[f"decoder.layers.{k}.bias"] = ordered(b_input + b_hidden)
+        else:
+            found |= {f"decoder.layers.{k}.bias": b_input, f"decoder.layers.{k}.recurrent_bias": b_hidden}
+    return found
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("variant", ["plain", "input feeding", "two decoder layers"])
+def test_a_checkpoint_of_the_format_before(tmp_path: Path, cell: str, variant: str) -> None:
+    model = tiny(cell, **VARIANTS[variant])
+    save(tmp_path, checkpoint_of(model))
+    record = json.loads((tmp_path / "checkpoint.json").read_text())
+    old = of_format_2(tensors_of(model), record["config"])
+    assert not any("decoder.recurrent" in name for name in old)
+    content = serialize({name: x.contiguous() for name, x in old.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    (tmp_path / f"checkpoint-{digest[:12]}.safetensors").write_bytes(content)
+    (tmp_path / "checkpoint.json").write_text(json.dumps(record | {"format": 2, "tensors_sha256": digest}))
+    source, previous = torch.tensor([[5, 6, 7]]), torch.tensor([[1, 5, 6]])
+    with torch.no_grad():
+        logits = [one(source, torch.tensor([3]), previous) for one in (model, load(tmp_path).model)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
+
+
+def test_a_damaged_checkpoint_of_the_format_before(tmp_path: Path) -> None:
+    save(tmp_path, checkpoint_of(tiny("gru", torch.float32)))
+    content = serialize({"decoder.layers.0.bias": torch.zeros(3)})
+    digest = hashlib.sha256(content).hexdigest()
+    (tmp_path / f"checkpoint-{digest[:12]}.safetensors").write_bytes(content)
+    record = json.loads((tmp_path / "checkpoint.json").read_text()) | {"format": 2, "tensors_sha256": digest}
+    (tmp_path / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is damaged: KeyError"):
+        load(tmp_path)
+
+
 def test_a_checkpoint_that_is_replaced_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, checkpoint_of(tiny("gru", torch.float32)))
     read = checkpoint.read_json
@@ -177,7 +237,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not safetensors": (lambda folder: put_tensors(folder, b"hello"), "safetensors' is damaged"),
     "format": (
         change_json(lambda record: record.update(format=1)),
-        "has format 1, this release reads format 2",
+        "has format 1, this release reads formats 2 and 3",
     ),
     "no format": (change_json(lambda record: record.pop("format")), "has format None"),
     "no checksum": (change_json(lambda record: record.pop("tensors_sha256")), "should name its tensors, got None"),
@@ -209,7 +269,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another model": (
         change_json(lambda record: record["config"].update(attention_size=11)),
-        r"decoder.attention.memory_projection.weight should have shape \(11, 14\), got \(5, 14\)",
+        r"decoder.recurrent.attention.memory_projection.weight should have shape \(11, 14\), got \(5, 14\)",
     ),
     "missing tensor": (
         change_tensors(lambda state: state.pop("decoder.output.bias")),

@@ -35,6 +35,7 @@ _PARTS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("attnext::additive",),
     "encoder": ("attnext::recurrent", "mkldnn_rnn"),
+    "decoder": ("attnext::attentive",),
 }
 
 
@@ -46,25 +47,22 @@ class _Eager(nn.Module):
         self.model, self.step, self.encoder = model, step, _with_torchs_layers(model.encoder)
 
     def forward(self, source: Tensor, lengths: Tensor, previous: Tensor) -> Tensor:
-        decoder = self.model.decoder
+        decoder, layer = self.model.decoder, self.model.decoder.recurrent
         states, last = self.encoder(source, lengths)
-        (hidden, cell), layer = decoder.first_state(last).layers[0], decoder.layers[0]
-        keys, projection = decoder.attention.memory_projection(states), decoder.attention.query_projection.weight
+        state, attention = decoder.first_state(last), layer.attention
+        hidden, cell = state.hidden[0], state.cell[0]
+        keys, projection = attention.memory_projection(states), attention.query_projection.weight
         hidden_slots = torch.arange(source.shape[1]) >= lengths.unsqueeze(1)
-        # torch's cell has its gates in another order.
-        order = torch.arange(4 * hidden.shape[1]).view(4, -1)[[0, 1, 3, 2]].flatten()
-        w_input = torch.cat((layer.weights["embedded"], layer.weights["context"]), 1)[order]
-        w_hidden, bias = layer.weights["recurrent"][order], layer.bias[order]
         embedded = decoder.embed(previous)
         outputs, contexts = [], []
         for y in embedded.unbind(1):
             hidden, cell, context = self.step(
-                y, hidden, cell, states, keys, hidden_slots, projection, decoder.attention.score_weight,
-                w_input, w_hidden, bias,
+                y, hidden, cell, states, keys, hidden_slots, projection, attention.score_weight,
+                layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0,
             )  # fmt: skip
             outputs.append(hidden)
             contexts.append(context)
-        logits: Tensor = decoder.logits(embedded, torch.stack(outputs, 1), torch.stack(contexts, 1), None)
+        logits: Tensor = decoder.logits(embedded, torch.stack(outputs, 1), torch.stack(contexts, 1))
         return logits
 
 
@@ -79,14 +77,12 @@ def _with_torchs_layers(encoder: nn.Module) -> nn.Module:
 
 def _eager_step(
     y: Tensor, hidden: Tensor, cell: Tensor, states: Tensor, keys: Tensor, hidden_slots: Tensor, projection: Tensor,
-    v: Tensor, w_input: Tensor, w_hidden: Tensor, bias: Tensor,
+    v: Tensor, w_input: Tensor, w_hidden: Tensor, b_input: Tensor, b_hidden: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     scores = torch.tanh(F.linear(hidden, projection).unsqueeze(1) + keys) @ v
     weights = scores.masked_fill(hidden_slots, float("-inf")).softmax(-1)
     context = (weights.unsqueeze(1) @ states).squeeze(1)
-    hidden, cell = torch.lstm_cell(
-        torch.cat((y, context), 1), (hidden, cell), w_input, w_hidden, bias, torch.zeros_like(bias)
-    )
+    hidden, cell = torch.lstm_cell(torch.cat((y, context), 1), (hidden, cell), w_input, w_hidden, b_input, b_hidden)
     return hidden, cell, context
 
 

@@ -211,8 +211,7 @@ class _AttentiveLayers(nn.Module):
         _checks.flag("need_weights", need_weights)
         parts = self._parts(inputs, memory, state)
         if parts is not None:
-            steps = inputs.transpose(0, 1).contiguous()
-            found = self._at_once(steps, memory, state, parts, None, need_weights)
+            found = self._at_once(inputs.transpose(0, 1), memory, state, parts, None, need_weights)
         else:
             found = self._one_by_one(inputs, memory, state, need_weights)
         return found if need_weights else found[:3]
@@ -269,8 +268,7 @@ class _AttentiveLayers(nn.Module):
                 ready.append(packed(self._weights(parts), self.input_size, self.context_size))
             rows = input.shape[:-1]
             steps = input.reshape(1, -1, input.shape[-1])
-            flat = steps if input.dim() == 2 else steps
-            found = self._at_once(flat, memory, state, parts, ready[0] if ready else None, need_weights)
+            found = self._at_once(steps, memory, state, parts, ready[0] if ready else None, need_weights)
             found = tuple(
                 x if x is None or isinstance(x, DecoderState) else x.view(*rows, x.shape[-1]) for x in found
             )
@@ -312,7 +310,7 @@ class _AttentiveLayers(nn.Module):
         dtype = like.dtype
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _checks.in_transforms():
             return None
-        if dtype not in (torch.float32, torch.float64) or like.device.type != "cpu" or _checks.autocasts("cpu"):
+        if dtype not in (torch.float32, torch.float64) or like.device.type != "cpu":
             return None
         if not isinstance(memory, Memory) or memory.heads > 1 or inputs.numel() == 0 or memory.key.numel() == 0:
             return None
@@ -342,7 +340,7 @@ class _AttentiveLayers(nn.Module):
             and (memory.score_weight is None) == (parts.score == "dot")
             and (memory.score_weight is None or memory.score_weight.dim() == 1)
             and (memory.mask is None or memory.mask.dim() == 2)
-            and memory.key.dtype == memory.value.dtype == inputs.dtype
+            and (memory.key.dtype == memory.value.dtype == inputs.dtype or _checks.autocasts("cpu"))
             and fits_past
             and (memory.prepared is None or memory.prepared.backend == "cpu")
         )
@@ -364,7 +362,19 @@ class _AttentiveLayers(nn.Module):
         self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, ready: Tensor | None,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
-        """The steps (T, N, E) by the operator; results are (N, T, ...)."""
+        """The steps (T, N, E) by the operator; results are (N, T, ...). Under autocast in the parameters' dtype."""
+        if not _checks.autocasts("cpu"):
+            return self._by_operator(steps.contiguous(), memory, state, parts, ready, need_weights)
+        dtype = self._parameter.dtype
+        with torch.autocast("cpu", enabled=False):
+            state = state._map(lambda x, _: x.to(dtype), lambda past: past.map(lambda x: x.to(dtype)))
+            return self._by_operator(steps.to(dtype).contiguous(), memory.to(dtype=dtype), state, parts, ready,
+                                     need_weights)  # fmt: skip
+
+    def _by_operator(
+        self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, ready: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
         count, n = steps.shape[:2]
         rows = state.hidden.shape[1:-1]
 
@@ -447,16 +457,16 @@ class _AttentiveLayers(nn.Module):
         if self._after:
             context, weights, past = self.attention.step(hidden[-1], memory, past, need_weights=need_weights)
         assert context is not None
+        # What autocast has left in its dtype, as the states have it.
+        context = context.to(state.hidden.dtype)
+        weights = None if weights is None else weights.to(state.hidden.dtype)
         output, vector = hidden[-1], None
         if self.readout is not None and ahead[1] is not None:
             joined = torch.cat((hidden[-1], context), -1)
-            output = vector = (ahead[1] + F.linear(joined, self.readout.weight[:, self.input_size :])).tanh()
+            added = F.linear(joined, self.readout.weight[:, self.input_size :])
+            output = vector = (ahead[1] + added).tanh().to(state.hidden.dtype)
         kept = context if self._after and self._feeds_context else None
-        last = DecoderState(
-            torch.stack(hidden), torch.stack(cell) if cell else None,
-            kept if kept is None else kept.to(hidden[-1].dtype),
-            vector if vector is None else vector.to(hidden[-1].dtype), past,
-        )  # fmt: skip
+        last = DecoderState(torch.stack(hidden), torch.stack(cell) if cell else None, kept, vector, past)
         return output, context, last, weights
 
     def _through(

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from attnext._support import InputError, extra, make_writable, write_atomically
+from attnext.seq2seq import formats
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.data import Corpus, Vocabulary
 from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["FORMAT", "Checkpoint", "fill", "load", "read_json", "read_record", "save", "tensors_of", "write_record"]
+__all__ = ["FORMAT", "Checkpoint", "fill", "load", "read_json", "read_record", "save", "tensors_of", "tidy", "write_record"]
 
-FORMAT = 2
-"""Raised whenever a release can't read the files of the one before."""
+FORMAT = 3
+"""Raised whenever a release can't read the files of the one after it; what it reads of earlier ones: ``formats``."""
 
 
 @dataclass(frozen=True)
@@ -118,20 +119,25 @@ def write_record(folder: Path, name: str, tensors: Mapping[str, Tensor], record:
     write_atomically(file, content)
     text = json.dumps({"format": FORMAT, "tensors_sha256": digest} | dict(record), indent=1)
     write_atomically(folder / f"{name}.json", text.encode())
-    # Nobody else's files; and what was being written when a process was killed.
-    hexadecimal = "[0-9a-f]" * 12
+    tidy(folder, name, digest)
+
+
+def tidy(folder: Path, name: str, digest: str) -> None:
+    """Deletes what a process that was killed has left of earlier records of this name, and nobody else's files."""
+    kept, hexadecimal = _tensor_file(folder, name, digest), "[0-9a-f]" * 12
     for pattern in (f"{name}-{hexadecimal}.safetensors", f".{name}-{hexadecimal}.safetensors.*", f".{name}.json.*"):
         for old in folder.glob(pattern):
-            if old != file:
+            if old != kept:
                 old.unlink(missing_ok=True)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The folder's record of this name; see :func:`load` for the errors."""
     record = _read_json(folder / f"{name}.json")
-    if record.get("format") != FORMAT:
+    if record.get("format") not in (formats.OLD, FORMAT):
         raise InputError(
-            f"the {name} in {str(folder)!r} has format {record.get('format')!r}, this release reads format {FORMAT}"
+            f"the {name} in {str(folder)!r} has format {record.get('format')!r}, this release reads formats "
+            f"{formats.OLD} and {FORMAT}"
         )
     return record
 
@@ -145,10 +151,19 @@ def read_record(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tens
             file = str(folder / f"{name}.json")
             raise InputError(f"{file!r} is damaged: it should name its tensors, got {digest!r}")
         try:
-            return record, _read_tensors(_tensor_file(folder, name, digest), digest)
+            tensors = _read_tensors(_tensor_file(folder, name, digest), digest)
         except InputError:
             if read_json(folder, name).get("tensors_sha256") == digest:
-                raise  # else it was replaced in the meantime
+                raise
+            continue  # it was replaced in the meantime
+        return record, tensors if record["format"] == FORMAT else _renewed(tensors, record, folder / f"{name}.json")
+
+
+def _renewed(tensors: Mapping[str, Tensor], record: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
+    try:
+        return formats.renewed(tensors, record["config"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
 
 
 def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:

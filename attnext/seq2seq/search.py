@@ -108,13 +108,11 @@ class _Search:
     def run(self) -> list[list[Hypothesis]]:
         step = self.decoder.opened()
         while len(self.rows):
-            embedded = self.decoder.embed(self.outputs[..., -1])
-            self.state, context, weights = step(
-                self.decoder.ahead(embedded), self.state, self.memory, need_weights=self.weights is not None
+            logits, self.state, weights = step(
+                self.outputs[..., -1], self.state, self.memory, need_weights=self.weights is not None
             )
             if self.weights is not None and weights is not None:
                 self.weights = torch.cat((self.weights, weights.unsqueeze(2).float()), 2)
-            logits = self.decoder.logits(embedded, self.state.layers[-1][0], context, self.state.feed)
             # Padding and the start mark, numbered below the end mark, are no outputs.
             self._extend(logits[..., END:].float().log_softmax(-1))
             self._leave()

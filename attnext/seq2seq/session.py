@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from attnext._support import InputError, extra, naming
-from attnext.seq2seq.checkpoint import Checkpoint, load, read_json, read_record, save, write_record
+from attnext.seq2seq.checkpoint import Checkpoint, load, read_json, read_record, save, tidy, write_record
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.data import Corpus, Pairs, Vocabulary
 from attnext.seq2seq.distributed import Group
@@ -113,6 +113,8 @@ class Session:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{str(self.folder / 'training.json')!r} is damaged: {error!r}") from error
+        if self.first:
+            tidy(self.folder, "training", record["tensors_sha256"])
 
     def run(self) -> Errors | None:
         """Trains to the end; the best model's errors on the test data, in process 0 alone.

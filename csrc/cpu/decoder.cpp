@@ -85,8 +85,9 @@ class StepAttention {
       STD_TORCH_CHECK(Rule(x.rule) == Rule::kSoftmax || Rule(x.rule) == Rule::kSigmoid,
                       "attnext: the rule of a decoder must be softmax or sigmoid");
       static const Optional none;
-      const Optional& first = x.past ? x.past : x.cumulative;
-      const Optional& second = x.past ? x.cumulative : none;
+      // In their place something of the size that such a query's have: a step takes them from where they lie.
+      slots_ = empty(by_query(query, x.key.size(1)), arithmetic_dtype<T>());
+      const Optional &first = slots_, &second = x.past && x.cumulative ? slots_ : none;
       inputs_.emplace(StepInputs{x.key, *x.value, *x.score_weight, x.filters, x.projection, first, second, none, none,
                                  x.lengths, x.mask, none, none, x.scale, 0., x.rule});
       past_.emplace(query, *inputs_);
@@ -245,6 +246,7 @@ class StepAttention {
   const Attended& x_;
   std::optional<AdditiveSetup<T>> additive_;
   std::optional<DotSetup<T>> dot_;
+  Optional slots_;
   std::optional<StepInputs> inputs_;
   std::optional<StepSetup<T>> past_;
   Problem<T>* problem_ = nullptr;
