@@ -95,7 +95,7 @@ def by_the_formulas(model: Seq2Seq, word: list[int], previous: list[int]) -> Ten
     ends = torch.cat([hidden[-2, 0], hidden[-1, 0]]) if config.bidirectional else hidden[-1, 0]
     first = iter(torch.tanh(decoder.first(ends)).split(config.decoder_size))
     recurrent, depths = decoder.recurrent, range(config.decoder_layers)
-    readout = recurrent.readout if config.input_feeding else decoder.readout
+    readout = recurrent.readout
     layers = [[next(first) for _ in range(1 if config.cell == "gru" else 2)] for _ in depths]
     feed = torch.zeros(readout.out_features, dtype=h.dtype)
     logits = []

@@ -159,7 +159,7 @@ def test_a_wider_beam_finds_no_less() -> None:
 
 @pytest.mark.parametrize("variant", ["all at once", "plain", "no attention"])
 def test_other_sources_change_nothing(variant: str) -> None:
-    model = half_trained("lstm" if variant == "all at once" else "gru", seed=3, **VARIANTS[variant])
+    model = half_trained("lstm" if variant == "all at once" else "gru", seed=4, **VARIANTS[variant])
     attends = variant != "no attention"
     together = search(model, *pad(WORDS), beam=3, need_weights=attends)
     assert len({len(found[0].symbols) for found in together}) > 2  # they leave the batch at different times

@@ -62,7 +62,8 @@ class _Eager(nn.Module):
             )  # fmt: skip
             outputs.append(hidden)
             contexts.append(context)
-        logits: Tensor = decoder.logits(embedded, torch.stack(outputs, 1), torch.stack(contexts, 1))
+        joined = torch.cat((embedded, torch.stack(outputs, 1), torch.stack(contexts, 1)), -1)
+        logits: Tensor = decoder.logits(layer.readout(joined).tanh())
         return logits
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnext import _checks
 from attnext.attention.base import StepParts
@@ -21,7 +22,7 @@ from attnext.memory import Memory
 from attnext.ops import RULES, define
 from attnext.steps import Shared, gradient_of_values, gradients_of_keys
 
-__all__ = ["Layer", "Results", "Start", "Weights", "decode", "packed"]
+__all__ = ["Ahead", "Layer", "Ready", "Results", "Start", "Weights", "decode"]
 
 SCORES = ("additive", "dot", "past")
 """The kinds of scores, in the order of the operators' numbers."""
@@ -34,9 +35,10 @@ _INPUTS = (
     "Tensor? exp_key, Tensor? key_limit, Tensor? lengths, Tensor? mask, Tensor? filters, Tensor? projection, "
     "Tensor? past, Tensor? cumulative, Tensor? seeds"
 )
-_OPTIONS = "float scale, float dropout_p, int score, int rule, bool after"
+_ORDER = "bool after, bool feeds_vector"
+_OPTIONS = f"float scale, float dropout_p, int score, int rule, {_ORDER}"
 _SCHEMA = (
-    f"(Tensor(a!) gates, Tensor(b!)? feeds, {_INPUTS}, Tensor? packed, {_OPTIONS}, bool need_weights, bool keep) "
+    f"(Tensor(a!) gates, Tensor(b!)? feeds, {_INPUTS}, Tensor? packed, {_OPTIONS}, bool projected, bool need_weights, bool keep) "
     "-> Tensor[]"
 )
 _INCOMING = ", ".join(f"Tensor? grad_{name}" for name in ("output", "contexts", "weights", "hidden", "cell", "feeds"))
@@ -51,7 +53,7 @@ _forward: Callable[..., list[Tensor]] = define("attentive_decoder_cpu", _SCHEMA,
 _backward: Callable[..., list[Tensor]] = define("attentive_decoder_backward_cpu", _BACKWARD_SCHEMA, _not_in_graphs)
 _pack: Callable[..., Tensor] = define(
     "attentive_decoder_pack_cpu",
-    f"({_MATRICES}, {_OUTER}, Tensor? w_readout, int values, bool lstm) -> Tensor",
+    f"({_MATRICES}, {_OUTER}, Tensor? w_readout, int values, bool lstm, {_ORDER}) -> Tensor",
     _not_in_graphs,
 )
 
@@ -70,16 +72,20 @@ class Weights(NamedTuple):
 
     Attributes:
         layers: from the lowest, whose inputs are E features, the context where it enters the step, and the last output
-            vector where there is one.
+            vector where that does.
         w_readout: (R, E + S + H), of the output vector; None without.
         b_readout: (R,).
         parts: how a state attends.
+        after: a step attends with the state it has made, and not with the one before.
+        feeds_vector: the output vector enters the next step.
     """
 
     layers: Sequence[Layer]
     w_readout: Tensor | None
     b_readout: Tensor | None
     parts: StepParts
+    after: bool
+    feeds_vector: bool
 
 
 class Start(NamedTuple):
@@ -111,10 +117,14 @@ class _Call(NamedTuple):
     parts: StepParts
     masks: list[Tensor]
     seeds: Tensor | None
-    packed: Tensor | None
     after: bool
+    feeds_vector: bool
     need_weights: bool
     keep: bool
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return _options(self.parts, self.after, self.feeds_vector)
 
 
 class _Inputs(NamedTuple):
@@ -190,26 +200,13 @@ class _Inputs(NamedTuple):
 _FIXED = len(_Inputs._fields) - 1
 
 
-def _options(parts: StepParts, after: bool) -> tuple[Any, ...]:
-    return parts.scale, parts.dropout, SCORES.index(parts.score), RULES.index(parts.rule), after
+def _options(parts: StepParts, after: bool, feeds_vector: bool) -> tuple[Any, ...]:
+    return parts.scale, parts.dropout, SCORES.index(parts.score), RULES.index(parts.rule), after, feeds_vector
 
 
 def _plain() -> AbstractContextManager[Any]:
     """Products as they stand, whatever autocast the backward pass is run in."""
     return torch.autocast("cpu", enabled=False) if _checks.autocasts("cpu") else nullcontext()
-
-
-def _run(call: _Call, inputs: _Inputs) -> tuple[list[Tensor], Tensor | None]:
-    """The operator's results, and the output vectors."""
-    steps, rows, features = inputs.x.shape
-    x = inputs.x.view(steps * rows, features)
-    gates = torch.mm(x, inputs.layers[0].w_input[:, :features].t()).view(steps, rows, -1)
-    feeds = None
-    if inputs.w_readout is not None:
-        feeds = torch.nn.functional.linear(x, inputs.w_readout[:, :features], inputs.b_readout).view(steps, rows, -1)
-    options = _options(call.parts, call.after)
-    arguments = inputs.of_operator(call)
-    return _forward(gates, feeds, *arguments, call.packed, *options, call.need_weights, call.keep), feeds
 
 
 class _Decoder(torch.autograd.Function):
@@ -218,7 +215,13 @@ class _Decoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = _Inputs.of(tensors)
-        kept, feeds = _run(call, inputs)
+        steps, rows, features = inputs.x.shape
+        gates, feeds = _ahead(inputs.x.view(steps * rows, features), inputs.layers[0].w_input, inputs.w_readout,
+                              inputs.b_readout)  # fmt: skip
+        gates, feeds = gates.view(steps, rows, -1), None if feeds is None else feeds.view(steps, rows, -1)
+        kept = _forward(
+            gates, feeds, *inputs.of_operator(call), None, *call.options, False, call.need_weights, call.keep
+        )
         output, contexts, weights, wide, hidden, cell = kept[:6]
         ctx.call, ctx.count = call, len(tensors)
         ctx.save_for_backward(*tensors, feeds, *kept)
@@ -241,6 +244,19 @@ class _Decoder(torch.autograd.Function):
             there = next(x for x in incoming if x is not None)
             grads = tuple(None if x is None else _once(x, there) for x in grads)
         return None, *grads
+
+
+class Ahead(NamedTuple):
+    """What inputs (..., E) add to the lowest layer's gates, biases aside, and to the output vector."""
+
+    gates: Tensor
+    feeds: Tensor | None
+
+
+def _ahead(x: Tensor, w_input: Tensor, w_readout: Tensor | None, b_readout: Tensor | None) -> Ahead:
+    features = x.shape[-1]
+    feeds = None if w_readout is None else F.linear(x, w_readout[:, :features], b_readout)
+    return Ahead(F.linear(x, w_input[:, :features]), feeds)
 
 
 class _Once(torch.autograd.Function):
@@ -301,8 +317,7 @@ class _Gradients:
         self, call: _Call, inputs: _Inputs, feeds: Tensor | None, kept: list[Tensor], incoming: Sequence[Tensor | None]
     ) -> None:
         self._call, self._inputs, self._feeds, self._kept = call, inputs, feeds, kept
-        arguments, options = inputs.of_operator(call), _options(call.parts, call.after)
-        found = _backward(*incoming, kept, kept[_KEPT], feeds, *arguments, *options)
+        found = _backward(*incoming, kept, kept[_KEPT], feeds, *inputs.of_operator(call), *call.options)
         self._found = _Found._make(found[:_FOUND])
         ends = _FOUND + 2 * len(inputs.layers)
         self._gates, self._states = found[_FOUND:ends:2], found[_FOUND + 1 : ends : 2]
@@ -369,12 +384,12 @@ class _Gradients:
         """Of the lowest layer's matrix: columns of the inputs, of the context and of the output vector."""
         inputs, grads, found = self._inputs, self._of_input(0), self._kept[1]
         weight = torch.empty_like(inputs.layers[0].w_input, memory_format=torch.contiguous_format)
-        features, feeds = inputs.features, 0 if self._feeds is None else self._feeds.shape[2]
+        features, feeds = inputs.features, 0 if inputs.feed is None else inputs.feed.shape[1]
         torch.mm(grads.t(), inputs.x.flatten(0, 1), out=weight[:, :features])
         end = weight.shape[1] - feeds
         if end > features:
             _products(grads, found, inputs.context, weight[:, features:end])
-        if self._feeds is not None:
+        if inputs.feed is not None and self._feeds is not None:
             _products(grads, self._feeds, inputs.feed, weight[:, end:])
         return weight
 
@@ -427,37 +442,10 @@ def _by_sentence(x: Tensor, batch: int) -> Tensor:
     return x.view(steps, batch, rows // batch, size).transpose(0, 1).reshape(batch, -1, size)
 
 
-def packed(weights: Weights, features: int, values: int) -> Tensor:
-    """The matrices as steps read them, for calls without a gradient as long as these parameters stay as they are.
-
-    Args:
-        features, values: E and H.
-    """
-    lowest, above = weights.layers[0], weights.layers[1:]
-    outer, readout = lowest.w_input[:, features:], weights.w_readout
-    return _pack(
-        [x.w_hidden.detach() for x in weights.layers],
-        [x.w_input.detach() for x in above],
-        outer.detach() if outer.shape[1] else None,
-        None if weights.parts.weight is None else weights.parts.weight.detach(),
-        None if readout is None else readout[:, features:].detach(),
-        values,
-        lowest.w_hidden.shape[0] == 4 * lowest.w_hidden.shape[1],
-    )
-
-
 def decode(
-    x: Tensor,
-    start: Start,
-    memory: Memory,
-    weights: Weights,
-    *,
-    masks: list[Tensor],
-    seeds: Tensor | None,
-    ready: Tensor | None,
-    after: bool,
+    x: Tensor, start: Start, memory: Memory, weights: Weights, masks: list[Tensor], seeds: Tensor | None,
     need_weights: bool,
-) -> Results:
+) -> Results:  # fmt: skip
     """Goes through the steps.
 
     Args:
@@ -467,15 +455,89 @@ def decode(
         weights: the parameters.
         masks: (T, N, S), what each but the topmost layer's states are multiplied with on their way up; or none.
         seeds: (T,) int64, where the attention drops weights.
-        ready: what :func:`packed` made of these parameters.
-        after: a step attends with the state it has made, and not with the one before.
     """
+    inputs = _inputs(x, start, memory, weights).flat()
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    call = _Call(memory, weights.parts, masks, seeds, weights.after, weights.feeds_vector, need_weights, keep)
+    return Results._make(_applied(call, *inputs))
+
+
+def _inputs(x: Tensor, start: Start, memory: Memory, weights: Weights) -> _Inputs:
     parts, additive = weights.parts, weights.parts.score != "dot"
-    inputs = _Inputs(
+    return _Inputs(
         x, start.hidden, start.cell, start.context, start.feed, start.past, start.cumulative,
         memory.key, None if memory.shared and not additive else memory.value, memory.score_weight if additive else None,
         parts.filters, parts.projection, parts.weight, parts.bias, weights.w_readout, weights.b_readout,
         tuple(weights.layers),
-    ).flat()  # fmt: skip
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return Results._make(_applied(_Call(memory, parts, masks, seeds, ready, after, need_weights, keep), *inputs))
+    )  # fmt: skip
+
+
+class Ready:
+    """The steps of a search, one a call, without gradients: the matrices are packed once, and what stays the same from
+    step to step is looked at once for a memory.
+
+    Args:
+        weights: the parameters, which must stay as they are.
+        features, values: E and H.
+    """
+
+    def __init__(self, weights: Weights, features: int, values: int) -> None:
+        self._weights, self._features, self._projected = weights, features, 0
+        self._memory: Memory | None = None
+        self._template: list[Any] = []
+        lowest, readout, parts = weights.layers[0], weights.w_readout, weights.parts
+        outer, lstm = lowest.w_input[:, features:], lowest.w_hidden.shape[0] == 4 * lowest.w_hidden.shape[1]
+        self._packed = _pack(
+            [x.w_hidden for x in weights.layers],
+            [x.w_input for x in weights.layers[1:]],
+            outer if outer.shape[1] else None,
+            parts.weight,
+            None if readout is None else readout[:, features:],
+            values,
+            lstm,
+            weights.after,
+            weights.feeds_vector,
+        )
+        self._options = _options(parts, weights.after, weights.feeds_vector)
+
+    def step(self, x: Ahead, start: Start, memory: Memory, need_weights: bool) -> Results:
+        """One step, of what its inputs add; results are (1, N, ...)."""
+        if memory is not self._memory:
+            self._take(start, memory, need_weights)
+        template = self._template
+        template[_START], template[_PAST] = start[:4], start[4:]
+        gates, feeds = x.gates.unsqueeze(0), None if x.feeds is None else x.feeds.unsqueeze(0)
+        values = self._projected
+        found = _forward(gates, feeds, *template, self._packed, *self._options, values > 0, need_weights, False)
+        output, contexts, after_dropout, wide, hidden, cell = found[:6]
+        shown = after_dropout if self._weights.parts.score != "past" else wide
+        contexts = contexts[..., values:] if values else contexts
+        return Results(output, contexts, shown, hidden, None if start.cell is None else cell, feeds)
+
+    def ahead(self, x: Tensor) -> Ahead:
+        """What inputs (..., E) add."""
+        weights = self._weights
+        return _ahead(x, weights.layers[0].w_input, weights.w_readout, weights.b_readout)
+
+    def _take(self, start: Start, memory: Memory, need_weights: bool) -> None:
+        """Looks at a memory.
+
+        Of few rows and keys, the values are multiplied once with the matrices that each context would be multiplied
+        with: those are what takes the time to read.
+        """
+        weights, self._memory, self._projected = self._weights, memory, 0
+        rows, (batch, keys, _), size = start.hidden.shape[1], memory.key.shape, memory.value.shape[2]
+        call = _Call(memory, weights.parts, [], None, weights.after, weights.feeds_vector, need_weights, False)
+        inputs = _inputs(start.hidden.new_empty(0, 0, self._features), start, memory, weights)
+        if not weights.after and rows <= _FEW_ROWS and 2 * batch * keys <= size:
+            lowest, readout = weights.layers[0].w_input, weights.w_readout
+            ends = self._features, self._features + size
+            matrices = [lowest[:, ends[0] : ends[1]]] + ([] if readout is None else [readout[:, -size:]])
+            value = torch.cat([F.linear(memory.value, matrix) for matrix in matrices] + [memory.value], -1)
+            inputs, self._projected = inputs._replace(value=value), value.shape[2] - size
+        self._template[:] = inputs.of_operator(call)
+
+
+_FEW_ROWS = 4
+_START, _PAST = slice(9, 13), slice(22, 24)
+"""Where the operators' inputs have what there was before the step."""

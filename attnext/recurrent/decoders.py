@@ -23,7 +23,7 @@ from attnext.attention.base import StepParts, has_global_hooks, has_own_hooks
 from attnext.attention.past import Past
 from attnext.backends import choose
 from attnext.memory import Memory
-from attnext.recurrent._decoder import Layer, Start, Weights, decode, packed
+from attnext.recurrent._decoder import Ahead, Layer, Ready, Results, Start, Weights, decode
 
 __all__ = ["AttentiveGRU", "AttentiveLSTM", "DecoderState"]
 
@@ -36,8 +36,8 @@ class DecoderState(NamedTuple):
     Attributes:
         hidden: (L, B, S) or (L, B, beam, S), of the layers from the lowest.
         cell: the same shape, of long short-term memory; else None.
-        context: (B, H) or (B, beam, H), the last one, where a step attends last and has no output vector; else None.
-        vector: (B, R) or (B, beam, R), the last output vector, where there are any; else None.
+        context: (B, H) or (B, beam, H), the last one, where it enters the next step; else None.
+        vector: (B, R) or (B, beam, R), the last output vector, with input feeding; else None.
         attention: the attention's own state; None at the first step, and where it has none.
     """
 
@@ -61,7 +61,9 @@ class DecoderState(NamedTuple):
         if self.hidden.dim() == 3:
             raise ValueError("indices of (B, beam) need a state of (L, B, beam, S), got one of (L, B, S)")
         _checks.size("indices", indices, 0, batch, "the state's batch")
-        kept = _checks.indices("indices", indices.flatten(), self.hidden.shape[2], self.hidden.device).view(indices.shape)
+        kept = _checks.indices("indices", indices.flatten(), self.hidden.shape[2], self.hidden.device).view(
+            indices.shape
+        )
 
         def take(x: Tensor, dim: int) -> Tensor:
             places = kept.unsqueeze(-1).expand(*kept.shape, x.shape[-1])
@@ -77,9 +79,7 @@ class DecoderState(NamedTuple):
 
     def _map(self, change: Callable[[Tensor, int], Tensor], of_attention: Callable[[Any], Any]) -> DecoderState:
         """With each tensor changed, given where its batch is."""
-        hidden, *others = (
-            None if x is None else change(x, dim) for x, dim in zip(self[:4], (1, 1, 0, 0), strict=True)
-        )
+        hidden, *others = (None if x is None else change(x, dim) for x, dim in zip(self[:4], (1, 1, 0, 0), strict=True))
         assert hidden is not None
         return DecoderState(hidden, *others, None if self.attention is None else of_attention(self.attention))
 
@@ -102,6 +102,7 @@ class _AttentiveLayers(nn.Module):
         dropout: float = 0.0,
         attend: str = "before",
         vector_size: int | None = None,
+        input_feeding: bool = False,
     ) -> None:
         super().__init__()
         self.input_size = _checks.at_least_one("input_size", input_size)
@@ -110,13 +111,16 @@ class _AttentiveLayers(nn.Module):
         self.dropout = _checks.probability("dropout", dropout)
         self.attend = _checks.choice("attend", attend, _ORDERS)
         self.vector_size = None if vector_size is None else _checks.at_least_one("vector_size", vector_size)
+        self.input_feeding = _checks.flag("input_feeding", input_feeding)
+        if input_feeding and vector_size is None:
+            raise ValueError("input_feeding needs a vector_size: the output vector is what enters the next step")
         self.context_size = self._context_size(attention)
         self.attention: Any = attention
         self.bias = _checks.flag("bias", bias)
         rows = self._gates * hidden_size
-        context = self.context_size if self._feeds_context else 0
+        context, vector = self.context_size if self._feeds_context else 0, vector_size if input_feeding else 0
         for k in range(num_layers):
-            inputs = input_size + context + (self.vector_size or 0) if k == 0 else hidden_size
+            inputs = input_size + context + (vector or 0) if k == 0 else hidden_size
             self.register_parameter(f"weight_ih_l{k}", nn.Parameter(torch.empty(rows, inputs)))
             self.register_parameter(f"weight_hh_l{k}", nn.Parameter(torch.empty(rows, hidden_size)))
             for name in ("bias_ih", "bias_hh"):
@@ -143,8 +147,8 @@ class _AttentiveLayers(nn.Module):
 
     @property
     def _feeds_context(self) -> bool:
-        """Whether the context enters the layers: not where the output vector does, which is made of the last one."""
-        return not (self._after and self.vector_size is not None)
+        """Whether the context enters the layers: not where the output vector does that is made of the same one."""
+        return not (self._after and self.input_feeding)
 
     def _reset_layers(self) -> None:
         bound = self.hidden_size**-0.5
@@ -161,6 +165,7 @@ class _AttentiveLayers(nn.Module):
 
     def extra_repr(self) -> str:
         rest = "" if self.vector_size is None else f", vector_size={self.vector_size}"
+        rest += ", input_feeding=True" if self.input_feeding else ""
         rest += f", dropout={self.dropout}" if self.dropout else ""
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, attend={self.attend!r}{rest}"
 
@@ -183,7 +188,7 @@ class _AttentiveLayers(nn.Module):
             zeros(self.num_layers, *rows, self.hidden_size),
             zeros(self.num_layers, *rows, self.hidden_size) if self._has_cell else None,
             zeros(*rows, self.context_size) if self._after and self._feeds_context else None,
-            None if self.vector_size is None else zeros(*rows, self.vector_size),
+            zeros(*rows, self.vector_size) if self.vector_size is not None and self.input_feeding else None,
         )
 
     def forward(
@@ -211,7 +216,7 @@ class _AttentiveLayers(nn.Module):
         _checks.flag("need_weights", need_weights)
         parts = self._parts(inputs, memory, state)
         if parts is not None:
-            found = self._at_once(inputs.transpose(0, 1), memory, state, parts, None, need_weights)
+            found = self._at_once(inputs.transpose(0, 1), memory, state, parts, need_weights)
         else:
             found = self._one_by_one(inputs, memory, state, need_weights)
         return found if need_weights else found[:3]
@@ -233,46 +238,42 @@ class _AttentiveLayers(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
-        return self._step(input, memory, state, need_weights, None)
+        found = self._step(input, memory, state, need_weights)
+        return found if need_weights else found[:3]
 
-    def opened(self) -> Callable[..., tuple[Any, ...]]:
-        """:meth:`step` for the steps of a search, which are faster: it reads the matrices as they are now.
+    def opened(self, table: Tensor | None = None) -> Callable[..., tuple[Any, ...]]:
+        """:meth:`step` for the steps of a search, which are faster: it reads the matrices once, as they are now.
 
-        Gradients don't flow through it; call it anew when a parameter has changed.
+        No gradient flows through it. Call it anew when a parameter, the mode or the backend has changed.
+
+        Args:
+            table: (V, E), the inputs that there are, as the weight of an embedding. A step then takes their numbers,
+                integers (B,) or (B, beam), in place of vectors.
+
+        Raises:
+            TypeError, ValueError: ``table`` is not that.
         """
-        ready: list[Tensor] = []
-
-        @torch.no_grad()
-        def step(
-            input: Tensor, memory: Any, state: DecoderState | None = None, *, need_weights: bool = False
-        ) -> tuple[Any, ...]:
-            return self._step(input, memory, state, need_weights, ready)
-
-        return step
+        if table is not None:
+            table = _checks.tensor("table", table, 2)
+            _checks.size("table", table, 1, self.input_size, "input_size")
+            _checks.same_kind_as_module("table", table, self._parameter)
+        return _Opened(self, table)
 
     # --------------------------------------------------------------------------------------------------- how it works
 
-    def _step(
-        self, input: Tensor, memory: Any, state: DecoderState | None, need_weights: bool, ready: list[Tensor] | None
-    ) -> tuple[Any, ...]:
+    def _step(self, input: Tensor, memory: Any, state: DecoderState | None, need_weights: bool) -> tuple[Any, ...]:
         input = _checks.tensor("input", input, 2, 3)
         state = self._checked(input, state, "input")
         _checks.flag("need_weights", need_weights)
         parts = self._parts(input, memory, state)
-        found: tuple[Any, ...]
         if parts is None:
-            vector, context, state, weights = self._one(self._ahead(input), memory, state, need_weights)
-            found = vector, context, state, weights
-        else:
-            if ready is not None and not ready:
-                ready.append(packed(self._weights(parts), self.input_size, self.context_size))
-            rows = input.shape[:-1]
-            steps = input.reshape(1, -1, input.shape[-1])
-            found = self._at_once(steps, memory, state, parts, ready[0] if ready else None, need_weights)
-            found = tuple(
-                x if x is None or isinstance(x, DecoderState) else x.view(*rows, x.shape[-1]) for x in found
-            )
-        return found if need_weights else found[:3]
+            return self._one(self._ahead(input), memory, state, need_weights)
+        steps = input.reshape(1, -1, input.shape[-1])
+        output, context, state, weights = self._at_once(steps, memory, state, parts, need_weights)
+        output, context, weights = (
+            None if x is None else x.view(*input.shape[:-1], x.shape[-1]) for x in (output, context, weights)
+        )
+        return output, context, state, weights
 
     @property
     def _parameter(self) -> Tensor:
@@ -293,7 +294,7 @@ class _AttentiveLayers(nn.Module):
             "hidden": (self.num_layers, *rows, self.hidden_size),
             "cell": (self.num_layers, *rows, self.hidden_size) if self._has_cell else None,
             "context": (*rows, self.context_size) if self._after and self._feeds_context else None,
-            "vector": None if self.vector_size is None else (*rows, self.vector_size),
+            "vector": (*rows, self.vector_size) if self.input_feeding else None,
         }
         for field, shape in wanted.items():
             x = getattr(state, field)
@@ -354,74 +355,81 @@ class _AttentiveLayers(nn.Module):
             for k in range(self.num_layers)
         ]  # fmt: skip
 
-    def _weights(self, parts: StepParts) -> Weights:
-        readout = self.readout
-        return Weights(self._layers(), readout and readout.weight, readout and readout.bias, parts)
+    def _weights(self, parts: StepParts, vectors: bool) -> Weights:
+        """Those, with the readout if the operator is to make the output vectors."""
+        readout = self.readout if vectors else None
+        weight, bias = (None, None) if readout is None else (readout.weight, readout.bias)
+        return Weights(self._layers(), weight, bias, parts, self._after, self.input_feeding)
 
     def _at_once(
-        self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, ready: Tensor | None,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
+        self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, need_weights: bool
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
         """The steps (T, N, E) by the operator; results are (N, T, ...). Under autocast in the parameters' dtype."""
         if not _checks.autocasts("cpu"):
-            return self._by_operator(steps.contiguous(), memory, state, parts, ready, need_weights)
+            return self._by_operator(steps.contiguous(), memory, state, parts, need_weights)
         dtype = self._parameter.dtype
         with torch.autocast("cpu", enabled=False):
             state = state._map(lambda x, _: x.to(dtype), lambda past: past.map(lambda x: x.to(dtype)))
-            return self._by_operator(steps.to(dtype).contiguous(), memory.to(dtype=dtype), state, parts, ready,
-                                     need_weights)  # fmt: skip
+            steps, memory = steps.to(dtype).contiguous(), memory.to(dtype=dtype)
+            return self._by_operator(steps, memory, state, parts, need_weights)
 
     def _by_operator(
-        self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, ready: Tensor | None,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
-        count, n = steps.shape[:2]
-        rows = state.hidden.shape[1:-1]
-
-        def flat(x: Tensor | None) -> Tensor | None:
-            """Hypotheses as rows."""
-            return x if x is None or len(rows) == 1 else x.flatten(-3, -2)
-
-        past, sees = state.attention, parts.sees
-        if parts.score == "past" and past is None:
-            past = self.attention._beginning(memory, rows)
-        hidden = flat(state.hidden)
-        assert hidden is not None
-        start = Start(
-            hidden,
-            flat(state.cell),
-            flat(state.context),
-            flat(state.vector),
-            flat(past.weights) if sees[0] else None,
-            flat(past.cumulative) if sees[1] else None,
-        )
+        self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, need_weights: bool
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
+        count, rows = steps.shape[:2]
         masks, seeds = [], None
         if self.training and self.dropout:
-            like = steps.new_ones(count, n, self.hidden_size)
-            masks = [F.dropout(like, self.dropout) for _ in range(self.num_layers - 1)]
+            ones = steps.new_ones(count, rows, self.hidden_size)
+            masks = [F.dropout(ones, self.dropout) for _ in range(self.num_layers - 1)]
         if parts.dropout > 0.0:
             seeds = torch.randint(2**62, (count,))
-        found = decode(
-            steps, start, memory, self._weights(parts), masks=masks, seeds=seeds, ready=ready, after=self._after,
-            need_weights=need_weights or parts.score == "past",
-        )  # fmt: skip
-        shape = state.hidden.shape
-        context = vector = None
-        if state.context is not None:
-            context = found.contexts[-1].view(state.context.shape)
-        if found.feeds is not None and state.vector is not None:
-            vector = found.feeds[-1].view(state.vector.shape)
-        attention = None
-        if parts.score == "past":
+        past, start = self._start(state, memory, parts)
+        weights = self._weights(parts, self.input_feeding)
+        found = decode(steps, start, memory, weights, masks, seeds, need_weights or past is not None)
+        output = found.output
+        if self.input_feeding:
+            assert found.feeds is not None
+            output = found.feeds
+        elif self.readout is not None:  # of all steps one product
+            output = self.readout(torch.cat((steps, output, found.contexts), -1)).tanh()
+        shown = found.weights.transpose(0, 1) if need_weights and found.weights is not None else None
+        return output.transpose(0, 1), found.contexts.transpose(0, 1), self._last(found, state, past), shown
+
+    def _start(self, state: DecoderState, memory: Memory, parts: StepParts) -> tuple[Past | None, Start]:
+        """The attention's state, and all as the operator takes it, with hypotheses as rows."""
+        beam = state.hidden.dim() == 4
+        past = state.attention
+        if parts.score != "past":
+            past = None
+        elif past is None:
+            past = self.attention._beginning(memory, state.hidden.shape[1:-1])
+
+        def flat(x: Tensor | None) -> Tensor | None:
+            return x if x is None or not beam else x.flatten(-3, -2)
+
+        sees = None if past is None or not parts.sees[0] else past.weights
+        sees_all = None if past is None or not parts.sees[1] else past.cumulative
+        hidden, *others = map(flat, (*state[:4], sees, sees_all))
+        assert hidden is not None
+        return past, Start(hidden, *others)
+
+    def _last(self, found: Results, state: DecoderState, past: Past | None) -> DecoderState:
+        """The state after the last step."""
+
+        def last(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+            return None if x is None or like is None else x[-1].view(like.shape)
+
+        if past is not None:
             assert found.weights is not None
-            slots = past.weights.shape
-            attention = Past(found.weights[-1].view(slots), past.cumulative + found.weights.sum(0).view(slots))
-        last = DecoderState(
-            found.hidden.view(shape), None if found.cell is None else found.cell.view(shape), context, vector, attention
+            weights, before = found.weights.view(-1, *past.weights.shape), past.cumulative
+            past = Past(weights[-1], before + (weights[0] if len(weights) == 1 else weights.sum(0)))
+        return DecoderState(
+            found.hidden.view(state.hidden.shape),
+            None if state.cell is None or found.cell is None else found.cell.view(state.cell.shape),
+            last(found.contexts, state.context),
+            last(found.feeds, state.vector),
+            past,
         )
-        output = found.output if found.feeds is None else found.feeds
-        weights = found.weights.transpose(0, 1) if need_weights and found.weights is not None else None
-        return output.transpose(0, 1), found.contexts.transpose(0, 1), last, weights
 
     def _ahead(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """What inputs (..., E) add to the lowest layer's gates and to the output vector: of all steps one product."""
@@ -466,12 +474,12 @@ class _AttentiveLayers(nn.Module):
             added = F.linear(joined, self.readout.weight[:, self.input_size :])
             output = vector = (ahead[1] + added).tanh().to(state.hidden.dtype)
         kept = context if self._after and self._feeds_context else None
+        if not self.input_feeding:
+            vector = None
         last = DecoderState(torch.stack(hidden), torch.stack(cell) if cell else None, kept, vector, past)
         return output, context, last, weights
 
-    def _through(
-        self, gates: Tensor, fed: list[Tensor], state: DecoderState
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _through(self, gates: Tensor, fed: list[Tensor], state: DecoderState) -> tuple[list[Tensor], list[Tensor]]:
         """The states of all layers, of what the input adds to the lowest's gates and what else enters it."""
         hidden: list[Tensor] = []
         cells: list[Tensor] = []
@@ -492,6 +500,84 @@ class _AttentiveLayers(nn.Module):
         raise NotImplementedError
 
 
+class _Opened:
+    """The step of a search."""
+
+    def __init__(self, decoder: _AttentiveLayers, table: Tensor | None) -> None:
+        self._decoder, self._table = decoder, None if table is None else table.detach()
+        self._served, self._memory = False, None
+        self._parts: StepParts | None = None
+        self._ready: Ready | None = None
+        self._rows: tuple[torch.Size, torch.Size] | None = None
+        self._ahead_of_table: Ahead | None = None
+
+    def __call__(
+        self, input: Tensor, memory: Any, state: DecoderState | None = None, *, need_weights: bool = False
+    ) -> tuple[Any, ...]:
+        """As :meth:`AttentiveGRU.step`."""
+        with torch.no_grad():
+            if state is not None and self._serves(input, memory, state):
+                return self._step(input, memory, state, need_weights)
+            if self._table is not None:
+                input = self._vectors(input)
+            found = self._decoder._step(input, memory, state, need_weights)
+            return found if need_weights else found[:3]
+
+    def _vectors(self, numbers: Tensor) -> Tensor:
+        """Those of the table."""
+        assert self._table is not None
+        numbers = _checks.tensor("input", numbers, 1, 2)
+        rows = _checks.indices("input", numbers.flatten(), len(self._table), self._table.device)
+        return self._table[rows].view(*numbers.shape, -1)
+
+    def _serves(self, input: Tensor, memory: Any, state: DecoderState) -> bool:
+        """Whether the operator takes this step: of a memory that it had, and of the same sizes, as it took the last."""
+        decoder = self._decoder
+        if type(state) is not DecoderState or _checks.autocasts("cpu"):
+            return False
+        if memory is self._memory and (input.shape, state.hidden.shape) == self._rows:
+            return self._served
+        vectors = input if self._table is None else self._vectors(input)
+        _checks.tensor("input", vectors, 2, 3)
+        decoder._checked(vectors, state, "input")
+        parts = decoder._parts(vectors, memory, state)
+        self._served = parts is not None and not decoder.training
+        self._memory, self._rows = memory, (input.shape, state.hidden.shape)
+        if self._served and parts is not None and self._ready is None:
+            weights = decoder._weights(parts, decoder.readout is not None)
+            self._parts, self._ready = parts, Ready(weights, decoder.input_size, decoder.context_size)
+            if self._table is not None and len(self._table) <= _FEW_INPUTS:
+                self._ahead_of_table = self._ready.ahead(self._table)
+        return self._served
+
+    def _ahead(self, input: Tensor) -> Ahead:
+        """What the inputs of a step add, with hypotheses as rows."""
+        assert self._ready is not None
+        known, table = self._ahead_of_table, self._table
+        if known is not None:
+            rows = input.flatten()
+            gates = known.gates.index_select(0, rows)
+            return Ahead(gates, None if known.feeds is None else known.feeds.index_select(0, rows))
+        vectors = input if table is None else table.index_select(0, input.flatten())
+        return self._ready.ahead(vectors if vectors.dim() == 2 else vectors.flatten(0, 1))
+
+    def _step(self, input: Tensor, memory: Memory, state: DecoderState, need_weights: bool) -> tuple[Any, ...]:
+        decoder, parts, ready = self._decoder, self._parts, self._ready
+        assert parts is not None
+        assert ready is not None
+        past, start = decoder._start(state, memory, parts)
+        found = ready.step(self._ahead(input), start, memory, need_weights)
+        last, rows = decoder._last(found, state, past), state.hidden.shape[1:-1]
+        output = found.output if found.feeds is None else found.feeds
+        shown = (output, found.contexts, found.weights if need_weights else None)
+        output, context, weights = (None if x is None else x.view(*rows, x.shape[-1]) for x in shown)
+        return (output, context, last, weights) if need_weights else (output, context, last)
+
+
+_FEW_INPUTS = 256
+"""Of a table whose products with the matrices are made ahead."""
+
+
 class AttentiveGRU(_AttentiveLayers):
     """Gated recurrent units that attend a memory at every step.
 
@@ -508,8 +594,10 @@ class AttentiveGRU(_AttentiveLayers):
         dropout: probability that a state is dropped on its way to the next layer, in training.
         attend: "before" the step, with the last state; or "after" it, with the new one, whose context then enters the
             next step (Chan et al., "Listen, attend and spell", 2016; Shen et al., Tacotron 2, 2018).
-        vector_size: size R of an output vector ``tanh(W [input; state; context] + b)``, which then enters the next step
-            (input feeding: Luong, Pham and Manning, 2015); after the step in place of the context. None for none.
+        vector_size: size R of an output vector ``tanh(W [input; state; context] + b)``, which is returned in place of
+            the state; None for none.
+        input_feeding: the output vector enters the next step (Luong, Pham and Manning, 2015); where a step attends
+            last, in place of the context.
 
     Shapes:
         inputs (B, T, E), memory of B sentences; states (B, T, S) or vectors (B, T, R), contexts (B, T, H).
@@ -547,7 +635,8 @@ class AttentiveLSTM(_AttentiveLayers):
 
     Example:
         >>> attention = attnext.LuongAttention(512, 1024)
-        >>> decoder = attnext.AttentiveLSTM(300, 512, attention, attend="after", vector_size=512)   # Luong 2015
+        >>> decoder = attnext.AttentiveLSTM(300, 512, attention, attend="after",
+        ...                                 vector_size=512, input_feeding=True)   # as Luong 2015
     """
 
     _gates, _has_cell = 4, True

@@ -22,7 +22,18 @@ from attnext.seq2seq.config import Config
 from attnext.seq2seq.data import Corpus, Vocabulary
 from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["FORMAT", "Checkpoint", "fill", "load", "read_json", "read_record", "save", "tensors_of", "tidy", "write_record"]
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "fill",
+    "load",
+    "read_json",
+    "read_record",
+    "save",
+    "tensors_of",
+    "tidy",
+    "write_record",
+]
 
 FORMAT = 3
 """Raised whenever a release can't read the files of the one after it; what it reads of earlier ones: ``formats``."""

@@ -21,7 +21,7 @@ def renewed(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     """Those of format 2: of a model, its mean, or moments of its gradients, whose names have a word before the model's.
 
     A layer had a matrix for each argument, and one bias unless its unit needs two; LSTM gates were in the order input,
-    forget, output, candidate. Attention, and the readout of input feeding, are parts of the recurrent decoder now.
+    forget, output, candidate. Attention and readout are parts of the recurrent decoder now.
     """
     found, layers = {}, {}
     for name, x in tensors.items():
@@ -31,14 +31,12 @@ def renewed(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
         elif rest.startswith("layers."):
             number, _, part = rest.removeprefix("layers.").partition(".")
             layers.setdefault((prefix, number), {})[part.removeprefix("weights.")] = x
-        elif rest.startswith("attention.") or (rest.startswith("readout.") and config["input_feeding"]):
+        elif rest.startswith(("attention.", "readout.")):
             found[f"{prefix}decoder.recurrent.{rest}"] = x
         else:
             found[name] = x
     for (prefix, number), parts in layers.items():
-        found |= {
-            f"{prefix}decoder.recurrent.{name}_l{number}": x for name, x in _layer(parts, config["cell"]).items()
-        }
+        found |= {f"{prefix}decoder.recurrent.{name}_l{number}": x for name, x in _layer(parts, config["cell"]).items()}
     return found
 
 

@@ -141,12 +141,11 @@ class _Decoder(nn.Module):
             attention,
             config.decoder_layers,
             dropout=config.dropout if config.decoder_layers > 1 else 0.0,
-            vector_size=vector_size if config.input_feeding else None,
+            vector_size=vector_size,
+            input_feeding=config.input_feeding,
         )
         self.tensors = 2 if config.cell == "lstm" else 1
         self.first = nn.Linear(memory_size, config.decoder_layers * self.tensors * size)
-        joined = embedded + size + memory_size
-        self.readout = None if config.input_feeding else nn.Linear(joined, vector_size)
         self.output = nn.Linear(vector_size, symbols)
         if config.tied_embeddings:
             self.output.weight = self.embedding.weight
@@ -165,26 +164,23 @@ class _Decoder(nn.Module):
         return embedded
 
     def opened(self) -> Callable[..., tuple[Tensor, DecoderState, Tensor | None]]:
-        """The step of a search: from previous outputs (B,) or (B, beam), the last state and the memory to the logits,
+        """The step of a search, in evaluation mode: from previous outputs (B,) or (B, beam), the last state and the memory to the logits,
         the next state and, if asked for, the attention weights."""
-        recurrent_step = self.recurrent.opened()
+        recurrent_step = self.recurrent.opened(self.embedding.weight)
 
         def step(
             previous: Tensor, state: DecoderState, memory: Any, *, need_weights: bool = False
         ) -> tuple[Tensor, DecoderState, Tensor | None]:
-            embedded = self.embed(previous)
-            hidden, context, state, *weights = recurrent_step(embedded, memory, state, need_weights=need_weights)
-            return self.logits(embedded, hidden, context), state, weights[0] if weights else None
+            vector, _, state, *weights = recurrent_step(previous, memory, state, need_weights=need_weights)
+            return self.logits(vector), state, weights[0] if weights else None
 
         return step
 
-    def logits(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
-        """g(y_{t-1}, h'_t, C_t), for one step or many; with input feeding its hidden vector is what is given as h'."""
-        vector = hidden if self.readout is None else self.readout(torch.cat((embedded, hidden, context), -1)).tanh()
+    def logits(self, vector: Tensor) -> Tensor:
+        """Of output vectors, of one step or many."""
         logits: Tensor = self.output(self.dropout(vector))
         return logits
 
     def forward(self, previous: Tensor, memory: Any, state: DecoderState) -> Tensor:
-        embedded = self.embed(previous)
-        hidden, contexts, _ = self.recurrent(embedded, memory, state)
-        return self.logits(embedded, hidden, contexts)
+        vectors, _, _ = self.recurrent(self.embed(previous), memory, state)
+        return self.logits(vectors)

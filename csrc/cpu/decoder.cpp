@@ -23,6 +23,7 @@ struct Matrices {
   const Optional& w_outer;            // (G S, X): of what enters the lowest layer beside the inputs
   const Optional& w_query;            // (D, S); without, the query is the state
   const Optional& w_readout;          // (R, S + H)
+  bool after, feeds;  // whether a step attends with its own state; whether its output vector enters the next
 };
 
 // What is attended, by which score.
@@ -36,8 +37,8 @@ struct Attended {
 };
 
 struct DecoderInputs {
-  const Tensor& gates;  // (T, N, G S)
-  const Optional& feeds;  // (T, N, R)
+  const Tensor& gates;                        // (T, N, G S)
+  const Optional& feeds;                      // (T, N, R)
   const Tensors &b_input, &b_hidden, &masks;  // of each layer; (T, N, S) of each but the lowest, or none
   const Optional& b_query;
   const Matrices& matrices;
@@ -45,7 +46,7 @@ struct DecoderInputs {
   const Optional &cell, &context, &feed;
   const Attended& attended;
   const Optional& packed;
-  bool after;
+  bool projected;  // the values are what they add to the lowest layer's gates and to the output vector, and themselves
 };
 
 template <class T>
@@ -96,8 +97,7 @@ class StepAttention {
     }
     STD_TORCH_CHECK(!x.mask || x.mask->dim() == 2, "attnext: the mask of a decoder must have 2 dimensions");
     set_dropout();
-    for (int64_t k = 0; k < (past_ ? past_->step.channels : 0); ++k)
-      sees_cumulative_[k] = k == (x.past ? 1 : 0);
+    for (int64_t k = 0; k < (past_ ? past_->step.channels : 0); ++k) sees_cumulative_[k] = k == (x.past ? 1 : 0);
   }
 
   const Problem<T>& problem() const { return *problem_; }
@@ -143,12 +143,12 @@ class StepAttention {
 
   // What comes in for contexts and weights, where the gradients of queries and scores go, and those of a past.
   struct Gradients {
-    const T *context, *weights;  // of all steps; weights may be null
-    T *query, *ds, *kept;        // of all steps; kept may be null
-    T* key;                      // a sum; of a past alone
-    T *coming, *of_past[2];      // (N, Tk): for the weights of the step at work, by what it saw; of a past alone
-    T* sum_cumulative;           // (N, Tk): what the sums after a step got
-    T *weight, *filters, *projection;              // of a step, by task
+    const T *context, *weights;        // of all steps; weights may be null
+    T *query, *ds, *kept;              // of all steps; kept may be null
+    T* key;                            // a sum; of a past alone
+    T *coming, *of_past[2];            // (N, Tk): for the weights of the step at work, by what it saw; of a past alone
+    T* sum_cumulative;                 // (N, Tk): what the sums after a step got
+    T *weight, *filters, *projection;  // of a step, by task
     T *sum_weight, *sum_filters, *sum_projection;  // of all steps
   };
 
@@ -297,9 +297,10 @@ class Packed {
     values_ = values;
     readout = m.w_readout ? m.w_readout->size(0) : 0;
     const int64_t outer = m.w_outer ? m.w_outer->size(1) : 0;
-    STD_TORCH_CHECK(outer == readout || outer == readout + values, "attnext: w_outer has ", outer,
-                    " columns, needs those of the context, of the output vector, or both");
-    takes_context = outer > readout;
+    takes_vector = m.feeds, takes_context = !(m.after && m.feeds);
+    STD_TORCH_CHECK(readout > 0 || !takes_vector, "attnext: there is no output vector to enter the next step");
+    STD_TORCH_CHECK(outer == (takes_context ? values : 0) + (takes_vector ? readout : 0), "attnext: w_outer has ",
+                    outer, " columns, needs those of what enters the lowest layer");
     for (const Tensor& x : m.w_hidden) {
       check_shape(x, "w_hidden", {gates * size, size});
       held_.push_back(torch::stable::contiguous(x));
@@ -312,11 +313,14 @@ class Packed {
       check_shape(x, "w_below", {gates * size, size});
       below.push_back(matrix(x, 0, size));
     }
-    if (takes_context) check_shape(*m.w_outer, "w_outer", {gates * size, outer}), context = matrix(*m.w_outer, 0, values);
-    if (readout) {
+    if (takes_context)
+      check_shape(*m.w_outer, "w_outer", {gates * size, outer}), context = matrix(*m.w_outer, 0, values);
+    if (takes_vector) {
       check_shape(*m.w_outer, "w_outer", {gates * size, outer});
-      check_shape(*m.w_readout, "w_readout", {readout, size + values});
       feed = matrix(*m.w_outer, outer - readout, readout);
+    }
+    if (readout) {
+      check_shape(*m.w_readout, "w_readout", {readout, size + values});
       of_hidden = matrix(*m.w_readout, 0, size), of_context = matrix(*m.w_readout, size, values);
     }
     if (m.w_query) query = matrix(*m.w_query, 0, size);
@@ -357,7 +361,7 @@ class Packed {
 
   const RecurrentKernels<T>& unit;
   int64_t layers, size, gates, readout;
-  bool takes_context;
+  bool takes_context, takes_vector;
   std::vector<Dense<T>> below;
   Dense<T> context{}, feed{}, query{}, of_hidden{}, of_context{};
 
@@ -396,25 +400,28 @@ class Decoder {
         steps(x.gates.size(0)),
         rows(x.gates.size(1)),
         keys(x.attended.key.size(1)),
-        values(x.attended.value ? x.attended.value->size(2) : x.attended.key.size(2)),
+        values_row(x.attended.value ? x.attended.value->size(2) : x.attended.key.size(2)),
+        values(x.projected ? values_row - added_by_values(x) : values_row),
         batch(x.attended.key.size(0)),
         matrices(x.matrices, values, x.cell.has_value(), backward),
         layers(matrices.layers),
         size(matrices.size),
         sizes_(size_t(steps), rows) {
     const int64_t G = matrices.gates;
+    STD_TORCH_CHECK(!x.projected || (values > 0 && !x.matrices.after && !backward),
+                    "attnext: projected values are for steps that attend first, without gradients");
     STD_TORCH_CHECK(steps > 0 && batch > 0 && rows % batch == 0, "attnext: the decoder has no step, or no row");
     check_shape(x.gates, "gates", {steps, rows, G * size});
     check_shape(x.hidden, "hidden", {layers, rows, size});
     if (x.cell) check_shape(*x.cell, "cell", {layers, rows, size});
-    STD_TORCH_CHECK(x.feeds.has_value() == (matrices.readout > 0) && x.feed.has_value() == x.feeds.has_value(),
+    STD_TORCH_CHECK(x.feeds.has_value() == (matrices.readout > 0) && x.feed.has_value() == matrices.takes_vector,
                     "attnext: the matrix of the output vector needs what inputs add to it, and a first vector");
+    if (x.feed) check_shape(*x.feed, "feed", {rows, matrices.readout});
     if (x.feeds) {
       check_shape(*x.feeds, "feeds", {steps, rows, matrices.readout});
-      check_shape(*x.feed, "feed", {rows, matrices.readout});
       feeds = numbers<T>(*x.feeds, "feeds");
     }
-    STD_TORCH_CHECK(x.context.has_value() == (x.after && matrices.takes_context),
+    STD_TORCH_CHECK(x.context.has_value() == (x.matrices.after && matrices.takes_context),
                     "attnext: a first context is what a decoder needs that attends after its step");
     if (x.context) check_shape(*x.context, "context", {rows, values});
     STD_TORCH_CHECK(x.masks.empty() || int64_t(x.masks.size()) == layers - 1, "attnext: masks are of all layers above");
@@ -461,17 +468,21 @@ class Decoder {
   };
   State state(int64_t layer, int64_t t) const {
     const Recurrence<T>& r = of[size_t(layer)];
-    return t < 0 ? State{r.hidden, size} : State{outputs[size_t(layer)] + t * rows * output_rows[size_t(layer)],
-                                                 output_rows[size_t(layer)]};
+    return t < 0 ? State{r.hidden, size}
+                 : State{outputs[size_t(layer)] + t * rows * output_rows[size_t(layer)], output_rows[size_t(layer)]};
+  }
+  // Columns of projected values before the values themselves.
+  static int64_t added_by_values(const DecoderInputs& x) {
+    return x.gates.size(2) + (x.matrices.w_readout ? x.matrices.w_readout->size(0) : 0);
   }
   const T* context_fed(int64_t t) const {  // what enters step t
-    if (!x.after) return contexts + t * rows * values;
+    if (!x.matrices.after) return contexts + t * rows * values;
     return t ? contexts + (t - 1) * rows * values : first_context;
   }
   const T* feed_before(int64_t t) const { return t ? feeds + (t - 1) * rows * matrices.readout : first_feed; }
 
   const DecoderInputs& x;
-  const int64_t steps, rows, keys, values, batch;
+  const int64_t steps, rows, keys, values_row, values, batch;
   Scratch scratch;
   Packed<T> matrices;
   const int64_t layers, size;
@@ -527,10 +538,10 @@ Tensors forward_as(const DecoderInputs& x, bool need_weights, bool keep) {
   Decoder<T> d(x, false);
   const int32_t dtype = arithmetic_dtype<T>();
   const int64_t N = d.rows, S = d.size, steps = d.steps, L = d.layers, H = d.values, top = L - 1;
-  const int64_t G = d.matrices.gates, D = d.query_size;
+  const int64_t G = d.matrices.gates, D = d.query_size, R = d.matrices.readout, V = d.values_row;
   StepAttention<T> attention(x.attended, d.first_query(), false);
   const bool past = attention.step() != nullptr;
-  Tensor output = empty({steps, N, S}, dtype), contexts = empty({steps, N, H}, dtype);
+  Tensor output = empty({steps, N, S}, dtype), contexts = empty({steps, N, V}, dtype);
   Tensor last_hidden = empty({L, N, S}, dtype), last_cell = empty(x.cell ? Shape{L, N, S} : Shape{0}, dtype);
   Tensor wide = empty(keep || past ? Shape{steps, N, d.keys} : Shape{0}, dtype);
   Tensor weights = empty(need_weights && !past ? Shape{steps, N, d.keys} : Shape{0}, dtype);
@@ -575,7 +586,7 @@ Tensors forward_as(const DecoderInputs& x, bool need_weights, bool keep) {
   const T* b_query = x.b_query ? d.data(*x.b_query) : nullptr;
   T* memories = d.scratch.template take<T>(team.parts * attention.scratch());
   std::vector<Phase> attend;
-  const int64_t ahead = x.after ? 0 : 1;  // the query of step t is the state of t - ahead
+  const int64_t ahead = x.matrices.after ? 0 : 1;  // the query of step t is the state of t - ahead
   if (x.matrices.w_query)
     attend.push_back(d.product(d.matrices.query, [&](int64_t t) {
       const auto from = d.state(top, t - ahead);
@@ -587,14 +598,23 @@ Tensors forward_as(const DecoderInputs& x, bool need_weights, bool keep) {
                       attention.run(t, from.data, from.row, begin, end, memories + part * attention.scratch());
                     }});
   std::vector<Phase> phases;
-  if (!x.after) phases = attend;
+  if (!x.matrices.after) phases = attend;
   const auto into = [&](int64_t l, int64_t t) { return d.of[size_t(l)].gates + t * N * G * S; };
-  if (d.matrices.takes_context)
+  // Of projected values, what the contexts have from column `first` on is added to rows of n numbers.
+  const auto add_values = [&](int64_t first, int64_t n, std::function<T*(int64_t t)> to) {
+    phases.push_back({N, [=, &d](int64_t t, int64_t, int64_t begin, int64_t end) {
+                        const T* from = d.contexts + t * N * V + first;
+                        for (int64_t b = begin; b < end; ++b)
+                          for (int64_t k = 0; k < n; ++k) to(t)[b * n + k] += from[b * V + k];
+                      }});
+  };
+  if (x.projected) {
+    add_values(0, G * S, [&](int64_t t) { return into(0, t); });
+  } else if (d.matrices.takes_context)
     phases.push_back(d.product(d.matrices.context, [&](int64_t t) {
       return DenseProduct<T>{nullptr, d.context_fed(t), H, N, into(0, t), G * S, true, nullptr, false, nullptr};
     }));
-  const int64_t R = d.matrices.readout;
-  if (R)
+  if (d.matrices.takes_vector)
     phases.push_back(d.product(d.matrices.feed, [&](int64_t t) {
       return DenseProduct<T>{nullptr, d.feed_before(t), R, N, into(0, t), G * S, true, nullptr, false, nullptr};
     }));
@@ -619,16 +639,18 @@ Tensors forward_as(const DecoderInputs& x, bool need_weights, bool keep) {
                         d.matrices.unit.step(d.of[size_t(l)], t, begin, end);
                       }});
   }
-  if (x.after) phases.insert(phases.end(), attend.begin(), attend.end());
+  if (x.matrices.after) phases.insert(phases.end(), attend.begin(), attend.end());
   if (R) {
     const auto out = [&](int64_t t) { return d.feeds + t * N * R; };
+    if (x.projected) add_values(G * S, R, out);
     phases.push_back(d.product(d.matrices.of_hidden, [&, out](int64_t t) {
       const auto from = d.state(top, t);
-      return DenseProduct<T>{nullptr, from.data, from.row, N, out(t), R, true, nullptr, false, nullptr};
+      return DenseProduct<T>{nullptr, from.data, from.row, N, out(t), R, true, nullptr, x.projected, nullptr};
     }));
-    phases.push_back(d.product(d.matrices.of_context, [&, out](int64_t t) {
-      return DenseProduct<T>{nullptr, d.contexts + t * N * H, H, N, out(t), R, true, nullptr, true, nullptr};
-    }));
+    if (!x.projected)
+      phases.push_back(d.product(d.matrices.of_context, [&, out](int64_t t) {
+        return DenseProduct<T>{nullptr, d.contexts + t * N * H, H, N, out(t), R, true, nullptr, true, nullptr};
+      }));
   }
   team.go(steps, false, phases);
   return results;
@@ -677,7 +699,8 @@ Tensors backward_as(const DecoderInputs& x, const Incoming& incoming, const Kept
   if (x.attended.past) attention.first_past = d.data(*x.attended.past);
   if (x.attended.cumulative) {
     check_shape(kept[6], "cumulative", {steps, N, Tk});
-    attention.first_cumulative = d.data(*x.attended.cumulative), attention.cumulative = numbers<T>(kept[6], "cumulative");
+    attention.first_cumulative = d.data(*x.attended.cumulative),
+    attention.cumulative = numbers<T>(kept[6], "cumulative");
   }
   if (projects) check_shape(kept[7], "queries", {steps, N, D});
   const T* queries = projects ? numbers<T>(kept[7], "queries") : nullptr;
@@ -690,10 +713,10 @@ Tensors backward_as(const DecoderInputs& x, const Incoming& incoming, const Kept
   Tensor taken = empty(!seen || x.attended.dropout_p > 0. ? Shape{steps, N, Tk} : Shape{0}, dtype);
   Tensor grad_hidden = empty({L, N, S}, dtype), grad_cell = empty(x.cell ? Shape{L, N, S} : Shape{0}, dtype);
   Tensor grad_first_context = empty(x.context ? Shape{N, H} : Shape{0}, dtype);
-  Tensor grad_first_feed = empty(R ? Shape{N, R} : Shape{0}, dtype), grad_bias = empty({L, 4 * S}, dtype);
+  Tensor grad_first_feed = empty(x.feed ? Shape{N, R} : Shape{0}, dtype), grad_bias = empty({L, 4 * S}, dtype);
   std::memset(grad_bias.data_ptr(), 0, size_t(L * 4 * S) * sizeof(T));
-  Tensors results{of_context, of_feed,   of_query,  ds,       taken,
-                  grad_hidden, grad_cell, grad_first_context, grad_first_feed, grad_bias};
+  Tensors results{of_context,         of_feed,         of_query, ds, taken, grad_hidden, grad_cell,
+                  grad_first_context, grad_first_feed, grad_bias};
   T *top_grad = static_cast<T*>(of_top.data_ptr()), *context_grad = static_cast<T*>(of_context.data_ptr());
   T *feed_grad = static_cast<T*>(of_feed.data_ptr()), *query_grad = static_cast<T*>(of_query.data_ptr());
   std::vector<T*> output_grads(size_t(L), top_grad);
@@ -705,8 +728,11 @@ Tensors backward_as(const DecoderInputs& x, const Incoming& incoming, const Kept
     r.output_row = S;
     if (l < top) output_grads[size_t(l)] = d.scratch.template take<T>(steps * N * S);
     r.grad_output = output_grads[size_t(l)];
-    if (incoming.hidden) check_shape(*incoming.hidden, "grad_hidden", {L, N, S}), r.grad_last_hidden = d.data(*incoming.hidden) + l * N * S;
-    if (incoming.cell) check_shape(*incoming.cell, "grad_cell", {L, N, S}), r.grad_last_cell = d.data(*incoming.cell) + l * N * S;
+    if (incoming.hidden)
+      check_shape(*incoming.hidden, "grad_hidden", {L, N, S}),
+          r.grad_last_hidden = d.data(*incoming.hidden) + l * N * S;
+    if (incoming.cell)
+      check_shape(*incoming.cell, "grad_cell", {L, N, S}), r.grad_last_cell = d.data(*incoming.cell) + l * N * S;
     of_layers.push_back(empty({steps * N, 4 * S}, dtype));
     r.grad_gates = static_cast<T*>(of_layers.back().data_ptr());
     of_layers.push_back(empty({steps * N, S}, dtype));
@@ -724,7 +750,8 @@ Tensors backward_as(const DecoderInputs& x, const Incoming& incoming, const Kept
   T* memories = d.scratch.template take<T>(team.parts * attention.backward_scratch());
   typename StepAttention<T>::Gradients g{};
   g.context = context_grad, g.query = query_grad;
-  if (incoming.weights) check_shape(*incoming.weights, "grad_weights", {steps, N, Tk}), g.weights = d.data(*incoming.weights);
+  if (incoming.weights)
+    check_shape(*incoming.weights, "grad_weights", {steps, N, Tk}), g.weights = d.data(*incoming.weights);
   if (!seen) g.ds = static_cast<T*>(ds.data_ptr());
   if (taken.numel()) g.kept = static_cast<T*>(taken.data_ptr());
   Tensor of_key = empty({0}, dtype);
@@ -747,18 +774,18 @@ Tensors backward_as(const DecoderInputs& x, const Incoming& incoming, const Kept
 
   // What goes from a step's query to the state it was made of; before the first step to the first state.
   T* first_extra = zeros<T>(d.scratch, N * S);
-  const int64_t ahead = x.after ? 0 : 1;
+  const int64_t ahead = x.matrices.after ? 0 : 1;
   const auto state_grad = [&](int64_t t) { return t < 0 ? first_extra : top_grad + t * N * S; };
   std::vector<Phase> attend;
-  attend.push_back({tasks, [&](int64_t t, int64_t part, int64_t begin, int64_t end) {
-                      const auto from = projects ? typename Decoder<T>::State{queries + t * N * D, D}
-                                                 : d.state(top, t - ahead);
-                      attention.run_backward(g, t, from.data, from.row, begin, end,
-                                             memories + part * attention.backward_scratch());
-                    }});
+  attend.push_back(
+      {tasks, [&](int64_t t, int64_t part, int64_t begin, int64_t end) {
+         const auto from = projects ? typename Decoder<T>::State{queries + t * N * D, D} : d.state(top, t - ahead);
+         attention.run_backward(g, t, from.data, from.row, begin, end, memories + part * attention.backward_scratch());
+       }});
   if (projects) {
     attend.push_back(d.product(d.matrices.query, [&](int64_t t) {
-      return DenseProduct<T>{nullptr, query_grad + t * N * D, D, N, state_grad(t - ahead), S, true, nullptr, false, nullptr};
+      return DenseProduct<T>{nullptr, query_grad + t * N * D, D, N, state_grad(t - ahead), S, true, nullptr, false,
+                             nullptr};
     }));
   } else {
     attend.push_back({N, [&](int64_t t, int64_t, int64_t begin, int64_t end) {
@@ -782,7 +809,7 @@ Tensors backward_as(const DecoderInputs& x, const Incoming& incoming, const Kept
       return DenseProduct<T>{nullptr, from(t), R, N, context_grad + t * N * H, H, true, nullptr, false, nullptr};
     }));
   }
-  if (x.after) phases.insert(phases.end(), attend.begin(), attend.end());
+  if (x.matrices.after) phases.insert(phases.end(), attend.begin(), attend.end());
   const auto gates = [&](int64_t l, int64_t t) { return d.of[size_t(l)].grad_gates + t * N * 4 * S + (4 - G) * S; };
   std::vector<const T*> masks;
   for (const Tensor& mask : x.masks) masks.push_back(d.data(mask));
@@ -793,26 +820,26 @@ Tensors backward_as(const DecoderInputs& x, const Incoming& incoming, const Kept
     if (l == 0) break;
     phases.push_back(d.product(d.matrices.below[size_t(l - 1)], [&, l](int64_t t) {
       const T* factor = masks.empty() ? nullptr : masks[size_t(l - 1)] + t * N * S;
-      return DenseProduct<T>{nullptr, gates(l, t), 4 * S, N, output_grads[size_t(l - 1)] + t * N * S, S, false,
-                             nullptr, false, factor};
+      return DenseProduct<T>{nullptr, gates(l, t), 4 * S,   N,     output_grads[size_t(l - 1)] + t * N * S,
+                             S,       false,       nullptr, false, factor};
     }));
   }
   if (d.matrices.takes_context) {
     T* first = static_cast<T*>(grad_first_context.data_ptr());
     phases.push_back(d.product(d.matrices.context, [&, first](int64_t t) {
-      const bool of_first = x.after && t == 0;
-      T* to = of_first ? first : context_grad + (t - (x.after ? 1 : 0)) * N * H;
+      const bool of_first = x.matrices.after && t == 0;
+      T* to = of_first ? first : context_grad + (t - (x.matrices.after ? 1 : 0)) * N * H;
       return DenseProduct<T>{nullptr, gates(0, t), 4 * S, N, to, H, !of_first, nullptr, false, nullptr};
     }));
   }
-  if (R) {
+  if (d.matrices.takes_vector) {
     T* first = static_cast<T*>(grad_first_feed.data_ptr());
     phases.push_back(d.product(d.matrices.feed, [&, first](int64_t t) {
       T* to = t ? feed_grad + (t - 1) * N * R : first;
       return DenseProduct<T>{nullptr, gates(0, t), 4 * S, N, to, R, t > 0, nullptr, false, nullptr};
     }));
   }
-  if (!x.after) phases.insert(phases.end(), attend.begin(), attend.end());
+  if (!x.matrices.after) phases.insert(phases.end(), attend.begin(), attend.end());
   team.go(steps, true, phases);
 
   std::vector<Phase> first;
@@ -826,7 +853,8 @@ Tensors backward_as(const DecoderInputs& x, const Incoming& incoming, const Kept
 
   results.push_back(of_key);
   if (!seen) return results;
-  Tensor of_weight = empty(Shape(*x.attended.score_weight), dtype), of_filters = empty(Shape(*x.attended.filters), dtype);
+  Tensor of_weight = empty(Shape(*x.attended.score_weight), dtype),
+         of_filters = empty(Shape(*x.attended.filters), dtype);
   Tensor of_projection = empty(x.attended.projection ? Shape(*x.attended.projection) : Shape{0}, dtype);
   write_sums(*seen, sums, of_weight, of_filters, of_projection);
   Tensor of_past = empty(x.attended.past ? Shape{N, Tk} : Shape{0}, dtype);
@@ -876,12 +904,12 @@ Tensors attentive_decoder(Tensor gates, Optional feeds, Tensors w_hidden, Tensor
                           Optional value, Optional score_weight, Optional exp_key, Optional key_limit, Optional lengths,
                           Optional mask, Optional filters, Optional projection, Optional past, Optional cumulative,
                           Optional seeds, Optional packed, double scale, double dropout_p, int64_t score, int64_t rule,
-                          bool after, bool need_weights, bool keep) {
-  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout};
-  const Attended attended{key,  value,      score_weight, exp_key, key_limit, lengths, mask, filters, projection,
-                          past, cumulative, seeds,        scale,   dropout_p, score,   rule};
-  const DecoderInputs x{gates, feeds, b_input, b_hidden, masks,    b_query, matrices, hidden,
-                        cell,  context, feed,  attended, packed, after};
+                          bool after, bool feeds_vector, bool projected, bool need_weights, bool keep) {
+  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, after, feeds_vector};
+  const Attended attended{key,        value, score_weight, exp_key, key_limit, lengths,   mask,  filters,
+                          projection, past,  cumulative,   seeds,   scale,     dropout_p, score, rule};
+  const DecoderInputs x{gates,  feeds, b_input, b_hidden, masks,    b_query, matrices,
+                        hidden, cell,  context, feed,     attended, packed,  projected};
   check_decoder(x);
   return is_double(gates) ? forward_as<double>(x, need_weights, keep) : forward_as<float>(x, need_weights, keep);
 }
@@ -894,22 +922,23 @@ Tensors attentive_decoder_backward(Optional grad_output, Optional grad_contexts,
                                    Optional feed, Tensor key, Optional value, Optional score_weight, Optional exp_key,
                                    Optional key_limit, Optional lengths, Optional mask, Optional filters,
                                    Optional projection, Optional past, Optional cumulative, Optional seeds,
-                                   double scale, double dropout_p, int64_t score, int64_t rule, bool after) {
-  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout};
-  const Attended attended{key,  value,      score_weight, exp_key, key_limit, lengths, mask, filters, projection,
-                          past, cumulative, seeds,        scale,   dropout_p, score,   rule};
+                                   double scale, double dropout_p, int64_t score, int64_t rule, bool after,
+                                   bool feeds_vector) {
+  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, after, feeds_vector};
+  const Attended attended{key,        value, score_weight, exp_key, key_limit, lengths,   mask,  filters,
+                          projection, past,  cumulative,   seeds,   scale,     dropout_p, score, rule};
   static const Optional none;
-  const DecoderInputs x{gates, feeds, b_input, b_hidden, masks,    b_query, matrices, hidden,
-                        cell,  context, feed,  attended, none, after};
+  const DecoderInputs x{gates,  feeds, b_input, b_hidden, masks,    b_query, matrices,
+                        hidden, cell,  context, feed,     attended, none,    false};
   const Incoming incoming{grad_output, grad_contexts, grad_weights, grad_hidden, grad_cell, grad_feeds};
   check_decoder(x);
   return is_double(gates) ? backward_as<double>(x, incoming, {kept}) : backward_as<float>(x, incoming, {kept});
 }
 
 Tensor attentive_decoder_pack(Tensors w_hidden, Tensors w_below, Optional w_outer, Optional w_query, Optional w_readout,
-                              int64_t values, bool lstm) {
+                              int64_t values, bool lstm, bool after, bool feeds_vector) {
   STD_TORCH_CHECK(!w_hidden.empty() && w_hidden[0].dim() == 2, "attnext: w_hidden must have a matrix a layer");
-  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout};
+  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, after, feeds_vector};
   return is_double(w_hidden[0]) ? pack_as<double>(matrices, values, lstm) : pack_as<float>(matrices, values, lstm);
 }
 

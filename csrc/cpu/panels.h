@@ -157,8 +157,7 @@ void dense(const DenseProduct<T>& x, int64_t time, int64_t begin, int64_t end) {
     const auto part = [&](int n) { return m.columns - column - n * W; };  // columns that the n-th vector has
     const auto first = [&](int64_t row, Vec<T>(&sum)[N]) {
       const T* from = x.bias ? x.bias : x.adds && !x.factor ? x.out + row * x.out_row : nullptr;
-      for (int n = 0; n < N; ++n)
-        sum[n] = from && part(n) > 0 ? load_part(from + column + n * W, part(n)) : Vec<T>{};
+      for (int n = 0; n < N; ++n) sum[n] = from && part(n) > 0 ? load_part(from + column + n * W, part(n)) : Vec<T>{};
     };
     const auto soon = [&](int64_t row) {
       for (int n = 0; n < N && part(n) > 0; ++n) fetch(x.out + row * x.out_row + column + n * W);

@@ -23,8 +23,8 @@ void copy_rows(const Recurrence<T>& r, const T* from, T* to) {
     std::copy(from + b * r.size, from + (b + 1) * r.size, to + b * row_of(r.padded));
 }
 
-// Sums of the two biases by gate, each of which may be null, but for a gated unit's candidate: the state's, and then the
-// input's.
+// Sums of the two biases by gate, each of which may be null, but for a gated unit's candidate: the state's, and then
+// the input's.
 template <class T>
 T* biases(Scratch& scratch, const T* of_input, const T* of_hidden, int64_t gates, int64_t size, int64_t padded) {
   T* sums = zeros<T>(scratch, 4 * padded);

@@ -245,5 +245,5 @@ void recurrent_backward(const Recurrence<T>& r, int64_t step, int64_t begin, int
 template <class T, Unit U>
 constexpr RecurrentKernels<T> recurrent_kernels() {
   return {kLanes<T>,       kPanelVectors * kLanes<T>, pack_forward<T, U>,
-          recurrent<T, U>, pack_backward<T, U>,      recurrent_backward<T, U>};
+          recurrent<T, U>, pack_backward<T, U>,       recurrent_backward<T, U>};
 }
