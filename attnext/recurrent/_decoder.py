@@ -38,8 +38,8 @@ _INPUTS = (
 _ORDER = "bool after, bool feeds_vector"
 _OPTIONS = f"float scale, float dropout_p, int score, int rule, {_ORDER}"
 _SCHEMA = (
-    f"(Tensor(a!) gates, Tensor(b!)? feeds, {_INPUTS}, Tensor? packed, {_OPTIONS}, bool projected, bool need_weights, bool keep) "
-    "-> Tensor[]"
+    f"(Tensor(a!) gates, Tensor(b!)? feeds, {_INPUTS}, Tensor? packed, {_OPTIONS}, bool projected, "
+    "bool need_weights, bool keep) -> Tensor[]"
 )
 _INCOMING = ", ".join(f"Tensor? grad_{name}" for name in ("output", "contexts", "weights", "hidden", "cell", "feeds"))
 _BACKWARD_SCHEMA = f"({_INCOMING}, Tensor[] kept, Tensor gates, Tensor? feeds, {_INPUTS}, {_OPTIONS}) -> Tensor[]"

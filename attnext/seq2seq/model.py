@@ -164,8 +164,8 @@ class _Decoder(nn.Module):
         return embedded
 
     def opened(self) -> Callable[..., tuple[Tensor, DecoderState, Tensor | None]]:
-        """The step of a search, in evaluation mode: from previous outputs (B,) or (B, beam), the last state and the memory to the logits,
-        the next state and, if asked for, the attention weights."""
+        """The step of a search, in evaluation mode: from previous outputs (B,) or (B, beam), the last state and the
+        memory to the logits, the next state and, if asked for, the attention weights."""
         recurrent_step = self.recurrent.opened(self.embedding.weight)
 
         def step(
