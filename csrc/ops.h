@@ -131,8 +131,11 @@ Tensors attentive_decoder(Tensor gates, std::optional<Tensor> feeds, Tensors w_h
                           std::optional<Tensor> exp_key, std::optional<Tensor> key_limit, std::optional<Tensor> lengths,
                           std::optional<Tensor> mask, std::optional<Tensor> filters, std::optional<Tensor> projection,
                           std::optional<Tensor> past, std::optional<Tensor> cumulative, std::optional<Tensor> seeds,
-                          std::optional<Tensor> packed, double scale, double dropout_p, int64_t score, int64_t rule,
-                          bool after, bool feeds_vector, bool projected, bool need_weights, bool keep);
+                          std::optional<Tensor> packed, std::optional<Tensor> w_output, std::optional<Tensor> b_output,
+                          std::optional<Tensor> table_gates, std::optional<Tensor> table_feeds,
+                          std::optional<Tensor> previous, int64_t first_choice, double scale, double dropout_p,
+                          int64_t score, int64_t rule, bool after, bool feeds_vector, bool projected, bool need_weights,
+                          bool keep);
 
 Tensors attentive_decoder_backward(
     std::optional<Tensor> grad_output, std::optional<Tensor> grad_contexts, std::optional<Tensor> grad_weights,
@@ -148,7 +151,7 @@ Tensors attentive_decoder_backward(
 
 // The matrices of the forward pass as its steps read them, to be made once for many calls.
 Tensor attentive_decoder_pack(Tensors w_hidden, Tensors w_below, std::optional<Tensor> w_outer,
-                              std::optional<Tensor> w_query, std::optional<Tensor> w_readout, int64_t values, bool lstm,
-                              bool after, bool feeds_vector);
+                              std::optional<Tensor> w_query, std::optional<Tensor> w_readout,
+                              std::optional<Tensor> w_output, int64_t values, bool lstm, bool after, bool feeds_vector);
 
 }  // namespace attnext::cpu

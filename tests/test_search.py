@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from seq2seq_cases import (
     ten,
     tiny,
 )
+from torch import Tensor
 
 from attnext.seq2seq import Seq2Seq
 from attnext.seq2seq.checkpoint import load, save
@@ -33,6 +35,7 @@ from attnext.seq2seq.data import (
     UNKNOWN,
     pad,
 )
+from attnext.seq2seq.model import Opened
 from attnext.seq2seq.search import search, translate
 from attnext.seq2seq.training import Trainer
 
@@ -214,19 +217,21 @@ def test_search_says_when_a_model_is_damaged() -> None:
 def test_search_stops_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     steps = 0
-    opened = model.decoder.opened
+    step, greedy = Opened.__call__, Opened.greedy
 
-    def counting() -> Callable[..., Any]:
-        step = opened()
+    def counted_step(*args: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return step(*args, **options)
 
-        def counted(*args: Any, **options: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            return step(*args, **options)
+    def counted_greedy(self: Opened, previous: Tensor, state: Any, memory: Any, count: int, *others: Any) -> Any:
+        nonlocal steps
+        steps += count
+        return greedy(self, previous, state, memory, count, *others)
 
-        return counted
-
-    monkeypatch.setattr(model.decoder, "opened", counting)
+    monkeypatch.setattr(Opened, "__call__", counted_step)
+    monkeypatch.setattr(Opened, "greedy", counted_greedy)
+    monkeypatch.setattr(importlib.import_module("attnext.seq2seq.search"), "_STEPS_OF_FEW", 1)
     with torch.no_grad():
         model.decoder.output.bias[END] = 100.0
     two = pad([[5, 6], [7]])

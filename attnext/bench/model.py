@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from attnext.bench.eager import EagerModel
 from attnext.bench.peers import Peer, Wrong
 from attnext.bench.timing import Plan, interleaved
 from attnext.seq2seq.config import Config
@@ -28,8 +27,10 @@ _MODELS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "long, amp": ((64, 50, 50), _LONG | {"amp": True}),
     "g2p": ((128, 8, 8), {"embedding_size": 128, "encoder_size": 256, "encoder_layers": 2, "decoder_size": 512,
                           "attention_size": 256, "tied_embeddings": True}),
+    "speech": ((16, 800, 100), {"embedding_size": 256, "encoder_size": 128, "decoder_size": 256,
+                                "attention_size": 128, "attention": "location-all-steps"}),
 }  # fmt: skip
-"""Batch, source and target length; the sizes of an LSTM model. The last are those of ``benchmarks/g2p.toml``."""
+"""Batch, source and target length; the sizes of an LSTM model. Those of g2p are of ``benchmarks/g2p.toml``."""
 
 _PARTS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -37,54 +38,6 @@ _PARTS = {
     "encoder": ("attnext::recurrent", "mkldnn_rnn"),
     "decoder": ("attnext::attentive",),
 }
-
-
-class _Eager(nn.Module):
-    """The model with attention, cell and gradients as torch has them."""
-
-    def __init__(self, model: Seq2Seq, step: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model, self.step, self.encoder = model, step, _with_torchs_layers(model.encoder)
-
-    def forward(self, source: Tensor, lengths: Tensor, previous: Tensor) -> Tensor:
-        decoder, layer = self.model.decoder, self.model.decoder.recurrent
-        states, last = self.encoder(source, lengths)
-        state, attention = decoder.first_state(last), layer.attention
-        hidden, cell = state.hidden[0], state.cell[0]
-        keys, projection = attention.memory_projection(states), attention.query_projection.weight
-        hidden_slots = torch.arange(source.shape[1]) >= lengths.unsqueeze(1)
-        embedded = decoder.embed(previous)
-        outputs, contexts = [], []
-        for y in embedded.unbind(1):
-            hidden, cell, context = self.step(
-                y, hidden, cell, states, keys, hidden_slots, projection, attention.score_weight,
-                layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0,
-            )  # fmt: skip
-            outputs.append(hidden)
-            contexts.append(context)
-        joined = torch.cat((embedded, torch.stack(outputs, 1), torch.stack(contexts, 1)), -1)
-        logits: Tensor = decoder.logits(layer.readout(joined).tanh())
-        return logits
-
-
-def _with_torchs_layers(encoder: nn.Module) -> nn.Module:
-    """The same encoder, of the same parameters, whose recurrent layers are torch's own."""
-    found = copy.copy(encoder)
-    recurrent: Any = copy.copy(encoder.recurrent)
-    recurrent.__class__ = nn.LSTM
-    found._modules = dict(encoder._modules) | {"recurrent": recurrent}
-    return found
-
-
-def _eager_step(
-    y: Tensor, hidden: Tensor, cell: Tensor, states: Tensor, keys: Tensor, hidden_slots: Tensor, projection: Tensor,
-    v: Tensor, w_input: Tensor, w_hidden: Tensor, b_input: Tensor, b_hidden: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    scores = torch.tanh(F.linear(hidden, projection).unsqueeze(1) + keys) @ v
-    weights = scores.masked_fill(hidden_slots, float("-inf")).softmax(-1)
-    context = (weights.unsqueeze(1) @ states).squeeze(1)
-    hidden, cell = torch.lstm_cell(torch.cat((y, context), 1), (hidden, cell), w_input, w_hidden, b_input, b_hidden)
-    return hidden, cell, context
 
 
 def study(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[dict[str, Any]]:
@@ -114,11 +67,10 @@ def _of(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
     batch = Batch(source, torch.full((batch_size,), source_length), target, target)
     models: dict[str, nn.Module] = {"attnext": model}
     if "eager" in others:
-        models["eager"] = _Eager(model, _eager_step)
+        models["eager"] = EagerModel(model)
     if "compile" in others:
         torch._dynamo.reset()
-        compiled: Callable[..., Any] = torch.compile(_eager_step, fullgraph=True, dynamic=False)
-        models["compile"] = _Eager(model, compiled)
+        models["compile"] = EagerModel(model, compiled=True)
 
     def step(one: nn.Module) -> list[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.amp):

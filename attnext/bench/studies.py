@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnext import AttentionPooling
 from attnext.attention.family import FAMILY, Member
 from attnext.backends import use_backend
-from attnext.bench import accelerated, memory, model, recurrent, steps
+from attnext.bench import accelerated, decoding, memory, model, recurrent, steps
 from attnext.bench.cases import CASES, Case
 from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong, off
 from attnext.bench.timing import Plan, interleaved, measure, threads
@@ -164,6 +164,7 @@ STUDIES: dict[str, Study] = {
     "family": _family,
     "model": model.study,
     "recurrent": recurrent.study,
+    "decoding": decoding.study,
     "steps": steps.study,
     "peers": accelerated.study,
 }

@@ -83,6 +83,16 @@ def _show_recurrent(console: Console, rows: Sequence[Document]) -> None:
         write(console, f"{row['layer']}, {row['sizes']}: peak of forward + backward: {sizes}")
 
 
+def _show_decoding(console: Console, rows: Sequence[Document]) -> None:
+    write(console, f"\ndecoding: searches of {rows[0]['steps']} steps; how many times longer plain PyTorch takes")
+    table = new_table("search", "attnext", "a step", "eager takes", widths=(38, 9, 9, 20))
+    for row in rows:
+        ours = row["seconds"]["attnext"]
+        cells = duration(median(ours)), duration(median(ours) / row["steps"]), times(row["seconds"]["eager"], ours)
+        table.add_row(f"{row['cell'].upper()}, {row['sizes']}", *cells)
+    console.print(table)
+
+
 def _show_code_bases(console: Console, rows: Sequence[Document]) -> None:
     write(console, "\npeers: how many times longer a code base takes with its own attention; quartiles of the rounds")
     sizes = list(dict.fromkeys(row["sizes"] for row in rows))
@@ -103,6 +113,7 @@ STUDIES: dict[str, Callable[[Console, Sequence[Document]], None]] = {
     "family": _show_family,
     "model": _show_model,
     "recurrent": _show_recurrent,
+    "decoding": _show_decoding,
     "steps": show_steps,
     "peers": _show_code_bases,
 }

@@ -22,7 +22,7 @@ from attnext.memory import Memory
 from attnext.ops import RULES, define
 from attnext.steps import Shared, gradient_of_values, gradients_of_keys
 
-__all__ = ["Ahead", "Layer", "Ready", "Results", "Start", "Weights", "decode"]
+__all__ = ["Ahead", "Layer", "Output", "Ready", "Results", "Start", "Weights", "decode"]
 
 SCORES = ("additive", "dot", "past")
 """The kinds of scores, in the order of the operators' numbers."""
@@ -37,8 +37,10 @@ _INPUTS = (
 )
 _ORDER = "bool after, bool feeds_vector"
 _OPTIONS = f"float scale, float dropout_p, int score, int rule, {_ORDER}"
+_CHOOSING = "Tensor? w_output, Tensor? b_output, Tensor? table_gates, Tensor? table_feeds, Tensor? previous, int first"
+_NO_CHOICE = (None, None, None, 0)
 _SCHEMA = (
-    f"(Tensor(a!) gates, Tensor(b!)? feeds, {_INPUTS}, Tensor? packed, {_OPTIONS}, bool projected, "
+    f"(Tensor(a!) gates, Tensor(b!)? feeds, {_INPUTS}, Tensor? packed, {_CHOOSING}, {_OPTIONS}, bool projected, "
     "bool need_weights, bool keep) -> Tensor[]"
 )
 _INCOMING = ", ".join(f"Tensor? grad_{name}" for name in ("output", "contexts", "weights", "hidden", "cell", "feeds"))
@@ -53,7 +55,7 @@ _forward: Callable[..., list[Tensor]] = define("attentive_decoder_cpu", _SCHEMA,
 _backward: Callable[..., list[Tensor]] = define("attentive_decoder_backward_cpu", _BACKWARD_SCHEMA, _not_in_graphs)
 _pack: Callable[..., Tensor] = define(
     "attentive_decoder_pack_cpu",
-    f"({_MATRICES}, {_OUTER}, Tensor? w_readout, int values, bool lstm, {_ORDER}) -> Tensor",
+    f"({_MATRICES}, {_OUTER}, Tensor? w_readout, Tensor? w_output, int values, bool lstm, {_ORDER}) -> Tensor",
     _not_in_graphs,
 )
 
@@ -152,7 +154,7 @@ class _Inputs(NamedTuple):
     def of(cls, tensors: Sequence[Any]) -> _Inputs:
         """From one row of them, the layers' last."""
         ends = range(_FIXED, len(tensors), 4)
-        return cls(*tensors[:_FIXED], tuple(Layer(*tensors[k : k + 4]) for k in ends))  # type: ignore[arg-type]
+        return cls._make((*tensors[:_FIXED], tuple(Layer._make(tensors[k : k + 4]) for k in ends)))
 
     def flat(self) -> tuple[Tensor | None, ...]:
         return *self[:-1], *(x for layer in self.layers for x in layer)
@@ -219,9 +221,8 @@ class _Decoder(torch.autograd.Function):
         gates, feeds = _ahead(inputs.x.view(steps * rows, features), inputs.layers[0].w_input, inputs.w_readout,
                               inputs.b_readout)  # fmt: skip
         gates, feeds = gates.view(steps, rows, -1), None if feeds is None else feeds.view(steps, rows, -1)
-        kept = _forward(
-            gates, feeds, *inputs.of_operator(call), None, *call.options, False, call.need_weights, call.keep
-        )
+        others = (None, None, None, *_NO_CHOICE, *call.options, False, call.need_weights, call.keep)
+        kept = _forward(gates, feeds, *inputs.of_operator(call), *others)
         output, contexts, weights, wide, hidden, cell = kept[:6]
         ctx.call, ctx.count = call, len(tensors)
         ctx.save_for_backward(*tensors, feeds, *kept)
@@ -236,13 +237,13 @@ class _Decoder(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, feeds, kept = _Inputs.of(saved[: ctx.count]), saved[ctx.count], list(saved[ctx.count + 1 :])
         if all(grad is None for grad in incoming):
-            return (None,) * (ctx.count + 1)
+            return (None,) * len(ctx.needs_input_grad)
         needs = _Inputs.of(ctx.needs_input_grad[1:])
         with torch.no_grad(), _plain():
-            grads = _Gradients(ctx.call, inputs, feeds, kept, incoming).all(needs)
+            grads: Sequence[Tensor | None] = _Gradients(ctx.call, inputs, feeds, kept, incoming).all(needs)
         if torch.is_grad_enabled():
             there = next(x for x in incoming if x is not None)
-            grads = tuple(None if x is None else _once(x, there) for x in grads)
+            return None, *(None if x is None else _once(x, there) for x in grads)
         return None, *grads
 
 
@@ -307,7 +308,7 @@ class _OfPast(NamedTuple):
     cumulative: Tensor
 
 
-_FOUND, _KEPT = len(_Found._fields), 8
+_FOUND, _KEPT = len(_Found._fields), 10
 
 
 class _Gradients:
@@ -472,17 +473,34 @@ def _inputs(x: Tensor, start: Start, memory: Memory, weights: Weights) -> _Input
     )  # fmt: skip
 
 
+class Output(NamedTuple):
+    """The layer that gives logits of V symbols: (V, R), or (V, S) without an output vector, and (V,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Chosen(NamedTuple):
+    """What steps have chosen: numbers and their log-probabilities (T, N), and the results of those steps."""
+
+    symbols: Tensor
+    scores: Tensor
+    results: Results
+
+
 class Ready:
-    """The steps of a search, one a call, without gradients: the matrices are packed once, and what stays the same from
-    step to step is looked at once for a memory.
+    """The steps of a search, without gradients: the matrices are packed once, and what stays the same from step to step
+    is looked at once for a memory.
 
     Args:
         weights: the parameters, which must stay as they are.
         features, values: E and H.
+        output: of the logits, for steps that choose.
     """
 
-    def __init__(self, weights: Weights, features: int, values: int) -> None:
+    def __init__(self, weights: Weights, features: int, values: int, output: Output | None) -> None:
         self._weights, self._features, self._projected = weights, features, 0
+        self._output = (None, None) if output is None else (output.weight.detach(), output.bias)
         self._memory: Memory | None = None
         self._template: list[Any] = []
         lowest, readout, parts = weights.layers[0], weights.w_readout, weights.parts
@@ -493,6 +511,7 @@ class Ready:
             outer if outer.shape[1] else None,
             parts.weight,
             None if readout is None else readout[:, features:],
+            self._output[0],
             values,
             lstm,
             weights.after,
@@ -502,17 +521,39 @@ class Ready:
 
     def step(self, x: Ahead, start: Start, memory: Memory, need_weights: bool) -> Results:
         """One step, of what its inputs add; results are (1, N, ...)."""
+        gates, feeds = x.gates.unsqueeze(0), None if x.feeds is None else x.feeds.unsqueeze(0)
+        return self._run(gates, feeds, start, memory, need_weights, _NO_CHOICE)[0]
+
+    def choose(
+        self, table: Ahead, previous: Tensor, steps: int, first: int, start: Start, memory: Memory, need_weights: bool
+    ) -> Chosen:
+        """Steps each of which takes the most likely symbol of the one before, numbers from ``first`` on.
+
+        Args:
+            table: (V, ...), what each symbol adds as an input.
+            previous: (N,) int64, of the first step.
+        """
+        rows = previous.shape[0]
+        gates = table.gates.new_empty(steps, rows, table.gates.shape[1])
+        feeds = None if table.feeds is None else table.feeds.new_empty(steps, rows, table.feeds.shape[1])
+        choosing = (table.gates, table.feeds, previous, first)
+        results, found = self._run(gates, feeds, start, memory, need_weights, choosing)
+        return Chosen(found[8], found[9], results)
+
+    def _run(
+        self, gates: Tensor, feeds: Tensor | None, start: Start, memory: Memory, need_weights: bool,
+        choosing: tuple[Any, ...],
+    ) -> tuple[Results, list[Tensor]]:  # fmt: skip
         if memory is not self._memory:
             self._take(start, memory, need_weights)
-        template = self._template
+        template, values = self._template, self._projected
         template[_START], template[_PAST] = start[:4], start[4:]
-        gates, feeds = x.gates.unsqueeze(0), None if x.feeds is None else x.feeds.unsqueeze(0)
-        values = self._projected
-        found = _forward(gates, feeds, *template, self._packed, *self._options, values > 0, need_weights, False)
+        found = _forward(gates, feeds, *template, self._packed, *self._output, *choosing, *self._options, values > 0,
+                         need_weights, False)  # fmt: skip
         output, contexts, after_dropout, wide, hidden, cell = found[:6]
         shown = after_dropout if self._weights.parts.score != "past" else wide
         contexts = contexts[..., values:] if values else contexts
-        return Results(output, contexts, shown, hidden, None if start.cell is None else cell, feeds)
+        return Results(output, contexts, shown, hidden, None if start.cell is None else cell, feeds), found
 
     def ahead(self, x: Tensor) -> Ahead:
         """What inputs (..., E) add."""

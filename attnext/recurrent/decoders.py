@@ -23,9 +23,9 @@ from attnext.attention.base import StepParts, has_global_hooks, has_own_hooks
 from attnext.attention.past import Past
 from attnext.backends import choose
 from attnext.memory import Memory
-from attnext.recurrent._decoder import Ahead, Layer, Ready, Results, Start, Weights, decode
+from attnext.recurrent._decoder import Ahead, Layer, Output, Ready, Results, Start, Weights, decode
 
-__all__ = ["AttentiveGRU", "AttentiveLSTM", "DecoderState"]
+__all__ = ["AttentiveGRU", "AttentiveLSTM", "DecoderState", "OpenedDecoder"]
 
 _ORDERS = ("before", "after")
 
@@ -79,9 +79,12 @@ class DecoderState(NamedTuple):
 
     def _map(self, change: Callable[[Tensor, int], Tensor], of_attention: Callable[[Any], Any]) -> DecoderState:
         """With each tensor changed, given where its batch is."""
-        hidden, *others = (None if x is None else change(x, dim) for x, dim in zip(self[:4], (1, 1, 0, 0), strict=True))
+        hidden, cell, context, vector = (
+            None if x is None else change(x, dim) for x, dim in zip(self[:4], (1, 1, 0, 0), strict=True)
+        )
         assert hidden is not None
-        return DecoderState(hidden, *others, None if self.attention is None else of_attention(self.attention))
+        attention = None if self.attention is None else of_attention(self.attention)
+        return DecoderState(hidden, cell, context, vector, attention)
 
 
 class _AttentiveLayers(nn.Module):
@@ -241,23 +244,45 @@ class _AttentiveLayers(nn.Module):
         found = self._step(input, memory, state, need_weights)
         return found if need_weights else found[:3]
 
-    def opened(self, table: Tensor | None = None) -> Callable[..., tuple[Any, ...]]:
+    def opened(
+        self, table: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> OpenedDecoder:
         """:meth:`step` for the steps of a search, which are faster: it reads the matrices once, as they are now.
 
         No gradient flows through it. Call it anew when a parameter, the mode or the backend has changed.
 
         Args:
             table: (V, E), the inputs that there are, as the weight of an embedding. A step then takes their numbers,
-                integers (B,) or (B, beam), in place of vectors.
+                int64 (B,) or (B, beam), in place of vectors.
+            weight, bias: (V, S), or (V, R) with ``vector_size``, and (V,): of the layer that gives logits of as many
+                symbols, for :meth:`OpenedDecoder.greedy`.
 
         Raises:
-            TypeError, ValueError: ``table`` is not that.
+            TypeError, ValueError: an argument is not that.
         """
+        output = None
         if table is not None:
             table = _checks.tensor("table", table, 2)
             _checks.size("table", table, 1, self.input_size, "input_size")
             _checks.same_kind_as_module("table", table, self._parameter)
-        return _Opened(self, table)
+        if weight is not None:
+            size, name = (
+                (self.hidden_size, "hidden_size") if self.vector_size is None else (self.vector_size, "vector_size")
+            )
+            weight = _checks.tensor("weight", weight, 2)
+            _checks.size("weight", weight, 1, size, name)
+            _checks.same_kind_as_module("weight", weight, self._parameter)
+            if table is None:
+                raise ValueError("weight needs a table: what is chosen is the next step's input")
+            _checks.size("weight", weight, 0, len(table), "table")
+            if bias is not None:
+                bias = _checks.tensor("bias", bias, 1)
+                _checks.size("bias", bias, 0, len(weight), "weight")
+                _checks.same_kind_as_module("bias", bias, self._parameter)
+            output = Output(weight.detach(), None if bias is None else bias.detach())
+        elif bias is not None:
+            raise ValueError("bias needs a weight")
+        return OpenedDecoder(self, table, output)
 
     # --------------------------------------------------------------------------------------------------- how it works
 
@@ -269,9 +294,9 @@ class _AttentiveLayers(nn.Module):
         if parts is None:
             return self._one(self._ahead(input), memory, state, need_weights)
         steps = input.reshape(1, -1, input.shape[-1])
-        output, context, state, weights = self._at_once(steps, memory, state, parts, need_weights)
+        found, of_step, state, of_weights = self._at_once(steps, memory, state, parts, need_weights)
         output, context, weights = (
-            None if x is None else x.view(*input.shape[:-1], x.shape[-1]) for x in (output, context, weights)
+            None if x is None else x.view(*input.shape[:-1], x.shape[-1]) for x in (found, of_step, of_weights)
         )
         return output, context, state, weights
 
@@ -500,16 +525,16 @@ class _AttentiveLayers(nn.Module):
         raise NotImplementedError
 
 
-class _Opened:
-    """The step of a search."""
+class OpenedDecoder:
+    """The steps of a search; :meth:`AttentiveGRU.opened` makes it."""
 
-    def __init__(self, decoder: _AttentiveLayers, table: Tensor | None) -> None:
-        self._decoder, self._table = decoder, None if table is None else table.detach()
+    def __init__(self, decoder: _AttentiveLayers, table: Tensor | None, output: Output | None) -> None:
+        self._decoder, self._table, self._output = decoder, None if table is None else table.detach(), output
         self._served, self._memory = False, None
         self._parts: StepParts | None = None
         self._ready: Ready | None = None
         self._rows: tuple[torch.Size, torch.Size] | None = None
-        self._ahead_of_table: Ahead | None = None
+        self._known: Ahead | None = None
 
     def __call__(
         self, input: Tensor, memory: Any, state: DecoderState | None = None, *, need_weights: bool = False
@@ -522,6 +547,59 @@ class _Opened:
                 input = self._vectors(input)
             found = self._decoder._step(input, memory, state, need_weights)
             return found if need_weights else found[:3]
+
+    @torch.no_grad()
+    def greedy(
+        self, previous: Tensor, memory: Any, state: DecoderState, steps: int, *, first: int = 0,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
+        """So many steps, each of which takes the most likely symbol of the one before.
+
+        Args:
+            previous: (B,) int64, the symbols that the first step takes.
+            memory: what :meth:`AttentiveGRU.prepare` returned.
+            state: before these steps.
+            steps: how many, at least one.
+            first: the least number that is chosen; those below, as padding and marks, have no part in probabilities.
+            need_weights: also return the attention's weights.
+
+        Returns:
+            symbols (B, steps) and their log-probabilities, the state after the last step, and weights (B, steps, Tk) or
+            None. Of a few symbols, and where a step is one operator, all steps are.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be; the message names it.
+        """
+        if self._output is None:
+            raise ValueError("greedy needs the weight of an output layer, given to opened()")
+        _checks.at_least_one("steps", steps)
+        previous = _checks.tensor("previous", previous, 1)
+        if not 0 <= first < len(self._output.weight):
+            raise ValueError(f"first must be the number of a symbol, got {first}")
+        if self._serves(previous, memory, state) and self._known is not None:
+            return self._choose(previous, memory, state, steps, first, need_weights)
+        found = []
+        for _ in range(steps):
+            vector, _, state, *weights = self(previous, memory, state, need_weights=need_weights)
+            logits = F.linear(vector, *self._output)[:, first:]
+            score, choice = logits.float().log_softmax(-1).max(-1)
+            previous = choice + first
+            found.append((previous, score, *weights))
+        symbols, scores, *all_weights = (torch.stack(some, 1) for some in zip(*found, strict=True))
+        return symbols, scores, state, all_weights[0] if need_weights else None
+
+    def _choose(
+        self, previous: Tensor, memory: Memory, state: DecoderState, steps: int, first: int, need_weights: bool
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
+        decoder, parts, ready, known = self._decoder, self._parts, self._ready, self._known
+        assert parts is not None
+        assert ready is not None
+        assert known is not None
+        past, start = decoder._start(state, memory, parts)
+        found = ready.choose(known, previous.contiguous(), steps, first, start, memory, need_weights)
+        weights = found.results.weights
+        shown = weights.transpose(0, 1) if need_weights and weights is not None else None
+        return found.symbols.t(), found.scores.t(), decoder._last(found.results, state, past), shown
 
     def _vectors(self, numbers: Tensor) -> Tensor:
         """Those of the table."""
@@ -545,15 +623,15 @@ class _Opened:
         self._memory, self._rows = memory, (input.shape, state.hidden.shape)
         if self._served and parts is not None and self._ready is None:
             weights = decoder._weights(parts, decoder.readout is not None)
-            self._parts, self._ready = parts, Ready(weights, decoder.input_size, decoder.context_size)
+            self._parts, self._ready = parts, Ready(weights, decoder.input_size, decoder.context_size, self._output)
             if self._table is not None and len(self._table) <= _FEW_INPUTS:
-                self._ahead_of_table = self._ready.ahead(self._table)
+                self._known = self._ready.ahead(self._table)
         return self._served
 
     def _ahead(self, input: Tensor) -> Ahead:
         """What the inputs of a step add, with hypotheses as rows."""
         assert self._ready is not None
-        known, table = self._ahead_of_table, self._table
+        known, table = self._known, self._table
         if known is not None:
             rows = input.flatten()
             gates = known.gates.index_select(0, rows)
@@ -568,8 +646,8 @@ class _Opened:
         past, start = decoder._start(state, memory, parts)
         found = ready.step(self._ahead(input), start, memory, need_weights)
         last, rows = decoder._last(found, state, past), state.hidden.shape[1:-1]
-        output = found.output if found.feeds is None else found.feeds
-        shown = (output, found.contexts, found.weights if need_weights else None)
+        vector = found.output if found.feeds is None else found.feeds
+        shown = (vector, found.contexts, found.weights if need_weights else None)
         output, context, weights = (None if x is None else x.view(*rows, x.shape[-1]) for x in shown)
         return (output, context, last, weights) if need_weights else (output, context, last)
 

@@ -23,7 +23,8 @@ def renewed(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     A layer had a matrix for each argument, and one bias unless its unit needs two; LSTM gates were in the order input,
     forget, output, candidate. Attention and readout are parts of the recurrent decoder now.
     """
-    found, layers = {}, {}
+    found: dict[str, Tensor] = {}
+    layers: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, x in tensors.items():
         prefix, at, rest = name.partition("decoder.")
         if not at:

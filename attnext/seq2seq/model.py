@@ -12,7 +12,6 @@ answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from attnext.attention.family import STEPPED
 from attnext.recurrent import GRU, LSTM, AttentiveGRU, AttentiveLSTM, DecoderState
 from attnext.seq2seq.config import Config
 
-__all__ = ["Seq2Seq"]
+__all__ = ["Opened", "Seq2Seq"]
 
 
 class Seq2Seq(nn.Module):
@@ -163,18 +162,9 @@ class _Decoder(nn.Module):
         embedded: Tensor = self.dropout(self.embedding(previous))
         return embedded
 
-    def opened(self) -> Callable[..., tuple[Tensor, DecoderState, Tensor | None]]:
-        """The step of a search, in evaluation mode: from previous outputs (B,) or (B, beam), the last state and the
-        memory to the logits, the next state and, if asked for, the attention weights."""
-        recurrent_step = self.recurrent.opened(self.embedding.weight)
-
-        def step(
-            previous: Tensor, state: DecoderState, memory: Any, *, need_weights: bool = False
-        ) -> tuple[Tensor, DecoderState, Tensor | None]:
-            vector, _, state, *weights = recurrent_step(previous, memory, state, need_weights=need_weights)
-            return self.logits(vector), state, weights[0] if weights else None
-
-        return step
+    def opened(self) -> Opened:
+        """The steps of searches, in evaluation mode, as long as the parameters stay as they are."""
+        return Opened(self)
 
     def logits(self, vector: Tensor) -> Tensor:
         """Of output vectors, of one step or many."""
@@ -184,3 +174,26 @@ class _Decoder(nn.Module):
     def forward(self, previous: Tensor, memory: Any, state: DecoderState) -> Tensor:
         vectors, _, _ = self.recurrent(self.embed(previous), memory, state)
         return self.logits(vectors)
+
+
+class Opened:
+    """A decoder for the steps of searches."""
+
+    def __init__(self, decoder: _Decoder) -> None:
+        self._decoder = decoder
+        self._steps = decoder.recurrent.opened(decoder.embedding.weight, decoder.output.weight, decoder.output.bias)
+
+    def __call__(
+        self, previous: Tensor, state: DecoderState, memory: Any, *, need_weights: bool = False
+    ) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """From previous outputs (B,) or (B, beam), the last state and the memory to the logits, the next state and, if
+        asked for, the attention weights."""
+        vector, _, state, *weights = self._steps(previous, memory, state, need_weights=need_weights)
+        return self._decoder.logits(vector), state, weights[0] if weights else None
+
+    def greedy(
+        self, previous: Tensor, state: DecoderState, memory: Any, steps: int, first: int, need_weights: bool
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
+        """So many steps (B, steps), each taking the most likely output from number ``first`` on: numbers, their
+        log-probabilities, the next state and weights."""
+        return self._steps.greedy(previous, memory, state, steps, first=first, need_weights=need_weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ def search(
     need_weights: bool = False,
     max_steps: int | None = None,
     longest: int = 0,
+    opened: Any = None,
 ) -> list[list[Hypothesis]]:
     """The best outputs of each source of a batch, from the best, at most as many as the beam is wide.
 
@@ -64,6 +65,7 @@ def search(
         max_steps: cuts outputs that have not ended by then; by default twice their source's length and ten, or
             ``longest`` and ten if that is more.
         longest: symbols of the longest output the model was trained on.
+        opened: what ``model.decoder.opened()`` gave, for many searches with the same parameters.
 
     Raises:
         ValueError: beam is below 1, length_power is beyond 16, max_steps is negative, weights are wanted of a model
@@ -81,26 +83,33 @@ def search(
     if max_steps == 0:
         nothing = torch.empty(0, source.shape[1], device=source.device) if need_weights else None
         return [[Hypothesis([], 0.0, nothing)] for _ in lengths]
+    opened = model.decoder.opened() if opened is None else opened
     if beam == 1:
-        return _greedy(model, source, lengths, limits.tolist(), length_power, need_weights)
-    return _Search(model, source, lengths, limits.to(source.device), beam, length_power, need_weights).run()
+        return _greedy(model, opened, source, lengths, limits.tolist(), length_power, need_weights)
+    return _Search(model, opened, source, lengths, limits.to(source.device), beam, length_power, need_weights).run()
 
 
 def _greedy(
-    model: Seq2Seq, source: Tensor, lengths: Tensor, limits: list[int], length_power: float, need_weights: bool
+    model: Seq2Seq,
+    opened: Any,
+    source: Tensor,
+    lengths: Tensor,
+    limits: list[int],
+    length_power: float,
+    need_weights: bool,
 ) -> list[list[Hypothesis]]:
     """What :class:`_Search` finds with a beam of one, with less to do at each step."""
-    step, (memory, state) = model.decoder.opened(), model.encode(source, lengths)
+    memory, state = model.encode(source, lengths)
     previous, rows = source.new_full((len(source),), START), list(range(len(source)))
     found = [_Path([], [], 0.0, limit) for limit in limits]
     while rows:
-        logits, state, weights = step(previous, state, memory, need_weights=need_weights)
+        # Of a few sources, several steps before what has ended is looked for.
+        steps = min(_STEPS_OF_FEW if len(rows) <= _FEW else 1, max(limit for limit in limits))
         # Padding and the start mark, numbered below the end mark, are no outputs.
-        best, choices = logits[:, END:].float().log_softmax(-1).max(-1)
-        for place, (row, score, choice) in enumerate(zip(rows, best.tolist(), choices.tolist(), strict=True)):
-            if not found[row].ended:
-                found[row].add(choice + END, score, None if weights is None else weights[place])
-        previous = choices + END
+        symbols, scores, state, weights = opened.greedy(previous, state, memory, steps, END, need_weights)
+        for place, (row, *path) in enumerate(zip(rows, symbols.tolist(), scores.tolist(), strict=True)):
+            found[row].add(path[0], path[1], None if weights is None else weights[place])
+        previous = symbols[:, -1]
         places = [place for place, row in enumerate(rows) if not found[row].ended]
         if len(places) * 4 <= 3 * len(rows):  # sources that are done leave the batch, as in the other search
             rows = [rows[place] for place in places]
@@ -109,6 +118,9 @@ def _greedy(
                 memory, state, previous = memory.select(kept), state.select(kept), previous[kept]
     nothing = torch.empty(0, source.shape[1], device=source.device)
     return [[path.hypothesis(length_power, nothing if need_weights else None)] for path in found]
+
+
+_FEW, _STEPS_OF_FEW = 8, 4
 
 
 @dataclass
@@ -121,14 +133,18 @@ class _Path:
     limit: int
     ended: bool = False
 
-    def add(self, symbol: int, score: float, weights: Tensor | None) -> None:
-        if not math.isfinite(score):
-            raise InputError(_NOT_FINITE)
-        self.score += score
-        self.symbols.append(symbol)
-        if weights is not None:
-            self.weights.append(weights.float())
-        self.ended = symbol == END or len(self.symbols) >= self.limit
+    def add(self, symbols: list[int], scores: list[float], weights: Tensor | None) -> None:
+        """Goes on with what some steps have chosen, up to its end."""
+        for step, (symbol, score) in enumerate(zip(symbols, scores, strict=True)):
+            if self.ended:
+                return
+            if not math.isfinite(score):
+                raise InputError(_NOT_FINITE)
+            self.score += score
+            self.symbols.append(symbol)
+            if weights is not None:
+                self.weights.append(weights[step].float())
+            self.ended = symbol == END or len(self.symbols) >= self.limit
 
     def hypothesis(self, length_power: float, no_weights: Tensor | None) -> Hypothesis:
         steps = len(self.symbols)
@@ -143,6 +159,7 @@ class _Search:
     def __init__(
         self,
         model: Seq2Seq,
+        opened: Any,
         source: Tensor,
         lengths: Tensor,
         limits: Tensor,
@@ -150,7 +167,7 @@ class _Search:
         length_power: float,
         need_weights: bool,
     ) -> None:
-        self.decoder, self.limits, self.beam, self.length_power = model.decoder, limits, beam, length_power
+        self.step, self.limits, self.beam, self.length_power = opened, limits, beam, length_power
         self.memory, state = model.encode(source, lengths)
         self.state = state.one_hypothesis()  # at the first step, others would be the same again
         batch, device = len(source), source.device
@@ -162,9 +179,8 @@ class _Search:
         self.ended: list[list[Hypothesis]] = [[] for _ in range(batch)]
 
     def run(self) -> list[list[Hypothesis]]:
-        step = self.decoder.opened()
         while len(self.rows):
-            logits, self.state, weights = step(
+            logits, self.state, weights = self.step(
                 self.outputs[..., -1], self.state, self.memory, need_weights=self.weights is not None
             )
             if self.weights is not None and weights is not None:
@@ -267,13 +283,15 @@ def translate(
     if not all(numbers):
         raise ValueError(f"texts must have a symbol each, got none in text {[not one for one in numbers].index(True)}")
     order = sorted(range(len(texts)), key=lambda index: len(numbers[index]))
+    with torch.inference_mode():
+        opened = model.decoder.opened()
     outputs: dict[int, Output] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         source, lengths = (x.to(device) for x in pad([numbers[row] for row in rows]))
         found = search(
             model, source, lengths, beam=beam, length_power=length_power, need_weights=need_weights,
-            longest=checkpoint.longest,
+            longest=checkpoint.longest, opened=opened,
         )  # fmt: skip
         for row, hypotheses in zip(rows, found, strict=True):
             weights = [one.weights[:, : len(numbers[row])].cpu() for one in hypotheses if one.weights is not None]

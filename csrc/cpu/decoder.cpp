@@ -1,6 +1,7 @@
 // The CPU operators of a decoder: recurrent layers that attend a memory at every step.
 #include "cpu/decoder.h"
 
+#include <cmath>
 #include <optional>
 
 namespace attnext::cpu {
@@ -9,7 +10,19 @@ namespace {
 // ------------------------------------------------------------------------------------------------------ forward
 
 // Where the forward pass has its results; gates and inner states of each layer come last.
-enum Result { kOutput, kContexts, kWeights, kWide, kLastHidden, kLastCell, kCumulative, kQueries, kResults };
+enum Result {
+  kOutput,
+  kContexts,
+  kWeights,
+  kWide,
+  kLastHidden,
+  kLastCell,
+  kCumulative,
+  kQueries,
+  kSymbols,
+  kScores,
+  kResults
+};
 
 template <class T>
 class ForwardPass {
@@ -24,7 +37,10 @@ class ForwardPass {
     result({d_.layers, N, S}), result(x.cell ? Shape{d_.layers, N, S} : Shape{0});
     result(x.attended.cumulative ? Shape{T_, N, keys} : Shape{0});
     result(x.matrices.w_query ? Shape{T_, N, d_.query_size} : Shape{0});
+    results_.push_back(empty(chooses() ? Shape{T_, N} : Shape{0}, aoti_torch_dtype_int64()));
+    result(chooses() ? Shape{T_, N} : Shape{0});
     for (int64_t l = 0; l < d_.layers; ++l) make_layer(l);
+    if (chooses()) take_choices();
     d_.contexts = attention_.context = at(kContexts);
     attention_.log_sum_exp = d_.scratch.template take<T>(N);
     attention_.weights = at(kWeights), attention_.wide = at(kWide), attention_.cumulative = at(kCumulative);
@@ -37,11 +53,13 @@ class ForwardPass {
   Tensors run() {
     const Team team(d_.work() + attention_.work());
     memories_ = d_.scratch.template take<T>(team.parts * attention_.scratch());
+    if (chooses()) take_inputs();
     if (!x_.matrices.after) attend();
     feed();
     for (int64_t l = 0; l < d_.layers; ++l) layer(l);
     if (x_.matrices.after) attend();
     if (d_.matrices.readout) read_out();
+    if (chooses()) choose();
     team.go(d_.steps, false, phases_);
     return results_;
   }
@@ -49,6 +67,7 @@ class ForwardPass {
  private:
   using Of = typename Decoder<T>::Of;
 
+  bool chooses() const { return x_.choosing.previous.has_value(); }
   void result(const Shape& shape) { results_.push_back(empty(shape, arithmetic_dtype<T>())); }
   // The numbers of a result, null of one that is not asked for.
   T* at(int64_t k) const {
@@ -83,6 +102,60 @@ class ForwardPass {
     r.last_cell = at(kLastCell) + l * N * S;
     r.cells = zeros<T>(d_.scratch, N * row);
     copy_rows(r, r.cell, r.cells);
+  }
+
+  void take_choices() {
+    const Choosing& c = x_.choosing;
+    const int64_t V = d_.matrices.output.columns, R = d_.matrices.readout;
+    STD_TORCH_CHECK(x_.matrices.w_output && c.gates && (R == 0) == !c.feeds && c.first >= 0 && c.first < V,
+                    "attnext: to choose symbols needs what they add, the first ones, and one to choose at least");
+    check_shape(*c.gates, "table of gates", {V, d_.matrices.gates * d_.size});
+    if (c.feeds) check_shape(*c.feeds, "table of output vectors", {V, R}), table_feeds_ = d_.data(*c.feeds);
+    if (c.bias) check_shape(*c.bias, "b_output", {V}), b_output_ = d_.data(*c.bias);
+    check_shape(*c.previous, "previous", {d_.rows});
+    STD_TORCH_CHECK(c.previous->scalar_type() == ScalarType::Long && c.previous->is_contiguous(),
+                    "attnext: previous must be contiguous int64");
+    previous_ = static_cast<const int64_t*>(c.previous->data_ptr());
+    for (int64_t b = 0; b < d_.rows; ++b)
+      STD_TORCH_CHECK(previous_[b] >= 0 && previous_[b] < V, "attnext: previous must be numbers of symbols");
+    table_gates_ = d_.data(*c.gates), logits_ = d_.scratch.template take<T>(d_.rows * V);
+    symbols_ = static_cast<int64_t*>(results_[kSymbols].data_ptr());
+  }
+
+  // What the symbols of the step before add.
+  void take_inputs() {
+    phases_.push_back({d_.rows, [this](int64_t t, int64_t, int64_t begin, int64_t end) {
+                         const int64_t* symbols = t ? symbols_ + (t - 1) * d_.rows : previous_;
+                         const int64_t n = d_.matrices.gates * d_.size, R = d_.matrices.readout;
+                         for (int64_t b = begin; b < end; ++b) {
+                           std::copy_n(table_gates_ + symbols[b] * n, n, gates(0, t).data + b * n);
+                           if (R) std::copy_n(table_feeds_ + symbols[b] * R, R, vector(t).data + b * R);
+                         }
+                       }});
+  }
+
+  void choose() {
+    phases_.push_back(d_.product_phase(d_.matrices.output, [this](int64_t t) {
+      const Of from = d_.matrices.readout ? vector(t) : d_.state(top_, t);
+      DenseProduct<T> p = d_.product(from, {logits_, d_.matrices.output.columns}, false);
+      p.bias = b_output_;
+      return p;
+    }));
+    phases_.push_back({d_.rows, [this](int64_t t, int64_t, int64_t begin, int64_t end) {
+                         for (int64_t b = begin; b < end; ++b) choose_symbol(t * d_.rows + b, b);
+                       }});
+  }
+
+  // The first of the largest logits, and its log-probability among those that may be chosen.
+  void choose_symbol(int64_t at_row, int64_t b) const {
+    const int64_t V = d_.matrices.output.columns;
+    const T* logits = logits_ + b * V;
+    int64_t best = x_.choosing.first;
+    for (int64_t k = best + 1; k < V; ++k)
+      if (logits[k] > logits[best]) best = k;
+    double sum = 0;
+    for (int64_t k = x_.choosing.first; k < V; ++k) sum += std::exp(double(logits[k]) - double(logits[best]));
+    symbols_[at_row] = best, at(kScores)[at_row] = T(-std::log(sum));
   }
 
   Of query(int64_t t) const {
@@ -169,8 +242,10 @@ class ForwardPass {
   Tensors results_;
   std::vector<Phase> phases_;
   std::vector<const T*> masks_;
-  const T* b_query_ = nullptr;
-  T *below_ = nullptr, *memories_ = nullptr;
+  const T *b_query_ = nullptr, *b_output_ = nullptr, *table_gates_ = nullptr, *table_feeds_ = nullptr;
+  const int64_t* previous_ = nullptr;
+  int64_t* symbols_ = nullptr;
+  T *below_ = nullptr, *memories_ = nullptr, *logits_ = nullptr;
 };
 
 // ----------------------------------------------------------------------------------------------------- backward
@@ -489,13 +564,16 @@ Tensors attentive_decoder(Tensor gates, Optional feeds, Tensors w_hidden, Tensor
                           Optional w_readout, Tensor hidden, Optional cell, Optional context, Optional feed, Tensor key,
                           Optional value, Optional score_weight, Optional exp_key, Optional key_limit, Optional lengths,
                           Optional mask, Optional filters, Optional projection, Optional past, Optional cumulative,
-                          Optional seeds, Optional packed, double scale, double dropout_p, int64_t score, int64_t rule,
-                          bool after, bool feeds_vector, bool projected, bool need_weights, bool keep) {
-  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, after, feeds_vector};
+                          Optional seeds, Optional packed, Optional w_output, Optional b_output, Optional table_gates,
+                          Optional table_feeds, Optional previous, int64_t first_choice, double scale, double dropout_p,
+                          int64_t score, int64_t rule, bool after, bool feeds_vector, bool projected, bool need_weights,
+                          bool keep) {
+  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, w_output, after, feeds_vector};
   const Attended attended{key,        value, score_weight, exp_key, key_limit, lengths,   mask,  filters,
                           projection, past,  cumulative,   seeds,   scale,     dropout_p, score, rule};
-  const DecoderInputs x{gates,  feeds, b_input, b_hidden, masks,    b_query, matrices,
-                        hidden, cell,  context, feed,     attended, packed,  projected};
+  const Choosing choosing{table_gates, table_feeds, b_output, previous, first_choice};
+  const DecoderInputs x{gates, feeds,   b_input, b_hidden, masks,  b_query,  matrices, hidden,
+                        cell,  context, feed,    attended, packed, choosing, projected};
   check_decoder(x);
   return is_double(gates) ? ForwardPass<double>(x, need_weights, keep).run()
                           : ForwardPass<float>(x, need_weights, keep).run();
@@ -511,12 +589,13 @@ Tensors attentive_decoder_backward(Optional grad_output, Optional grad_contexts,
                                    Optional projection, Optional past, Optional cumulative, Optional seeds,
                                    double scale, double dropout_p, int64_t score, int64_t rule, bool after,
                                    bool feeds_vector) {
-  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, after, feeds_vector};
+  static const Optional none;
+  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, none, after, feeds_vector};
   const Attended attended{key,        value, score_weight, exp_key, key_limit, lengths,   mask,  filters,
                           projection, past,  cumulative,   seeds,   scale,     dropout_p, score, rule};
-  static const Optional none;
-  const DecoderInputs x{gates,  feeds, b_input, b_hidden, masks,    b_query, matrices,
-                        hidden, cell,  context, feed,     attended, none,    false};
+  const Choosing choosing{none, none, none, none, 0};
+  const DecoderInputs x{gates, feeds,   b_input, b_hidden, masks, b_query,  matrices, hidden,
+                        cell,  context, feed,    attended, none,  choosing, false};
   const Incoming incoming{grad_output, grad_contexts, grad_weights, grad_hidden, grad_cell, grad_feeds};
   check_decoder(x);
   return is_double(gates) ? BackwardPass<double>(x, incoming, kept).run()
@@ -524,9 +603,9 @@ Tensors attentive_decoder_backward(Optional grad_output, Optional grad_contexts,
 }
 
 Tensor attentive_decoder_pack(Tensors w_hidden, Tensors w_below, Optional w_outer, Optional w_query, Optional w_readout,
-                              int64_t values, bool lstm, bool after, bool feeds_vector) {
+                              Optional w_output, int64_t values, bool lstm, bool after, bool feeds_vector) {
   STD_TORCH_CHECK(!w_hidden.empty() && w_hidden[0].dim() == 2, "attnext: w_hidden must have a matrix a layer");
-  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, after, feeds_vector};
+  const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, w_output, after, feeds_vector};
   return is_double(w_hidden[0]) ? pack_as<double>(matrices, values, lstm) : pack_as<float>(matrices, values, lstm);
 }
 

@@ -21,7 +21,16 @@ struct Matrices {
   const Optional& w_outer;            // (G S, X): of what enters the lowest layer beside the inputs
   const Optional& w_query;            // (D, S); without, the query is the state
   const Optional& w_readout;          // (R, S + H)
+  const Optional& w_output;           // (V, R), or (V, S) without an output vector: of symbols to choose from
   bool after, feeds;  // whether a step attends with its own state; whether its output vector enters the next
+};
+
+// How each step chooses the next one's input: the most likely of V symbols from number `first` on.
+struct Choosing {
+  const Optional &gates, &feeds;  // (V, G S), (V, R): what each symbol adds as an input
+  const Optional& bias;           // (V,), of the logits
+  const Optional& previous;       // (N,): of the first step
+  int64_t first;
 };
 
 struct DecoderInputs {
@@ -34,6 +43,7 @@ struct DecoderInputs {
   const Optional &cell, &context, &feed;
   const Attended& attended;
   const Optional& packed;
+  const Choosing& choosing;
   bool projected;  // the values are what they add to the lowest layer's gates and to the output vector, and themselves
 };
 
@@ -44,11 +54,13 @@ struct Phase {
 };
 
 constexpr int64_t kMostParts = 64;
+// Multiply-adds of a step that pay for one more thread: it has several phases, after each of which they meet.
+constexpr int64_t kDecoderStepPerThread = 1 << 18;
 
 // The threads that are worth it for steps of so many multiply-adds, and the parts of a phase.
 struct Team {
   explicit Team(int64_t work)
-      : threads(std::clamp<int64_t>(work / kStepPerThread, 1, torch::stable::get_num_threads())),
+      : threads(std::clamp<int64_t>(work / kDecoderStepPerThread, 1, torch::stable::get_num_threads())),
         parts(threads == 1 ? 1 : std::min(kPartsPerThread * threads, kMostParts)) {}
 
   // Goes through the phases of so many steps, in this order; t is 0, 1, ..., or backward.
@@ -107,6 +119,10 @@ class Packed {
       of_hidden = matrix(*m.w_readout, 0, size), of_context = matrix(*m.w_readout, size, values);
     }
     if (m.w_query) query = matrix(*m.w_query, 0, size);
+    if (m.w_output) {
+      check_shape(*m.w_output, "w_output", {m.w_output->size(0), readout ? readout : size});
+      output = matrix(*m.w_output, 0, readout ? readout : size);
+    }
   }
 
   int64_t numel() {
@@ -146,7 +162,7 @@ class Packed {
   int64_t layers, size, gates, readout;
   bool takes_context, takes_vector;
   std::vector<Dense<T>> below;
-  Dense<T> context{}, feed{}, query{}, of_hidden{}, of_context{};
+  Dense<T> context{}, feed{}, query{}, of_hidden{}, of_context{}, output{};
 
  private:
   // Columns of a parameter, out = a W^T forward and a W backward.
@@ -165,7 +181,7 @@ class Packed {
       if (m.data) of_dense(m, blocks(m) * kernels_of<T>().dense_block * m.depth);
     };
     for (Dense<T>& m : below) one(m);
-    for (Dense<T>* m : {&context, &feed, &query, &of_hidden, &of_context}) one(*m);
+    for (Dense<T>* m : {&context, &feed, &query, &of_hidden, &of_context, &output}) one(*m);
   }
 
   int64_t values_;
@@ -233,7 +249,7 @@ class Decoder {
   int64_t work() const {
     const int64_t outer = x.matrices.w_outer ? x.matrices.w_outer->size(1) : 0;
     return rows * (matrices.gates * size * (size * (2 * layers - 1) + outer) + query_size * size +
-                   matrices.readout * (size + values));
+                   matrices.readout * (size + values) + matrices.output.depth * matrices.output.columns);
   }
 
   // Rows of a step, so many numbers apart.
