@@ -123,6 +123,8 @@ class _Call(NamedTuple):
     feeds_vector: bool
     need_weights: bool
     keep: bool
+    half: bool
+    """Whether products over all steps are of bfloat16."""
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -218,8 +220,8 @@ class _Decoder(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = _Inputs.of(tensors)
         steps, rows, features = inputs.x.shape
-        gates, feeds = _ahead(inputs.x.view(steps * rows, features), inputs.layers[0].w_input, inputs.w_readout,
-                              inputs.b_readout)  # fmt: skip
+        of_input = inputs.layers[0].w_input, inputs.w_readout, inputs.b_readout
+        gates, feeds = _ahead(inputs.x.view(steps * rows, features), *of_input, call.half)
         gates, feeds = gates.view(steps, rows, -1), None if feeds is None else feeds.view(steps, rows, -1)
         others = (None, None, None, *_NO_CHOICE, *call.options, False, call.need_weights, call.keep)
         kept = _forward(gates, feeds, *inputs.of_operator(call), *others)
@@ -254,10 +256,14 @@ class Ahead(NamedTuple):
     feeds: Tensor | None
 
 
-def _ahead(x: Tensor, w_input: Tensor, w_readout: Tensor | None, b_readout: Tensor | None) -> Ahead:
+def _ahead(x: Tensor, w_input: Tensor, w_readout: Tensor | None, b_readout: Tensor | None, half: bool = False) -> Ahead:
+    if half:
+        x, w_input = x.bfloat16(), w_input.bfloat16()
+        w_readout, b_readout = (None if y is None else y.bfloat16() for y in (w_readout, b_readout))
     features = x.shape[-1]
     feeds = None if w_readout is None else F.linear(x, w_readout[:, :features], b_readout)
-    return Ahead(F.linear(x, w_input[:, :features]), feeds)
+    gates = F.linear(x, w_input[:, :features])
+    return Ahead(gates.float(), None if feeds is None else feeds.float()) if half else Ahead(gates, feeds)
 
 
 class _Once(torch.autograd.Function):
@@ -321,8 +327,19 @@ class _Gradients:
         found = _backward(*incoming, kept, kept[_KEPT], feeds, *inputs.of_operator(call), *call.options)
         self._found = _Found._make(found[:_FOUND])
         ends = _FOUND + 2 * len(inputs.layers)
-        self._gates, self._states = found[_FOUND:ends:2], found[_FOUND + 1 : ends : 2]
+        self._gates = [self._factor(x) for x in found[_FOUND:ends:2]]
+        self._states = [self._factor(x) for x in found[_FOUND + 1 : ends : 2]]
         self._past = _OfPast._make(found[ends:]) if call.parts.score == "past" else None
+
+    def _factor(self, x: Tensor) -> Tensor:
+        """As products take it."""
+        return x.bfloat16() if self._call.half else x
+
+    def _product(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """Of two factors, in the parameters' dtype."""
+        if not self._call.half:
+            return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+        return torch.mm(a, b).float() if out is None else out.copy_(torch.mm(a, b))
 
     def all(self, needs: _Inputs) -> tuple[Tensor | None, ...]:
         """Of all inputs; those that need none may be left out."""
@@ -342,7 +359,7 @@ class _Gradients:
             score_weight=score_weight,
             filters=past and past.filters,
             projection=there(inputs.projection, past and past.projection),
-            w_query=rows_of_query.t() @ self._asked() if needs.w_query else None,
+            w_query=self._product(self._factor(rows_of_query).t(), self._asked()) if needs.w_query else None,
             b_query=rows_of_query.sum(0) if needs.b_query else None,
             w_readout=self._of_readout() if needs.w_readout else None,
             b_readout=found.feeds.flatten(0, 1).sum(0) if needs.b_readout else None,
@@ -356,11 +373,11 @@ class _Gradients:
 
     def _asked(self) -> Tensor:
         """The states that were made into queries, (T N, S)."""
-        return self._kept[0].flatten(0, 1) if self._call.after else self._states[-1]
+        return self._factor(self._kept[0].flatten(0, 1)) if self._call.after else self._states[-1]
 
     def _of_x(self) -> Tensor:
         inputs = self._inputs
-        grad = self._of_input(0) @ inputs.layers[0].w_input[:, : inputs.features]
+        grad = self._product(self._of_input(0), self._factor(inputs.layers[0].w_input[:, : inputs.features]))
         if inputs.w_readout is not None:
             grad.addmm_(self._found.feeds.flatten(0, 1), inputs.w_readout[:, : inputs.features])
         return grad.view(inputs.x.shape)
@@ -371,11 +388,11 @@ class _Gradients:
         w_hidden, gated = torch.empty_like(layer.w_hidden, memory_format=torch.contiguous_format), rows == 3 * size
         # Of a gated unit the state's candidate comes first, and is the matrix' last.
         first = gates[:, size : 3 * size] if gated else gates
-        torch.mm(first.t(), self._states[k], out=w_hidden[: first.shape[1]])
+        self._product(first.t(), self._states[k], w_hidden[: first.shape[1]])
         if gated:
-            torch.mm(gates[:, :size].t(), self._states[k], out=w_hidden[2 * size :])
+            self._product(gates[:, :size].t(), self._states[k], w_hidden[2 * size :])
         return Layer(
-            self._of_lowest() if k == 0 else self._of_input(k).t() @ self._below(k),
+            self._of_lowest() if k == 0 else self._product(self._of_input(k).t(), self._below(k)),
             w_hidden,
             _there(layer.b_input, biases[4 * size - rows :]),
             _there(layer.b_hidden, torch.cat((biases[size : 3 * size], biases[:size])) if gated else biases),
@@ -386,18 +403,27 @@ class _Gradients:
         inputs, grads, found = self._inputs, self._of_input(0), self._kept[1]
         weight = torch.empty_like(inputs.layers[0].w_input, memory_format=torch.contiguous_format)
         features, feeds = inputs.features, 0 if inputs.feed is None else inputs.feed.shape[1]
-        torch.mm(grads.t(), inputs.x.flatten(0, 1), out=weight[:, :features])
+        self._product(grads.t(), self._factor(inputs.x.flatten(0, 1)), weight[:, :features])
         end = weight.shape[1] - feeds
         if end > features:
-            _products(grads, found, inputs.context, weight[:, features:end])
+            self._of_fed(found, inputs.context, weight[:, features:end])
         if inputs.feed is not None and self._feeds is not None:
-            _products(grads, self._feeds, inputs.feed, weight[:, end:])
+            self._of_fed(self._feeds, inputs.feed, weight[:, end:])
         return weight
+
+    def _of_fed(self, x: Tensor, first: Tensor | None, out: Tensor) -> None:
+        """The product with rows (T, N, I) that entered their own step, or the one after, and the first one others."""
+        grads = self._of_input(0)
+        if first is None:
+            self._product(grads.t(), self._factor(x.flatten(0, 1)), out)
+            return
+        rows = torch.cat((first.unsqueeze(0), x[:-1])).flatten(0, 1)
+        self._product(grads.t(), self._factor(rows), out)
 
     def _below(self, k: int) -> Tensor:
         """What a layer took of the one below, (T N, S)."""
         hidden = self._kept[_KEPT + 1 + 2 * (k - 1)][:, self._inputs.hidden.shape[2] :]
-        return hidden * self._call.masks[k - 1].flatten(0, 1) if self._call.masks else hidden
+        return self._factor(hidden * self._call.masks[k - 1].flatten(0, 1) if self._call.masks else hidden)
 
     def _of_readout(self) -> Tensor:
         inputs, output, contexts = self._inputs, self._kept[0], self._kept[1]
@@ -414,7 +440,10 @@ class _Gradients:
         of_value = gradient_of_values(inputs.key, shared, weights, incoming)
         if self._past is not None:
             return self._past.key, of_value, self._past.score_weight
-        queries = self._kept[7] if inputs.w_query is not None else self._asked().view_as(self._kept[0])
+        queries = self._kept[7]
+        if inputs.w_query is None:
+            output, first = self._kept[0], inputs.hidden[-1:]
+            queries = output if call.after else torch.cat((first, output[:-1]))
         of_key, of_score_weight = gradients_of_keys(
             _by_sentence(queries, batch), _by_sentence(found.scores, batch), inputs.key, inputs.score_weight, shared
         )
@@ -427,16 +456,6 @@ def _there(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return None if x is None else grad
 
 
-def _products(grads: Tensor, x: Tensor, first: Tensor | None, out: Tensor) -> None:
-    """The product of gradients (T N, G) with rows (T, N, I), or with those of the step before and at first others."""
-    if first is None:
-        torch.mm(grads.t(), x.flatten(0, 1), out=out)
-        return
-    rows = first.shape[0]
-    torch.mm(grads[:rows].t(), first, out=out)
-    out.addmm_(grads[rows:].t(), x[:-1].flatten(0, 1))
-
-
 def _by_sentence(x: Tensor, batch: int) -> Tensor:
     """(T, N, ...) as (B, T Q, ...), of Q hypotheses each."""
     steps, rows, size = x.shape
@@ -445,7 +464,7 @@ def _by_sentence(x: Tensor, batch: int) -> Tensor:
 
 def decode(
     x: Tensor, start: Start, memory: Memory, weights: Weights, masks: list[Tensor], seeds: Tensor | None,
-    need_weights: bool,
+    need_weights: bool, half: bool,
 ) -> Results:  # fmt: skip
     """Goes through the steps.
 
@@ -456,10 +475,11 @@ def decode(
         weights: the parameters.
         masks: (T, N, S), what each but the topmost layer's states are multiplied with on their way up; or none.
         seeds: (T,) int64, where the attention drops weights.
+        half: products over all steps are of bfloat16.
     """
     inputs = _inputs(x, start, memory, weights).flat()
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    call = _Call(memory, weights.parts, masks, seeds, weights.after, weights.feeds_vector, need_weights, keep)
+    call = _Call(memory, weights.parts, masks, seeds, weights.after, weights.feeds_vector, need_weights, keep, half)
     return Results._make(_applied(call, *inputs))
 
 
@@ -568,7 +588,7 @@ class Ready:
         """
         weights, self._memory, self._projected = self._weights, memory, 0
         rows, (batch, keys, _), size = start.hidden.shape[1], memory.key.shape, memory.value.shape[2]
-        call = _Call(memory, weights.parts, [], None, weights.after, weights.feeds_vector, need_weights, False)
+        call = _Call(memory, weights.parts, [], None, weights.after, weights.feeds_vector, need_weights, False, False)
         inputs = _inputs(start.hidden.new_empty(0, 0, self._features), start, memory, weights)
         if not weights.after and rows <= _FEW_ROWS and 2 * batch * keys <= size:
             lowest, readout = weights.layers[0].w_input, weights.w_readout

@@ -11,6 +11,7 @@ several; of several the topmost asks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -392,15 +393,17 @@ class _AttentiveLayers(nn.Module):
         """The steps (T, N, E) by the operator; results are (N, T, ...). Under autocast in the parameters' dtype."""
         if not _checks.autocasts("cpu"):
             return self._by_operator(steps.contiguous(), memory, state, parts, need_weights)
-        dtype = self._parameter.dtype
+        dtype, half = self._parameter.dtype, torch.get_autocast_dtype("cpu") == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
             state = state._map(lambda x, _: x.to(dtype), lambda past: past.map(lambda x: x.to(dtype)))
             steps, memory = steps.to(dtype).contiguous(), memory.to(dtype=dtype)
-            return self._by_operator(steps, memory, state, parts, need_weights)
+            half = half and dtype == torch.float32 and _multiplies_bfloat16()
+            return self._by_operator(steps, memory, state, parts, need_weights, half)
 
     def _by_operator(
-        self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, need_weights: bool
-    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
+        self, steps: Tensor, memory: Memory, state: DecoderState, parts: StepParts, need_weights: bool,
+        half: bool = False,
+    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
         count, rows = steps.shape[:2]
         masks, seeds = [], None
         if self.training and self.dropout:
@@ -410,13 +413,15 @@ class _AttentiveLayers(nn.Module):
             seeds = torch.randint(2**62, (count,))
         past, start = self._start(state, memory, parts)
         weights = self._weights(parts, self.input_feeding)
-        found = decode(steps, start, memory, weights, masks, seeds, need_weights or past is not None)
+        found = decode(steps, start, memory, weights, masks, seeds, need_weights or past is not None, half)
         output = found.output
         if self.input_feeding:
             assert found.feeds is not None
             output = found.feeds
         elif self.readout is not None:  # of all steps one product
-            output = self.readout(torch.cat((steps, output, found.contexts), -1)).tanh()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                drawn = self.readout(torch.cat((steps, output, found.contexts), -1))
+            output = drawn.tanh().to(output.dtype)
         shown = found.weights.transpose(0, 1) if need_weights and found.weights is not None else None
         return output.transpose(0, 1), found.contexts.transpose(0, 1), self._last(found, state, past), shown
 
@@ -523,6 +528,13 @@ class _AttentiveLayers(nn.Module):
     def _units(self, gates: Tensor, projected: Tensor, hidden: Tensor, cell: Tensor | None) -> tuple[Tensor, ...]:
         """The next state of a layer, of what inputs and the last state add to its gates."""
         raise NotImplementedError
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; elsewhere such products are slower than those of float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
 class OpenedDecoder:
