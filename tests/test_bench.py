@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from attnext.attention.family import FAMILY
 from attnext.bench import (
     calls,
     command,
+    decoding,
+    eager,
     kept,
     loops,
     machine,
@@ -357,6 +360,7 @@ class TestModel:
         sizes = {"embedding_size": 6, "encoder_size": 5, "decoder_size": 8, "attention_size": 7}
         models = {"small": ((3, 4, 5), sizes), "long, amp": ((2, 5, 4), sizes | {"amp": True})}
         monkeypatch.setattr(model, "_MODELS", models)
+        monkeypatch.setattr(model, "_peaks", lambda name, peers, plan: dict.fromkeys(peers, 3 << 20))
 
     @pytest.mark.parametrize("bfloat16", [True, False])
     def test_study(self, bfloat16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -371,15 +375,54 @@ class TestModel:
                 assert sum(shares.values()) == pytest.approx(1.0)
         output = " ".join(capsys.readouterr().out.split())
         assert "a training step, and where its time goes" in output
+        assert "small: peak of memory: attnext 3 MiB, eager 3 MiB" in output
         assert ("this processor does not multiply bfloat16" in output) != bfloat16
 
     def test_a_peer_that_computes_something_else(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-        right = model._eager_step
-        monkeypatch.setattr(
-            model, "_eager_step", lambda y, hidden, cell, *others: right(y, hidden, cell * 1.01, *others)
-        )
+        right = eager._cell
+
+        def wrong(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+            hidden, cell = right(*arguments)
+            return hidden * 1.01, cell
+
+        monkeypatch.setattr(eager, "_cell", wrong)
         assert bench("--cases", "model", "--peers", "eager", "--quick") == 1
         assert "eager and attnext differ on the model small" in capsys.readouterr().out
+
+
+def test_memory_of_a_training_step() -> None:
+    """In a process of its own, the real thing at the size of the demo's kind of model."""
+    peaks = model._peaks("g2p", ["attnext"], Plan("cpu", 0.1, 1))
+    assert 20 << 20 < peaks["attnext"] < 400 << 20
+
+
+class TestDecoding:
+    """Whole searches of the reference model."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, _tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decoding, "_QUICK", (decoding._Sizes(1, 1, 6), decoding._Sizes(3, 2, 6)))
+
+    def test_study(self, tmp_path: Path, capsys: Captured) -> None:
+        kept = tmp_path / "decoding.json"
+        assert bench("--cases", "decoding", "--quick", "--json", str(kept)) == 0
+        rows = json.loads(kept.read_text())["studies"]["decoding"]
+        assert [(row["cell"], row["sizes"]) for row in rows] == [
+            (cell, f"B {batch}, beam {beam}, 6 units") for cell in ("gru", "lstm") for batch, beam in ((1, 1), (3, 2))
+        ]
+        assert all(row["seconds"].keys() == {"attnext", "eager"} for row in rows)
+        assert "decoding: searches of 20 steps" in capsys.readouterr().out
+
+    def test_a_search_that_finds_something_else(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        right = eager._attend
+
+        def wrong(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+            context, weights, total = right(*arguments)
+            return -context, weights, total
+
+        monkeypatch.setattr(eager, "_attend", wrong)
+        assert bench("--cases", "decoding", "--quick") == 1
+        assert "attnext and eager find other outputs at gru" in capsys.readouterr().out
 
 
 def tiny(loop: loops.Loop) -> loops.Loop:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from attnext import _extension
 from attnext.backends._base import Backend, Family
 
@@ -18,3 +20,9 @@ def _probe() -> Backend:
 # Now, not at the first call: a program that was exported and loaded again calls torch.ops.attnext directly.
 _extension.load()
 FAMILY = Family(("cpu",), _probe)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it; elsewhere such products are slower than those of float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))

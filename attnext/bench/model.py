@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -10,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnext.backends.cpu import multiplies_bfloat16
 from attnext.bench.eager import EagerModel
-from attnext.bench.peers import Peer, Wrong
-from attnext.bench.timing import Plan, interleaved
+from attnext.bench.memory import in_new_process, peak_of
+from attnext.bench.peers import Peer, Unavailable, Wrong
+from attnext.bench.timing import Plan, interleaved, threads
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.data import END, Batch
 from attnext.seq2seq.model import Seq2Seq
@@ -46,19 +50,14 @@ def study(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[di
         plan.note("the study of the model was left out: it is of a CPU")
         return []
     names = list(_MODELS)
-    if not _multiplies_bfloat16():
+    if not multiplies_bfloat16():
         names.remove("long, amp")
         plan.note("the model with --amp was left out: this processor does not multiply bfloat16")
     return [_of(name, others, plan) for name in names]
 
 
-def _multiplies_bfloat16() -> bool:
-    """Elsewhere such products are slower than those of float32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
-
-
-def _of(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
+def _runs(name: str, peers: Sequence[str]) -> dict[str, Callable[[], list[Tensor]]]:
+    """The training step of each peer, of the same parameters and data: loss and gradients."""
     (batch_size, source_length, target_length), sizes = _MODELS[name]
     config = Config(cell="lstm", epochs=1, **sizes)
     model = Seq2Seq(config, _SYMBOLS, _SYMBOLS)
@@ -66,9 +65,9 @@ def _of(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
     target = torch.randint(END + 1, _SYMBOLS, (batch_size, target_length))
     batch = Batch(source, torch.full((batch_size,), source_length), target, target)
     models: dict[str, nn.Module] = {"attnext": model}
-    if "eager" in others:
+    if "eager" in peers:
         models["eager"] = EagerModel(model)
-    if "compile" in others:
+    if "compile" in peers:
         torch._dynamo.reset()
         models["compile"] = EagerModel(model, compiled=True)
 
@@ -77,7 +76,12 @@ def _of(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
             total = loss(one, batch)
         return [total, *torch.autograd.grad(total, list(model.parameters()))]
 
-    runs = {peer: partial(step, one) for peer, one in models.items()}
+    return {peer: partial(step, one) for peer, one in models.items()}
+
+
+def _of(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
+    (batch_size, source_length, target_length), sizes = _MODELS[name]
+    runs, amp = _runs(name, others), bool(sizes.get("amp"))
     right = runs["attnext"]()
     for peer, run in list(runs.items()):
         plan.show(f"model: {peer}, warming up")
@@ -89,12 +93,31 @@ def _of(name: str, others: Sequence[str], plan: Plan) -> dict[str, Any]:
             plan.note(f"compile was left out of the model: {str(error).strip().partition(chr(10))[0]}")
             del runs[peer]
             continue
-        if not _agree(found, right, config.amp):
+        if not _agree(found, right, amp):
             raise Wrong(f"{peer} and attnext differ on the model {name}")
     seconds = {peer: median(samples) for peer, samples in interleaved(runs, plan, f"model {name}").items()}
     shares = {peer: _shares(runs[peer]) for peer in runs if peer != "compile"}
     row: dict[str, Any] = {"model": name, "batch": batch_size, "source": source_length, "target": target_length}
-    return row | {"sizes": sizes, "seconds": seconds, "shares": shares}
+    return row | {"sizes": sizes, "seconds": seconds, "shares": shares, "peaks": _peaks(name, list(shares), plan)}
+
+
+def _peaks(name: str, peers: Sequence[str], plan: Plan) -> dict[str, int]:
+    """Bytes at the peak of a step, beside the model and its data; in a process of its own each."""
+    found = {}
+    for peer in peers:
+        plan.show(f"model {name}: {peer}, memory")
+        request = {"model": name, "peer": peer, "threads": torch.get_num_threads()}
+        try:
+            found[peer] = int(in_new_process("attnext.bench.model", request, name))
+        except Unavailable as reason:
+            plan.note(f"memory of {peer} was left out of the model: {reason}")
+    return found
+
+
+def _peak(name: str, peer: str) -> int:
+    run = _runs(name, [peer])[peer]
+    run()  # what libraries take once
+    return peak_of(run, "cpu")
 
 
 def _agree(found: Sequence[Tensor], right: Sequence[Tensor], amp: bool) -> bool:
@@ -121,3 +144,9 @@ def _shares(run: Callable[[], object]) -> dict[str, float]:
         for part, names in _PARTS.items()
     }
     return found | {"rest": 1.0 - sum(found.values())}
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    with threads(asked["threads"]):
+        print(_peak(asked["model"], asked["peer"]))

@@ -66,6 +66,8 @@ def _show_model(console: Console, rows: Sequence[Document]) -> None:
     for row in rows:
         for peer, shares in row["shares"].items():
             write(console, f"{row['model']}, {peer}: {', '.join(f'{part} {x:.0%}' for part, x in shares.items())}")
+        peaks = ", ".join(f"{peer} {size / 2**20:.0f} MiB" for peer, size in row["peaks"].items())
+        write(console, f"{row['model']}: peak of memory: {peaks}")
 
 
 def _show_recurrent(console: Console, rows: Sequence[Document]) -> None:

@@ -11,7 +11,6 @@ several; of several the topmost asks.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from attnext import _checks
 from attnext.attention.base import StepParts, has_global_hooks, has_own_hooks
 from attnext.attention.past import Past
 from attnext.backends import choose
+from attnext.backends.cpu import multiplies_bfloat16
 from attnext.memory import Memory
 from attnext.recurrent._decoder import Ahead, Layer, Output, Ready, Results, Start, Weights, decode
 
@@ -397,7 +397,7 @@ class _AttentiveLayers(nn.Module):
         with torch.autocast("cpu", enabled=False):
             state = state._map(lambda x, _: x.to(dtype), lambda past: past.map(lambda x: x.to(dtype)))
             steps, memory = steps.to(dtype).contiguous(), memory.to(dtype=dtype)
-            half = half and dtype == torch.float32 and _multiplies_bfloat16()
+            half = half and dtype == torch.float32 and multiplies_bfloat16()
             return self._by_operator(steps, memory, state, parts, need_weights, half)
 
     def _by_operator(
@@ -528,13 +528,6 @@ class _AttentiveLayers(nn.Module):
     def _units(self, gates: Tensor, projected: Tensor, hidden: Tensor, cell: Tensor | None) -> tuple[Tensor, ...]:
         """The next state of a layer, of what inputs and the last state add to its gates."""
         raise NotImplementedError
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it; elsewhere such products are slower than those of float32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
 
 
 class OpenedDecoder:
