@@ -17,7 +17,7 @@ from torch import Tensor
 from attnext import _checks, definitions
 from attnext.ops import accumulator, of_steps, operators
 
-__all__ = ["PerPass", "Shared", "Steps", "gathered", "gradient_of_values", "gradients_of_keys", "made_anew"]
+__all__ = ["PerPass", "Shared", "Steps", "gathered", "gradient_of_values", "gradients_of_keys", "is_batch", "made_anew"]
 
 _BLOCK = 64
 """Queries whose gradients of keys and values are made together."""
@@ -265,6 +265,11 @@ def made_anew(*incoming: Tensor | None) -> bool:
     """Whether a step hands on gradients of its own: they may be differentiated again, are compiled, or are a batch."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
         return any(x is not None for x in incoming)
+    return is_batch(*incoming)
+
+
+def is_batch(*incoming: Tensor | None) -> bool:
+    """Whether gradients are a batch of them (``is_grads_batched``)."""
     batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
     return any(x is not None and any(is_batched(x) for is_batched in batched) for x in incoming)
 

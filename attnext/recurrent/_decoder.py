@@ -20,7 +20,7 @@ from attnext import _checks
 from attnext.attention.base import StepParts
 from attnext.memory import Memory
 from attnext.ops import RULES, define
-from attnext.steps import Shared, gradient_of_values, gradients_of_keys
+from attnext.steps import Shared, gradient_of_values, gradients_of_keys, is_batch
 
 __all__ = ["Ahead", "Layer", "Output", "Ready", "Results", "Start", "Weights", "decode"]
 
@@ -240,12 +240,17 @@ class _Decoder(torch.autograd.Function):
         inputs, feeds, kept = _Inputs.of(saved[: ctx.count]), saved[ctx.count], list(saved[ctx.count + 1 :])
         if all(grad is None for grad in incoming):
             return (None,) * len(ctx.needs_input_grad)
+        if is_batch(*incoming):
+            raise RuntimeError(
+                "attnext's decoder kernels take one gradient at a time: for a batch of them run the decoder inside "
+                "attnext.use_backend('reference')"
+            )
         needs = _Inputs.of(ctx.needs_input_grad[1:])
         with torch.no_grad(), _plain():
             grads: Sequence[Tensor | None] = _Gradients(ctx.call, inputs, feeds, kept, incoming).all(needs)
         if torch.is_grad_enabled():
-            there = next(x for x in incoming if x is not None)
-            return None, *(None if x is None else _once(x, there) for x in grads)
+            followed = [x for x in (*incoming, *inputs.flat()) if x is not None and x.requires_grad]
+            return None, *(None if x is None else _once(x, *followed) for x in grads)
         return None, *grads
 
 
@@ -270,7 +275,7 @@ class _Once(torch.autograd.Function):
     """A gradient that can't be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, _of: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *_followed: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -283,7 +288,7 @@ class _Once(torch.autograd.Function):
 
 # As mypy sees them: torch's apply has no types.
 _applied: Callable[..., tuple[Any, ...]] = _Decoder.apply
-_once: Callable[[Tensor, Tensor], Tensor] = _Once.apply
+_once: Callable[..., Tensor] = _Once.apply
 
 
 class _Found(NamedTuple):
@@ -513,14 +518,15 @@ class Ready:
     is looked at once for a memory.
 
     Args:
-        weights: the parameters, which must stay as they are.
+        weights: the parameters, which may change afterwards: what is not packed is copied.
         features, values: E and H.
         output: of the logits, for steps that choose.
     """
 
     def __init__(self, weights: Weights, features: int, values: int, output: Output | None) -> None:
+        weights = _copied(weights)
         self._weights, self._features, self._projected = weights, features, 0
-        self._output = (None, None) if output is None else (output.weight.detach(), output.bias)
+        self._output = (None, None) if output is None else (output.weight, _copy(output.bias))
         self._memory: Memory | None = None
         self._template: list[Any] = []
         lowest, readout, parts = weights.layers[0], weights.w_readout, weights.parts
@@ -597,6 +603,27 @@ class Ready:
             value = torch.cat([F.linear(memory.value, matrix) for matrix in matrices] + [memory.value], -1)
             inputs, self._projected = inputs._replace(value=value), value.shape[2] - size
         self._template[:] = inputs.of_operator(call)
+
+
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().clone()
+
+
+def _copied(weights: Weights) -> Weights:
+    """All that steps read beside the packed matrices."""
+
+    def layer(one: Layer) -> Layer:
+        return Layer(one.w_input.detach().clone(), one.w_hidden.detach(), _copy(one.b_input), _copy(one.b_hidden))
+
+    parts = weights.parts
+    parts = parts._replace(
+        weight=None if parts.weight is None else parts.weight.detach(),
+        bias=_copy(parts.bias), filters=_copy(parts.filters), projection=_copy(parts.projection),
+    )  # fmt: skip
+    return weights._replace(
+        layers=[layer(one) for one in weights.layers], w_readout=_copy(weights.w_readout),
+        b_readout=_copy(weights.b_readout), parts=parts,
+    )  # fmt: skip
 
 
 _FEW_ROWS = 4

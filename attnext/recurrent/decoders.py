@@ -12,14 +12,14 @@ several; of several the topmost asks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnext import _checks
-from attnext.attention.base import StepParts, has_global_hooks, has_own_hooks
+from attnext.attention.base import StepParts, has_global_hooks, has_own_hooks, plain_layer
 from attnext.attention.past import Past
 from attnext.backends import choose
 from attnext.backends.cpu import multiplies_bfloat16
@@ -86,6 +86,14 @@ class DecoderState(NamedTuple):
         assert hidden is not None
         attention = None if self.attention is None else of_attention(self.attention)
         return DecoderState(hidden, cell, context, vector, attention)
+
+
+class _Ahead(NamedTuple):
+    """The inputs of steps, and what they add to the lowest layer's gates and to the output vector."""
+
+    inputs: Tensor
+    gates: Tensor
+    vectors: Tensor | None
 
 
 class _AttentiveLayers(nn.Module):
@@ -156,9 +164,10 @@ class _AttentiveLayers(nn.Module):
 
     def _reset_layers(self) -> None:
         bound = self.hidden_size**-0.5
-        for name, x in self.named_parameters(recurse=False):
-            assert "_l" in name
-            nn.init.uniform_(x, -bound, bound)
+        for layer in self._layers():
+            for x in layer:
+                if x is not None:
+                    nn.init.uniform_(x, -bound, bound)
 
     def reset_parameters(self) -> None:
         """Draws the parameters anew: of the layers uniform within 1/sqrt(S), of attention and readout as they do."""
@@ -248,7 +257,7 @@ class _AttentiveLayers(nn.Module):
     def opened(
         self, table: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> OpenedDecoder:
-        """:meth:`step` for the steps of a search, which are faster: it reads the matrices once, as they are now.
+        """:meth:`step` for the steps of a search, in evaluation mode, which are faster: it reads the matrices once.
 
         No gradient flows through it. Call it anew when a parameter, the mode or the backend has changed.
 
@@ -303,8 +312,11 @@ class _AttentiveLayers(nn.Module):
 
     @property
     def _parameter(self) -> Tensor:
-        found: Tensor = self._parameters["weight_ih_l0"]  # type: ignore[assignment]
-        return found if found is not None else next(self.parameters())
+        found = self._parameters.get("weight_ih_l0")
+        if found is None:  # of a parametrization
+            of_another: Any = self.weight_ih_l0
+            return cast(Tensor, of_another)
+        return found
 
     def _checked(self, inputs: Tensor, state: Any, name: str = "inputs") -> DecoderState:
         """The state, once inputs and state fit the module."""
@@ -332,24 +344,26 @@ class _AttentiveLayers(nn.Module):
         return state
 
     def _parts(self, inputs: Tensor, memory: Any, state: DecoderState) -> StepParts | None:
-        """What the attention is made of, where the operator serves; None where the steps go one by one."""
-        like, attention = self._parameter, self.attention
-        dtype = like.dtype
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _checks.in_transforms():
-            return None
-        if dtype not in (torch.float32, torch.float64) or like.device.type != "cpu":
-            return None
+        """What the attention is made of, where the operator serves a call; None where its steps go one by one."""
         if not isinstance(memory, Memory) or memory.heads > 1 or inputs.numel() == 0 or memory.key.numel() == 0:
             return None
-        if choose(None, "cpu", dtype) != "cpu" or has_global_hooks() or has_own_hooks(attention):
+        parts = self._served_parts()
+        return parts if parts is not None and self._fits(parts, inputs, memory, state) else None
+
+    def _served_parts(self) -> StepParts | None:
+        """The same of the module alone."""
+        like, attention = self._parameter, self.attention
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _checks.in_transforms():
+            return None
+        if like.dtype not in (torch.float32, torch.float64) or like.device.type != "cpu" or has_global_hooks():
+            return None
+        if choose(None, "cpu", like.dtype) != "cpu" or has_own_hooks(attention):
             return None
         if "forward" in attention.__dict__ or "step" in attention.__dict__ or attention._compiled_call_impl is not None:
             return None
-        if self.readout is not None and (has_own_hooks(self.readout) or type(self.readout) is not nn.Linear):
+        if self.readout is not None and plain_layer(self, "readout") is None:
             return None
         parts: StepParts | None = attention._step_parts() if hasattr(attention, "_step_parts") else None
-        if parts is None or not self._fits(parts, inputs, memory, state):
-            return None
         return parts
 
     def _fits(self, parts: StepParts, inputs: Tensor, memory: Memory, state: DecoderState) -> bool:
@@ -373,13 +387,13 @@ class _AttentiveLayers(nn.Module):
         )
 
     def _layers(self) -> list[Layer]:
-        found = self._parameters
+        found: Any = self._parameters
+
+        def parameter(name: str) -> Any:
+            return found[name] if name in found else getattr(self, name)  # of a parametrization
+
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        return [
-            Layer(*(found.get(f"{name}_l{k}", None) if f"{name}_l{k}" in found else getattr(self, f"{name}_l{k}")
-                    for name in names))  # type: ignore[arg-type]
-            for k in range(self.num_layers)
-        ]  # fmt: skip
+        return [Layer._make(parameter(f"{name}_l{k}") for name in names) for k in range(self.num_layers)]
 
     def _weights(self, parts: StepParts, vectors: bool) -> Weights:
         """Those, with the readout if the operator is to make the output vectors."""
@@ -433,6 +447,8 @@ class _AttentiveLayers(nn.Module):
             past = None
         elif past is None:
             past = self.attention._beginning(memory, state.hidden.shape[1:-1])
+        elif past.weights.dtype != state.hidden.dtype or past.cumulative.dtype != state.hidden.dtype:
+            past = Past(past.weights.to(state.hidden.dtype), past.cumulative.to(state.hidden.dtype))
 
         def flat(x: Tensor | None) -> Tensor | None:
             return x if x is None or not beam else x.flatten(-3, -2)
@@ -447,12 +463,12 @@ class _AttentiveLayers(nn.Module):
         """The state after the last step."""
 
         def last(x: Tensor | None, like: Tensor | None) -> Tensor | None:
-            return None if x is None or like is None else x[-1].view(like.shape)
+            return None if x is None or like is None else x[-1].view(like.shape).clone()
 
         if past is not None:
             assert found.weights is not None
             weights, before = found.weights.view(-1, *past.weights.shape), past.cumulative
-            past = Past(weights[-1], before + (weights[0] if len(weights) == 1 else weights.sum(0)))
+            past = Past(weights[-1].clone(), before + (weights[0] if len(weights) == 1 else weights.sum(0)))
         return DecoderState(
             found.hidden.view(state.hidden.shape),
             None if state.cell is None or found.cell is None else found.cell.view(state.cell.shape),
@@ -461,21 +477,21 @@ class _AttentiveLayers(nn.Module):
             past,
         )
 
-    def _ahead(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _ahead(self, inputs: Tensor) -> _Ahead:
         """What inputs (..., E) add to the lowest layer's gates and to the output vector: of all steps one product."""
         lowest, size = self._layers()[0], self.input_size
         gates = F.linear(inputs, lowest.w_input[:, :size], lowest.b_input)
-        if self.readout is None:
-            return gates, None
-        return gates, F.linear(inputs, self.readout.weight[:, :size], self.readout.bias)
+        if self.readout is None or plain_layer(self, "readout") is None:
+            return _Ahead(inputs, gates, None)
+        return _Ahead(inputs, gates, F.linear(inputs, self.readout.weight[:, :size], self.readout.bias))
 
     def _one_by_one(
         self, inputs: Tensor, memory: Any, state: DecoderState, need_weights: bool
     ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
-        gates, vectors = self._ahead(inputs)
+        of_all = self._ahead(inputs)
         outputs, contexts, weights = [], [], []
         for t in range(inputs.shape[1]):
-            ahead = gates[:, t], None if vectors is None else vectors[:, t]
+            ahead = _Ahead._make(None if x is None else x[:, t] for x in of_all)
             output, context, state, of_step = self._one(ahead, memory, state, need_weights)
             outputs.append(output)
             contexts.append(context)
@@ -484,30 +500,36 @@ class _AttentiveLayers(nn.Module):
         return torch.stack(outputs, 1), torch.stack(contexts, 1), state, stacked
 
     def _one(
-        self, ahead: tuple[Tensor, Tensor | None], memory: Any, state: DecoderState, need_weights: bool
+        self, ahead: _Ahead, memory: Any, state: DecoderState, need_weights: bool
     ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
         """A step by the modules, of what its input adds."""
         context, weights, past = state.context, None, state.attention
         if not self._after:
             context, weights, past = self.attention.step(state.hidden[-1], memory, past, need_weights=need_weights)
         fed = [x for x in (context if self._feeds_context else None, state.vector) if x is not None]
-        hidden, cell = self._through(ahead[0], fed, state)
+        hidden, cell = self._through(ahead.gates, fed, state)
         if self._after:
             context, weights, past = self.attention.step(hidden[-1], memory, past, need_weights=need_weights)
         assert context is not None
         # What autocast has left in its dtype, as the states have it.
         context = context.to(state.hidden.dtype)
         weights = None if weights is None else weights.to(state.hidden.dtype)
-        output, vector = hidden[-1], None
-        if self.readout is not None and ahead[1] is not None:
-            joined = torch.cat((hidden[-1], context), -1)
-            added = F.linear(joined, self.readout.weight[:, self.input_size :])
-            output = vector = (ahead[1] + added).tanh().to(state.hidden.dtype)
+        output = hidden[-1] if self.readout is None else self._vector(ahead, hidden[-1], context)
         kept = context if self._after and self._feeds_context else None
-        if not self.input_feeding:
-            vector = None
+        vector = output if self.input_feeding else None
         last = DecoderState(torch.stack(hidden), torch.stack(cell) if cell else None, kept, vector, past)
         return output, context, last, weights
+
+    def _vector(self, ahead: _Ahead, hidden: Tensor, context: Tensor) -> Tensor:
+        """The output vector of a step; of a readout that is more than a linear layer by its call."""
+        assert self.readout is not None
+        if ahead.vectors is None:
+            drawn = self.readout(torch.cat((ahead.inputs, hidden, context), -1))
+        else:
+            weight = self.readout.weight[:, self.input_size :]
+            drawn = ahead.vectors + F.linear(torch.cat((hidden, context), -1), weight)
+        vector: Tensor = drawn.tanh().to(hidden.dtype)
+        return vector
 
     def _through(self, gates: Tensor, fed: list[Tensor], state: DecoderState) -> tuple[list[Tensor], list[Tensor]]:
         """The states of all layers, of what the input adds to the lowest's gates and what else enters it."""
@@ -533,13 +555,19 @@ class _AttentiveLayers(nn.Module):
 class OpenedDecoder:
     """The steps of a search; :meth:`AttentiveGRU.opened` makes it."""
 
+    @torch.no_grad()
     def __init__(self, decoder: _AttentiveLayers, table: Tensor | None, output: Output | None) -> None:
-        self._decoder, self._table, self._output = decoder, None if table is None else table.detach(), output
-        self._served, self._memory = False, None
-        self._parts: StepParts | None = None
+        self._decoder, self._table, self._output = decoder, None if table is None else table.detach().clone(), output
+        self._parts = None if decoder.training else decoder._served_parts()
+        self._served, self._memory, self._like = False, None, tuple[Any, ...]()
         self._ready: Ready | None = None
-        self._rows: tuple[torch.Size, torch.Size] | None = None
         self._known: Ahead | None = None
+        if self._parts is None:
+            return
+        weights = decoder._weights(self._parts, decoder.readout is not None)
+        self._ready = Ready(weights, decoder.input_size, decoder.context_size, output)
+        if self._table is not None and len(self._table) <= _FEW_INPUTS:
+            self._known = self._ready.ahead(self._table)
 
     def __call__(
         self, input: Tensor, memory: Any, state: DecoderState | None = None, *, need_weights: bool = False
@@ -587,7 +615,8 @@ class OpenedDecoder:
         for _ in range(steps):
             vector, _, state, *weights = self(previous, memory, state, need_weights=need_weights)
             logits = F.linear(vector, *self._output)[:, first:]
-            score, choice = logits.float().log_softmax(-1).max(-1)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            score, choice = logits.to(wide).log_softmax(-1).max(-1)
             previous = choice + first
             found.append((previous, score, *weights))
         symbols, scores, *all_weights = (torch.stack(some, 1) for some in zip(*found, strict=True))
@@ -601,7 +630,7 @@ class OpenedDecoder:
         assert ready is not None
         assert known is not None
         past, start = decoder._start(state, memory, parts)
-        found = ready.choose(known, previous.contiguous(), steps, first, start, memory, need_weights)
+        found = ready.choose(known, previous.long().contiguous(), steps, first, start, memory, need_weights)
         weights = found.results.weights
         shown = weights.transpose(0, 1) if need_weights and weights is not None else None
         return found.symbols.t(), found.scores.t(), decoder._last(found.results, state, past), shown
@@ -614,23 +643,19 @@ class OpenedDecoder:
         return self._table[rows].view(*numbers.shape, -1)
 
     def _serves(self, input: Tensor, memory: Any, state: DecoderState) -> bool:
-        """Whether the operator takes this step: of a memory that it had, and of the same sizes, as it took the last."""
+        """Whether the operator takes this step: of a memory and of sizes that it had before, as it took the last."""
         decoder = self._decoder
-        if type(state) is not DecoderState or _checks.autocasts("cpu"):
+        if self._ready is None or type(state) is not DecoderState or _checks.autocasts("cpu"):
             return False
-        if memory is self._memory and (input.shape, state.hidden.shape) == self._rows:
+        like = _looks(input, state)
+        if memory is self._memory and like == self._like:
             return self._served
         vectors = input if self._table is None else self._vectors(input)
         _checks.tensor("input", vectors, 2, 3)
         decoder._checked(vectors, state, "input")
         parts = decoder._parts(vectors, memory, state)
         self._served = parts is not None and not decoder.training
-        self._memory, self._rows = memory, (input.shape, state.hidden.shape)
-        if self._served and parts is not None and self._ready is None:
-            weights = decoder._weights(parts, decoder.readout is not None)
-            self._parts, self._ready = parts, Ready(weights, decoder.input_size, decoder.context_size, self._output)
-            if self._table is not None and len(self._table) <= _FEW_INPUTS:
-                self._known = self._ready.ahead(self._table)
+        self._memory, self._like = memory, like
         return self._served
 
     def _ahead(self, input: Tensor) -> Ahead:
@@ -638,11 +663,11 @@ class OpenedDecoder:
         assert self._ready is not None
         known, table = self._known, self._table
         if known is not None:
-            rows = input.flatten()
+            rows = input.flatten().long()
             gates = known.gates.index_select(0, rows)
             return Ahead(gates, None if known.feeds is None else known.feeds.index_select(0, rows))
-        vectors = input if table is None else table.index_select(0, input.flatten())
-        return self._ready.ahead(vectors if vectors.dim() == 2 else vectors.flatten(0, 1))
+        vectors = input.flatten(0, -2) if table is None else table.index_select(0, input.flatten().long())
+        return self._ready.ahead(vectors)
 
     def _step(self, input: Tensor, memory: Memory, state: DecoderState, need_weights: bool) -> tuple[Any, ...]:
         decoder, parts, ready = self._decoder, self._parts, self._ready
@@ -655,6 +680,16 @@ class OpenedDecoder:
         shown = (vector, found.contexts, found.weights if need_weights else None)
         output, context, weights = (None if x is None else x.view(*rows, x.shape[-1]) for x in shown)
         return (output, context, last, weights) if need_weights else (output, context, last)
+
+
+def _looks(input: Tensor, state: DecoderState) -> tuple[Any, ...]:
+    """All of a step's arguments that decides whether the operator takes it."""
+    hidden, cell, context, vector, past = state
+    return (
+        getattr(input, "shape", None), getattr(input, "dtype", None), hidden.shape, hidden.dtype, type(past),
+        *(None if x is None else (x.shape, x.dtype) for x in (cell, context, vector)),
+        None if not isinstance(past, Past) else past.weights.shape,
+    )  # fmt: skip
 
 
 _FEW_INPUTS = 256

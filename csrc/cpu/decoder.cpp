@@ -259,6 +259,7 @@ struct Incoming {
 template <class T>
 Tensor copy_or_zeros(const Optional& x, const Shape& shape) {
   Tensor result = empty(shape, arithmetic_dtype<T>());
+  if (result.numel() == 0) return result;
   if (x) {
     check_shape(*x, "an incoming gradient", shape);
     const Tensor from = torch::stable::contiguous(*x);

@@ -118,7 +118,7 @@ class Packed {
       check_shape(*m.w_readout, "w_readout", {readout, size + values});
       of_hidden = matrix(*m.w_readout, 0, size), of_context = matrix(*m.w_readout, size, values);
     }
-    if (m.w_query) query = matrix(*m.w_query, 0, size);
+    if (m.w_query) check_shape(*m.w_query, "w_query", {m.w_query->size(0), size}), query = matrix(*m.w_query, 0, size);
     if (m.w_output) {
       check_shape(*m.w_output, "w_output", {m.w_output->size(0), readout ? readout : size});
       output = matrix(*m.w_output, 0, readout ? readout : size);
