@@ -560,3 +560,18 @@ def test_backward_inside_autocast(kind: type[Decoder], form: Case) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(results[1:2], wanted)
     assert_same_bits(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:attnext has no kernels for 'meta':RuntimeWarning")
+@pytest.mark.parametrize("make", [BahdanauAttention, attnext.LocationSensitiveAttention, attnext.CoverageAttention])
+def test_steps_read_no_number(kind: type[Decoder], make: Any) -> None:
+    """Tensors without numbers go through all of it: what a GPU's graph captures may not depend on any."""
+    with torch.device("meta"):
+        decoder: Any = kind(5, 7, make(7, 12, 4), 2, vector_size=3, input_feeding=True)
+        memory, inputs = decoder.prepare(torch.randn(2, 9, 12)), torch.randn(2, 3, 5)
+        output, contexts, state, weights = decoder(inputs, memory, need_weights=True)
+        output.sum().backward()
+        found = decoder.opened()(inputs[:, 0], memory, state)
+    assert (output.shape, contexts.shape, weights.shape) == ((2, 3, 3), (2, 3, 12), (2, 3, 9))
+    assert found[0].shape == (2, 3)
+    assert all(x.grad is not None and x.grad.is_meta for x in decoder.parameters())
