@@ -19,7 +19,7 @@ from attnext.attention import (
 from attnext.backends import Backend, backends, use_backend
 from attnext.functional import additive_attention, additive_scores, additive_step, dot_attention, prepare
 from attnext.memory import Memory
-from attnext.recurrent import GRU, LSTM, AttentiveGRU, AttentiveLSTM, DecoderState
+from attnext.recurrent import GRU, LSTM, AttentiveGRU, AttentiveLSTM, DecoderState, OpenedDecoder
 
 __all__ = [
     "GRU",
@@ -38,6 +38,7 @@ __all__ = [
     "Memory",
     "MonotonicAttention",
     "MultiHeadAttention",
+    "OpenedDecoder",
     "Past",
     "__version__",
     "accelerate",

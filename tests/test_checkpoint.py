@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,15 +19,17 @@ from seq2seq_cases import (
     VARIANTS,
     checkpoint_of,
     equal,
+    ten,
     tiny,
 )
 from torch import Tensor
 
-from attnext.seq2seq import InputError, checkpoint
+from attnext.seq2seq import InputError, checkpoint, formats
 from attnext.seq2seq.checkpoint import Checkpoint, load, save, tensors_of
 from attnext.seq2seq.data import (
     Corpus,
 )
+from attnext.seq2seq.training import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,6 +102,35 @@ def test_a_checkpoint_of_the_format_before(tmp_path: Path, cell: str, variant: s
     with torch.no_grad():
         logits = [one(source, torch.tensor([3]), previous) for one in (model, load(tmp_path).model)]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
+
+
+def test_a_run_of_the_format_before_goes_on(tmp_path: Path) -> None:
+    """Parameters, their mean, and the moments of gradients, which two biases in place of one have alike."""
+    model = tiny("lstm", **VARIANTS["input feeding"], average=0.5)
+    trainer = Trainer(model, ten())
+    next(iter(trainer.steps()))
+    tensors, progress = trainer.state()
+    config = dataclasses.asdict(model.config)
+    by_part: dict[str, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        part, _, rest = name.partition(".")
+        by_part.setdefault(part, {})[rest] = x
+    old: dict[str, Tensor] = {}
+    for part, some in by_part.items():
+        if part.startswith("exp_avg"):  # of one bias: the gradients of both
+            some = some | {name: x * 0 for name, x in some.items() if "bias_hh" in name}  # noqa: PLW2901
+        old |= {f"{part}.{name}": x for name, x in of_format_2(some, config).items()}
+    renewed = formats.renewed(old, config)
+    again = Trainer(tiny("lstm", **VARIANTS["input feeding"], average=0.5, seed=2), ten())
+    again.go_on(renewed, progress, tmp_path)
+    for name, x in tensors_of(model).items():
+        if "bias_" not in name or "encoder" in name:
+            torch.testing.assert_close(tensors_of(again.model)[name], x, rtol=0, atol=0)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        found, name = again.state()[0], "decoder.recurrent.bias_{}_l0"
+        for bias in ("ih", "hh"):
+            expected = tensors[f"{moment}.{name.format('ih')}"]
+            torch.testing.assert_close(found[f"{moment}.{name.format(bias)}"], expected, rtol=0, atol=1e-12)
 
 
 def test_a_damaged_checkpoint_of_the_format_before(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_parameters_from_a_file(kind: type[Decoder], form: Case) -> None:
 
 def test_states_are_pickled(kind: type[Decoder], form: Case) -> None:
     decoder, given = made(kind, form)
-    state = decoder(given.x, decoder.prepare(given.states), given.state)[2]._map(
+    state = decoder(given.x, decoder.prepare(given.states), given.state)[2].map(
         lambda x, _: x.detach(), lambda past: past.map(torch.Tensor.detach)
     )
     found = pickle.loads(pickle.dumps(state))

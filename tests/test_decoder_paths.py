@@ -535,7 +535,7 @@ def test_autocast_of_inputs_in_its_dtype(kind: type[Decoder], form: Case) -> Non
     leaves = [y.detach().bfloat16() for y in given.leaves]
     assert given.state is not None
     low = given._replace(x=leaves[0], states=leaves[1], state=with_parts(given.state, leaves[2:]))
-    high = low._replace(x=leaves[0].float(), states=leaves[1].float(), state=low.state._map(  # type: ignore[union-attr]
+    high = low._replace(x=leaves[0].float(), states=leaves[1].float(), state=low.state.map(
         lambda y, _: y.float(), lambda past: past.map(lambda y: y.float())))  # fmt: skip
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, expected = call(decoder, low), call(decoder, high)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -468,7 +470,7 @@ def test_what_greedy_steps_refuse() -> None:
     with pytest.raises(ValueError, match="previous must have 1 dimension"):
         opened.greedy(symbol.view(3, 1), memory, state, 2)
     for bad in (9, -1):
-        with pytest.raises((IndexError, ValueError), match="input"):
+        with pytest.raises((IndexError, ValueError), match="previous must lie between"):
             opened.greedy(torch.full((3,), bad), memory, state, 2)
     for arguments, message in (
         ((table, weight[:, 1:]), "weight must have size"),
@@ -480,3 +482,61 @@ def test_what_greedy_steps_refuse() -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             decoder.opened(*arguments)
+
+
+def test_opened_steps_in_two_threads() -> None:
+    """Of one decoder, each with a memory of its own and sizes of its own."""
+    decoder = made(AttentiveGRU, Case("additive", "before", "vector", memory=40))[0].eval()
+    opened, before = decoder.opened(), sys.getswitchinterval()
+
+    def search(seed: int) -> list[Tensor]:
+        drawn = torch.Generator().manual_seed(seed)
+        states = torch.randn(1 + seed % 3, 5 + seed % 2, 40, dtype=torch.float64, generator=drawn)
+        memory, state = decoder.prepare(states), decoder.first_state(len(states))
+        found = []
+        for _ in range(60):
+            x = torch.randn(len(states), 5, dtype=torch.float64, generator=drawn)
+            output, context, state = opened(x, memory, state)
+            found += [output, context]
+        return found
+
+    expected = [search(seed) for seed in range(6)]
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(3) as pool:
+            results = list(pool.map(search, list(range(6)) * 3))
+    finally:
+        sys.setswitchinterval(before)
+    for seed, found in zip(list(range(6)) * 3, results, strict=True):
+        assert_same_bits(found, expected[seed])
+
+
+def test_opened_with_an_attention_that_still_drops() -> None:
+    """Dropout of weights while the rest is in evaluation mode: the operator has no seeds for it."""
+    decoder, given = made(AttentiveLSTM, Case("additive", "before"))
+    decoder.attention.dropout = 0.5
+    decoder.eval().attention.train()
+    memory, state, outputs = decoder.prepare(given.states), decoder.first_state(3), []
+    for step in (decoder.opened(), decoder.step):
+        torch.manual_seed(3)
+        outputs.append(step(given.x[:, 0], memory, state)[0].detach())
+    assert_same_bits(outputs[:1], outputs[1:])
+
+
+def test_opened_under_autocast_and_used_outside() -> None:
+    decoder, given = made(AttentiveGRU, Case("general", "after"), torch.float32)
+    table = torch.randn(9, 5)
+    memory, state, symbols = decoder.eval().prepare(given.states), decoder.first_state(3), torch.tensor([1, 8, 0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opened = decoder.opened(table)
+    assert_same_bits([opened(symbols, memory, state)[0]], [decoder.opened(table)(symbols, memory, state)[0]])
+
+
+def test_a_state_without_its_history(kind: type[Decoder]) -> None:
+    decoder, given = made(kind, Case("location", "after", "fed"))
+    memory = decoder.prepare(given.states)
+    state = decoder(given.x, memory)[2]
+    assert all(x.requires_grad for x in tensors(state))
+    cut = state.detach()
+    assert not any(x.requires_grad for x in tensors(cut))
+    assert_same_bits(tensors(cut), tensors(state))

@@ -326,3 +326,16 @@ def test_every_attention_trains_and_searches(attention: str) -> None:
         for word, hypotheses in zip(some, found[1:4], strict=True):
             for one in hypotheses:
                 assert one.score == pytest.approx(naive_score(model, word, one.symbols, 5, 1.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["output", "embedding"])
+def test_searches_call_layers_with_hooks(where: str) -> None:
+    """Greedy search, whose steps are one operator otherwise, as beam search does."""
+    model, calls = half_trained("gru"), list[int]()
+    expected = [found[0].symbols for found in search(model, *pad(WORDS))]
+    handle = getattr(model.decoder, where).register_forward_hook(lambda *_: calls.append(1))
+    try:
+        assert [found[0].symbols for found in search(model, *pad(WORDS))] == expected
+    finally:
+        handle.remove()
+    assert calls

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnext.attention.location import LocationSensitiveAttention
+from attnext.recurrent.opened import likeliest
 from attnext.seq2seq.model import Seq2Seq
 
 __all__ = ["EagerModel"]
@@ -138,21 +140,14 @@ class _Opened:
     ) -> tuple[Tensor, _State, Tensor | None]:
         decoder: Any = self._model.model.decoder
         embedded = decoder.embed(previous)
-        context, weights, state = _step(embedded, state, memory, self._parameters)
+        context, weights, state = self._model._step(embedded, state, memory, self._parameters)
         return self._model._logits(embedded, state.hidden, context), state, weights if need_weights else None
 
     def greedy(
         self, previous: Tensor, state: _State, memory: _Memory, steps: int, first: int, need_weights: bool
     ) -> tuple[Tensor, Tensor, _State, Tensor | None]:
-        symbols, scores, shown = [], [], []
-        for _ in range(steps):
-            logits, state, weights = self(previous, state, memory, need_weights=need_weights)
-            score, choice = logits[:, first:].log_softmax(-1).max(-1)
-            previous = choice + first
-            symbols.append(previous)
-            scores.append(score)
-            shown += [] if weights is None else [weights]
-        return torch.stack(symbols, 1), torch.stack(scores, 1), state, torch.stack(shown, 1) if shown else None
+        step = partial(self, memory=memory, need_weights=need_weights)
+        return likeliest(step, previous, state, steps, first)
 
 
 def _with_torchs_layers(encoder: nn.Module) -> nn.Module:

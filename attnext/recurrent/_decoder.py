@@ -22,7 +22,7 @@ from attnext.memory import Memory
 from attnext.ops import RULES, define
 from attnext.steps import Shared, gradient_of_values, gradients_of_keys, is_batch
 
-__all__ = ["Ahead", "Layer", "Output", "Ready", "Results", "Start", "Weights", "decode"]
+__all__ = ["Ahead", "Layer", "Output", "Ready", "Results", "Start", "Weights", "decode", "without_autocast"]
 
 SCORES = ("additive", "dot", "past")
 """The kinds of scores, in the order of the operators' numbers."""
@@ -208,7 +208,7 @@ def _options(parts: StepParts, after: bool, feeds_vector: bool) -> tuple[Any, ..
     return parts.scale, parts.dropout, SCORES.index(parts.score), RULES.index(parts.rule), after, feeds_vector
 
 
-def _plain() -> AbstractContextManager[Any]:
+def without_autocast() -> AbstractContextManager[Any]:
     """Products as they stand, whatever autocast the backward pass is run in."""
     return torch.autocast("cpu", enabled=False) if _checks.autocasts("cpu") else nullcontext()
 
@@ -225,6 +225,7 @@ class _Decoder(torch.autograd.Function):
         gates, feeds = gates.view(steps, rows, -1), None if feeds is None else feeds.view(steps, rows, -1)
         others = (None, None, None, *_NO_CHOICE, *call.options, False, call.need_weights, call.keep)
         kept = _forward(gates, feeds, *inputs.of_operator(call), *others)
+        kept[_KEPT] = gates
         output, contexts, weights, wide, hidden, cell = kept[:6]
         ctx.call, ctx.count = call, len(tensors)
         ctx.save_for_backward(*tensors, feeds, *kept)
@@ -246,7 +247,7 @@ class _Decoder(torch.autograd.Function):
                 "attnext.use_backend('reference')"
             )
         needs = _Inputs.of(ctx.needs_input_grad[1:])
-        with torch.no_grad(), _plain():
+        with torch.no_grad(), without_autocast():
             grads: Sequence[Tensor | None] = _Gradients(ctx.call, inputs, feeds, kept, incoming).all(needs)
         if torch.is_grad_enabled():
             followed = [x for x in (*incoming, *inputs.flat()) if x is not None and x.requires_grad]
@@ -349,7 +350,8 @@ class _Gradients:
     def all(self, needs: _Inputs) -> tuple[Tensor | None, ...]:
         """Of all inputs; those that need none may be left out."""
         inputs, found, past = self._inputs, self._found, self._past
-        key, value, score_weight = self._of_memory()
+        asked = needs.key or needs.value or needs.score_weight
+        key, value, score_weight = self._of_memory() if asked else (None, None, None)
         rows_of_query, there = found.queries.flatten(0, 1), _there
         return _Inputs(
             x=self._of_x() if needs.x else None,  # type: ignore[arg-type]
@@ -359,7 +361,7 @@ class _Gradients:
             feed=there(inputs.feed, found.feed),
             past=there(inputs.past, past and past.past),
             cumulative=there(inputs.cumulative, past and past.cumulative),
-            key=key,
+            key=key,  # type: ignore[arg-type]
             value=value,
             score_weight=score_weight,
             filters=past and past.filters,
@@ -388,20 +390,30 @@ class _Gradients:
         return grad.view(inputs.x.shape)
 
     def _of_layer(self, k: int, needs: Layer) -> Layer:
-        layer, gates, biases = self._inputs.layers[k], self._gates[k], self._found.biases[k]
+        layer, biases = self._inputs.layers[k], self._found.biases[k]
         rows, size = layer.w_hidden.shape
-        w_hidden, gated = torch.empty_like(layer.w_hidden, memory_format=torch.contiguous_format), rows == 3 * size
-        # Of a gated unit the state's candidate comes first, and is the matrix' last.
-        first = gates[:, size : 3 * size] if gated else gates
-        self._product(first.t(), self._states[k], w_hidden[: first.shape[1]])
-        if gated:
-            self._product(gates[:, :size].t(), self._states[k], w_hidden[2 * size :])
+        w_input = None
+        if needs.w_input:
+            w_input = self._of_lowest() if k == 0 else self._product(self._of_input(k).t(), self._below(k))
+        of_hidden = torch.cat((biases[size : 3 * size], biases[:size])) if rows == 3 * size else biases
         return Layer(
-            self._of_lowest() if k == 0 else self._product(self._of_input(k).t(), self._below(k)),
-            w_hidden,
+            w_input,  # type: ignore[arg-type]
+            self._of_hidden(k) if needs.w_hidden else None,  # type: ignore[arg-type]
             _there(layer.b_input, biases[4 * size - rows :]),
-            _there(layer.b_hidden, torch.cat((biases[size : 3 * size], biases[:size])) if gated else biases),
+            _there(layer.b_hidden, of_hidden),
         )
+
+    def _of_hidden(self, k: int) -> Tensor:
+        """Of a layer's matrix of states."""
+        gates, states, matrix = self._gates[k], self._states[k], self._inputs.layers[k].w_hidden
+        rows, size = matrix.shape
+        if rows == 4 * size:
+            return self._product(gates.t(), states)
+        # Of a gated unit the state's candidate comes first, and is the matrix' last.
+        found = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+        self._product(gates[:, size : 3 * size].t(), states, found[: 2 * size])
+        self._product(gates[:, :size].t(), states, found[2 * size :])
+        return found
 
     def _of_lowest(self) -> Tensor:
         """Of the lowest layer's matrix: columns of the inputs, of the context and of the output vector."""
@@ -525,10 +537,10 @@ class Ready:
 
     def __init__(self, weights: Weights, features: int, values: int, output: Output | None) -> None:
         weights = _copied(weights)
-        self._weights, self._features, self._projected = weights, features, 0
+        self.parts = weights.parts
+        self._weights, self._features = weights, features
         self._output = (None, None) if output is None else (output.weight, _copy(output.bias))
-        self._memory: Memory | None = None
-        self._template: list[Any] = []
+        self._taken: _Taken | None = None
         lowest, readout, parts = weights.layers[0], weights.w_readout, weights.parts
         outer, lstm = lowest.w_input[:, features:], lowest.w_hidden.shape[0] == 4 * lowest.w_hidden.shape[1]
         self._packed = _pack(
@@ -570,9 +582,10 @@ class Ready:
         self, gates: Tensor, feeds: Tensor | None, start: Start, memory: Memory, need_weights: bool,
         choosing: tuple[Any, ...],
     ) -> tuple[Results, list[Tensor]]:  # fmt: skip
-        if memory is not self._memory:
-            self._take(start, memory, need_weights)
-        template, values = self._template, self._projected
+        taken = self._taken
+        if taken is None or taken.memory is not memory:
+            taken = self._taken = self._take(start, memory)
+        template, values = list(taken.arguments), taken.projected
         template[_START], template[_PAST] = start[:4], start[4:]
         found = _forward(gates, feeds, *template, self._packed, *self._output, *choosing, *self._options, values > 0,
                          need_weights, False)  # fmt: skip
@@ -586,23 +599,32 @@ class Ready:
         weights = self._weights
         return _ahead(x, weights.layers[0].w_input, weights.w_readout, weights.b_readout)
 
-    def _take(self, start: Start, memory: Memory, need_weights: bool) -> None:
+    def _take(self, start: Start, memory: Memory) -> _Taken:
         """Looks at a memory.
 
         Of few rows and keys, the values are multiplied once with the matrices that each context would be multiplied
         with: those are what takes the time to read.
         """
-        weights, self._memory, self._projected = self._weights, memory, 0
+        weights, projected = self._weights, 0
         rows, (batch, keys, _), size = start.hidden.shape[1], memory.key.shape, memory.value.shape[2]
-        call = _Call(memory, weights.parts, [], None, weights.after, weights.feeds_vector, need_weights, False, False)
+        call = _Call(memory, weights.parts, [], None, weights.after, weights.feeds_vector, False, False, False)
         inputs = _inputs(start.hidden.new_empty(0, 0, self._features), start, memory, weights)
         if not weights.after and rows <= _FEW_ROWS and 2 * batch * keys <= size:
             lowest, readout = weights.layers[0].w_input, weights.w_readout
-            ends = self._features, self._features + size
-            matrices = [lowest[:, ends[0] : ends[1]]] + ([] if readout is None else [readout[:, -size:]])
+            matrices = [lowest[:, self._features : self._features + size]]
+            matrices += [] if readout is None else [readout[:, -size:]]
             value = torch.cat([F.linear(memory.value, matrix) for matrix in matrices] + [memory.value], -1)
-            inputs, self._projected = inputs._replace(value=value), value.shape[2] - size
-        self._template[:] = inputs.of_operator(call)
+            inputs, projected = inputs._replace(value=value), value.shape[2] - size
+        return _Taken(memory, inputs.of_operator(call), projected)
+
+
+class _Taken(NamedTuple):
+    """A memory, the operator's arguments of its steps, and how many columns of its values are products: one piece, that
+    a thread may read while another replaces it."""
+
+    memory: Memory
+    arguments: tuple[Any, ...]
+    projected: int
 
 
 def _copy(x: Tensor | None) -> Tensor | None:

@@ -11,7 +11,6 @@ several; of several the topmost asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,68 +23,13 @@ from attnext.attention.past import Past
 from attnext.backends import choose
 from attnext.backends.cpu import multiplies_bfloat16
 from attnext.memory import Memory
-from attnext.recurrent._decoder import Ahead, Layer, Output, Ready, Results, Start, Weights, decode
+from attnext.recurrent._decoder import Layer, Output, Results, Start, Weights, decode
+from attnext.recurrent.opened import OpenedDecoder
+from attnext.recurrent.state import DecoderState
 
-__all__ = ["AttentiveGRU", "AttentiveLSTM", "DecoderState", "OpenedDecoder"]
+__all__ = ["AttentiveGRU", "AttentiveLSTM"]
 
 _ORDERS = ("before", "after")
-
-
-class DecoderState(NamedTuple):
-    """What a decoder carries from step to step, for one hypothesis a sentence (B, ...) or several (B, beam, ...).
-
-    Attributes:
-        hidden: (L, B, S) or (L, B, beam, S), of the layers from the lowest.
-        cell: the same shape, of long short-term memory; else None.
-        context: (B, H) or (B, beam, H), the last one, where it enters the next step; else None.
-        vector: (B, R) or (B, beam, R), the last output vector, with input feeding; else None.
-        attention: the attention's own state; None at the first step, and where it has none.
-    """
-
-    hidden: Tensor
-    cell: Tensor | None = None
-    context: Tensor | None = None
-    vector: Tensor | None = None
-    attention: Any = None
-
-    def select(self, indices: Tensor) -> DecoderState:
-        """The state of other rows (N,), or for each sentence of the hypotheses that go on (B, beam).
-
-        Raises:
-            TypeError, ValueError: ``indices`` is not that.
-        """
-        indices = _checks.tensor("indices", indices, 1, 2)
-        batch = self.hidden.shape[1]
-        if indices.dim() == 1:
-            rows = _checks.indices("indices", indices, batch, self.hidden.device)
-            return self._map(lambda x, dim: x.index_select(dim, rows), lambda state: state.select(rows))
-        if self.hidden.dim() == 3:
-            raise ValueError("indices of (B, beam) need a state of (L, B, beam, S), got one of (L, B, S)")
-        _checks.size("indices", indices, 0, batch, "the state's batch")
-        kept = _checks.indices("indices", indices.flatten(), self.hidden.shape[2], self.hidden.device).view(
-            indices.shape
-        )
-
-        def take(x: Tensor, dim: int) -> Tensor:
-            places = kept.unsqueeze(-1).expand(*kept.shape, x.shape[-1])
-            return x.gather(dim + 1, places.expand(*x.shape[:dim], *places.shape))
-
-        return self._map(take, lambda state: state.select(kept))
-
-    def one_hypothesis(self) -> DecoderState:
-        """The same as (B, 1, ...), before the first step."""
-        if self.attention is not None:
-            raise ValueError("one_hypothesis is of a state before the first step")
-        return self._map(lambda x, dim: x.unsqueeze(dim + 1), lambda state: state)
-
-    def _map(self, change: Callable[[Tensor, int], Tensor], of_attention: Callable[[Any], Any]) -> DecoderState:
-        """With each tensor changed, given where its batch is."""
-        hidden, cell, context, vector = (
-            None if x is None else change(x, dim) for x, dim in zip(self[:4], (1, 1, 0, 0), strict=True)
-        )
-        assert hidden is not None
-        attention = None if self.attention is None else of_attention(self.attention)
-        return DecoderState(hidden, cell, context, vector, attention)
 
 
 class _Ahead(NamedTuple):
@@ -223,7 +167,7 @@ class _AttentiveLayers(nn.Module):
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
         inputs = _checks.tensor("inputs", inputs, 3)
-        state = self._checked(inputs, state)
+        state = self._checked(inputs, state, "inputs")
         if inputs.shape[1] == 0:
             raise ValueError("inputs must have at least one step, got shape " + str(tuple(inputs.shape)))
         _checks.flag("need_weights", need_weights)
@@ -257,7 +201,7 @@ class _AttentiveLayers(nn.Module):
     def opened(
         self, table: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> OpenedDecoder:
-        """:meth:`step` for the steps of a search, in evaluation mode, which are faster: it reads the matrices once.
+        """:meth:`step` for the steps of a search, faster: in evaluation mode it reads the matrices once, here.
 
         No gradient flows through it. Call it anew when a parameter, the mode or the backend has changed.
 
@@ -318,8 +262,8 @@ class _AttentiveLayers(nn.Module):
             return cast(Tensor, of_another)
         return found
 
-    def _checked(self, inputs: Tensor, state: Any, name: str = "inputs") -> DecoderState:
-        """The state, once inputs and state fit the module."""
+    def _checked(self, inputs: Tensor, state: Any, name: str) -> DecoderState:
+        """The state, once inputs and state fit the module: ``input`` of a step, or the ``inputs`` of all."""
         _checks.size(name, inputs, -1, self.input_size, "input_size")
         _checks.same_kind_as_module(name, inputs, self._parameter)
         beam = inputs.shape[1] if name == "input" and inputs.dim() == 3 else None
@@ -409,7 +353,7 @@ class _AttentiveLayers(nn.Module):
             return self._by_operator(steps.contiguous(), memory, state, parts, need_weights)
         dtype, half = self._parameter.dtype, torch.get_autocast_dtype("cpu") == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
-            state = state._map(lambda x, _: x.to(dtype), lambda past: past.map(lambda x: x.to(dtype)))
+            state = state.map(lambda x, _: x.to(dtype), lambda past: past.map(lambda x: x.to(dtype)))
             steps, memory = steps.to(dtype).contiguous(), memory.to(dtype=dtype)
             half = half and dtype == torch.float32 and multiplies_bfloat16()
             return self._by_operator(steps, memory, state, parts, need_weights, half)
@@ -424,9 +368,10 @@ class _AttentiveLayers(nn.Module):
             ones = steps.new_ones(count, rows, self.hidden_size)
             masks = [F.dropout(ones, self.dropout) for _ in range(self.num_layers - 1)]
         if parts.dropout > 0.0:
-            seeds = torch.randint(2**62, (count,))
+            seeds = torch.randint(2**62, (count,), device=steps.device)
         past, start = self._start(state, memory, parts)
         weights = self._weights(parts, self.input_feeding)
+        # A past's weights are its next state.
         found = decode(steps, start, memory, weights, masks, seeds, need_weights or past is not None, half)
         output = found.output
         if self.input_feeding:
@@ -552,150 +497,6 @@ class _AttentiveLayers(nn.Module):
         raise NotImplementedError
 
 
-class OpenedDecoder:
-    """The steps of a search; :meth:`AttentiveGRU.opened` makes it."""
-
-    @torch.no_grad()
-    def __init__(self, decoder: _AttentiveLayers, table: Tensor | None, output: Output | None) -> None:
-        self._decoder, self._table, self._output = decoder, None if table is None else table.detach().clone(), output
-        self._parts = None if decoder.training else decoder._served_parts()
-        self._served, self._memory, self._like = False, None, tuple[Any, ...]()
-        self._ready: Ready | None = None
-        self._known: Ahead | None = None
-        if self._parts is None:
-            return
-        weights = decoder._weights(self._parts, decoder.readout is not None)
-        self._ready = Ready(weights, decoder.input_size, decoder.context_size, output)
-        if self._table is not None and len(self._table) <= _FEW_INPUTS:
-            self._known = self._ready.ahead(self._table)
-
-    def __call__(
-        self, input: Tensor, memory: Any, state: DecoderState | None = None, *, need_weights: bool = False
-    ) -> tuple[Any, ...]:
-        """As :meth:`AttentiveGRU.step`."""
-        with torch.no_grad():
-            if state is not None and self._serves(input, memory, state):
-                return self._step(input, memory, state, need_weights)
-            if self._table is not None:
-                input = self._vectors(input)
-            found = self._decoder._step(input, memory, state, need_weights)
-            return found if need_weights else found[:3]
-
-    @torch.no_grad()
-    def greedy(
-        self, previous: Tensor, memory: Any, state: DecoderState, steps: int, *, first: int = 0,
-        need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
-        """So many steps, each of which takes the most likely symbol of the one before.
-
-        Args:
-            previous: (B,) int64, the symbols that the first step takes.
-            memory: what :meth:`AttentiveGRU.prepare` returned.
-            state: before these steps.
-            steps: how many, at least one.
-            first: the least number that is chosen; those below, as padding and marks, have no part in probabilities.
-            need_weights: also return the attention's weights.
-
-        Returns:
-            symbols (B, steps) and their log-probabilities, the state after the last step, and weights (B, steps, Tk) or
-            None. Of a few symbols, and where a step is one operator, all steps are.
-
-        Raises:
-            TypeError, ValueError: an argument is not what it must be; the message names it.
-        """
-        if self._output is None:
-            raise ValueError("greedy needs the weight of an output layer, given to opened()")
-        _checks.at_least_one("steps", steps)
-        previous = _checks.tensor("previous", previous, 1)
-        if not 0 <= first < len(self._output.weight):
-            raise ValueError(f"first must be the number of a symbol, got {first}")
-        if self._serves(previous, memory, state) and self._known is not None:
-            return self._choose(previous, memory, state, steps, first, need_weights)
-        found = []
-        for _ in range(steps):
-            vector, _, state, *weights = self(previous, memory, state, need_weights=need_weights)
-            logits = F.linear(vector, *self._output)[:, first:]
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            score, choice = logits.to(wide).log_softmax(-1).max(-1)
-            previous = choice + first
-            found.append((previous, score, *weights))
-        symbols, scores, *all_weights = (torch.stack(some, 1) for some in zip(*found, strict=True))
-        return symbols, scores, state, all_weights[0] if need_weights else None
-
-    def _choose(
-        self, previous: Tensor, memory: Memory, state: DecoderState, steps: int, first: int, need_weights: bool
-    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
-        decoder, parts, ready, known = self._decoder, self._parts, self._ready, self._known
-        assert parts is not None
-        assert ready is not None
-        assert known is not None
-        past, start = decoder._start(state, memory, parts)
-        found = ready.choose(known, previous.long().contiguous(), steps, first, start, memory, need_weights)
-        weights = found.results.weights
-        shown = weights.transpose(0, 1) if need_weights and weights is not None else None
-        return found.symbols.t(), found.scores.t(), decoder._last(found.results, state, past), shown
-
-    def _vectors(self, numbers: Tensor) -> Tensor:
-        """Those of the table."""
-        assert self._table is not None
-        numbers = _checks.tensor("input", numbers, 1, 2)
-        rows = _checks.indices("input", numbers.flatten(), len(self._table), self._table.device)
-        return self._table[rows].view(*numbers.shape, -1)
-
-    def _serves(self, input: Tensor, memory: Any, state: DecoderState) -> bool:
-        """Whether the operator takes this step: of a memory and of sizes that it had before, as it took the last."""
-        decoder = self._decoder
-        if self._ready is None or type(state) is not DecoderState or _checks.autocasts("cpu"):
-            return False
-        like = _looks(input, state)
-        if memory is self._memory and like == self._like:
-            return self._served
-        vectors = input if self._table is None else self._vectors(input)
-        _checks.tensor("input", vectors, 2, 3)
-        decoder._checked(vectors, state, "input")
-        parts = decoder._parts(vectors, memory, state)
-        self._served = parts is not None and not decoder.training
-        self._memory, self._like = memory, like
-        return self._served
-
-    def _ahead(self, input: Tensor) -> Ahead:
-        """What the inputs of a step add, with hypotheses as rows."""
-        assert self._ready is not None
-        known, table = self._known, self._table
-        if known is not None:
-            rows = input.flatten().long()
-            gates = known.gates.index_select(0, rows)
-            return Ahead(gates, None if known.feeds is None else known.feeds.index_select(0, rows))
-        vectors = input.flatten(0, -2) if table is None else table.index_select(0, input.flatten().long())
-        return self._ready.ahead(vectors)
-
-    def _step(self, input: Tensor, memory: Memory, state: DecoderState, need_weights: bool) -> tuple[Any, ...]:
-        decoder, parts, ready = self._decoder, self._parts, self._ready
-        assert parts is not None
-        assert ready is not None
-        past, start = decoder._start(state, memory, parts)
-        found = ready.step(self._ahead(input), start, memory, need_weights)
-        last, rows = decoder._last(found, state, past), state.hidden.shape[1:-1]
-        vector = found.output if found.feeds is None else found.feeds
-        shown = (vector, found.contexts, found.weights if need_weights else None)
-        output, context, weights = (None if x is None else x.view(*rows, x.shape[-1]) for x in shown)
-        return (output, context, last, weights) if need_weights else (output, context, last)
-
-
-def _looks(input: Tensor, state: DecoderState) -> tuple[Any, ...]:
-    """All of a step's arguments that decides whether the operator takes it."""
-    hidden, cell, context, vector, past = state
-    return (
-        getattr(input, "shape", None), getattr(input, "dtype", None), hidden.shape, hidden.dtype, type(past),
-        *(None if x is None else (x.shape, x.dtype) for x in (cell, context, vector)),
-        None if not isinstance(past, Past) else past.weights.shape,
-    )  # fmt: skip
-
-
-_FEW_INPUTS = 256
-"""Of a table whose products with the matrices are made ahead."""
-
-
 class AttentiveGRU(_AttentiveLayers):
     """Gated recurrent units that attend a memory at every step.
 
@@ -721,8 +522,9 @@ class AttentiveGRU(_AttentiveLayers):
         inputs (B, T, E), memory of B sentences; states (B, T, S) or vectors (B, T, R), contexts (B, T, H).
 
     float32 and float64 on the CPU, with additive, dot-product, location-sensitive and coverage attention, are one call
-    forward and one backward. What else there is (other attentions, dtypes and devices, autocast, ``torch.compile``,
-    export) goes step by step, with the same results.
+    forward and one backward; under autocast of bfloat16 in the parameters' dtype, but for products over all steps. What
+    else there is (other attentions, dtypes and devices, ``torch.compile``, export) goes step by step, with the same
+    results.
 
     Parameters are those of a ``torch.nn.GRUCell(E + H, S)`` and of the layers above, by the names of
     :class:`torch.nn.GRU`: ``weight_ih_l0`` has columns of the input, of the context and of the output vector.

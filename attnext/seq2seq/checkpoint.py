@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 FORMAT = 3
-"""Raised whenever a release can't read the files of the one after it; what it reads of earlier ones: ``formats``."""
+"""Raised when releases before can't read what this one writes; what this one reads of theirs is in ``formats``."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ OLD = 2
 """The format whose decoder had its matrices in parts."""
 
 _PARTS = ("embedded", "context", "feed")
-_LAYERS = "decoder.layers."
 
 
 def renewed(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -37,11 +36,13 @@ def renewed(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
         else:
             found[name] = x
     for (prefix, number), parts in layers.items():
-        found |= {f"{prefix}decoder.recurrent.{name}_l{number}": x for name, x in _layer(parts, config["cell"]).items()}
+        # Of two biases in place of one the gradients are the same, and so are their moments.
+        of_layer = _layer(parts, config["cell"], moments=prefix.startswith("exp_avg"))
+        found |= {f"{prefix}decoder.recurrent.{name}_l{number}": x for name, x in of_layer.items()}
     return found
 
 
-def _layer(parts: Mapping[str, Tensor], cell: str) -> dict[str, Tensor]:
+def _layer(parts: Mapping[str, Tensor], cell: str, *, moments: bool) -> dict[str, Tensor]:
     def ordered(x: Tensor) -> Tensor:
         if cell == "gru":
             return x
@@ -54,5 +55,5 @@ def _layer(parts: Mapping[str, Tensor], cell: str) -> dict[str, Tensor]:
         "weight_ih": ordered(torch.cat(inputs, 1)),
         "weight_hh": ordered(parts["recurrent"]),
         "bias_ih": bias,
-        "bias_hh": parts.get("recurrent_bias", torch.zeros_like(bias)),
+        "bias_hh": parts.get("recurrent_bias", bias.clone() if moments else torch.zeros_like(bias)),
     }

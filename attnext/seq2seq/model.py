@@ -13,14 +13,17 @@ answers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from attnext.attention.base import has_own_hooks, plain_layer
 from attnext.attention.family import STEPPED
 from attnext.recurrent import GRU, LSTM, AttentiveGRU, AttentiveLSTM, DecoderState
+from attnext.recurrent.opened import likeliest
 from attnext.seq2seq.config import Config
 
 __all__ = ["Opened", "Seq2Seq"]
@@ -105,6 +108,9 @@ class _FixedContext(nn.Module):
         super().__init__()
         self.query_size, self.memory_size, self.bidirectional = query_size, memory_size, bidirectional
 
+    def reset_parameters(self) -> None:
+        """There are none."""
+
     def prepare(self, states: Tensor, lengths: Tensor, mask: None = None) -> _Summary:
         last = states[torch.arange(len(states), device=states.device), lengths.to(states.device) - 1]
         if not self.bidirectional:
@@ -180,15 +186,19 @@ class Opened:
     """A decoder for the steps of searches."""
 
     def __init__(self, decoder: _Decoder) -> None:
-        self._decoder = decoder
-        self._steps = decoder.recurrent.opened(decoder.embedding.weight, decoder.output.weight, decoder.output.bias)
+        self._decoder, output = decoder, plain_layer(decoder, "output")
+        table = decoder.embedding.weight if not has_own_hooks(decoder.embedding) else None
+        self._has_table, self._chooses = table is not None, table is not None and output is not None
+        layer = (output.weight, output.bias) if output is not None and self._chooses else ()
+        self._steps = decoder.recurrent.opened(table, *layer)
 
     def __call__(
         self, previous: Tensor, state: DecoderState, memory: Any, *, need_weights: bool = False
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
         """From previous outputs (B,) or (B, beam), the last state and the memory to the logits, the next state and, if
         asked for, the attention weights."""
-        vector, _, state, *weights = self._steps(previous, memory, state, need_weights=need_weights)
+        inputs = previous if self._has_table else self._decoder.embed(previous)
+        vector, _, state, *weights = self._steps(inputs, memory, state, need_weights=need_weights)
         return self._decoder.logits(vector), state, weights[0] if weights else None
 
     def greedy(
@@ -196,4 +206,6 @@ class Opened:
     ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
         """So many steps (B, steps), each taking the most likely output from number ``first`` on: numbers, their
         log-probabilities, the next state and weights."""
-        return self._steps.greedy(previous, memory, state, steps, first=first, need_weights=need_weights)
+        if self._chooses:
+            return self._steps.greedy(previous, memory, state, steps, first=first, need_weights=need_weights)
+        return likeliest(partial(self, memory=memory, need_weights=need_weights), previous, state, steps, first)

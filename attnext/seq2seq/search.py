@@ -104,7 +104,9 @@ def _greedy(
     found = [_Path([], [], 0.0, limit) for limit in limits]
     while rows:
         # Of a few sources, several steps before what has ended is looked for.
-        steps = min(_STEPS_OF_FEW if len(rows) <= _FEW else 1, max(limit for limit in limits))
+        steps = min(
+            _STEPS_OF_FEW if len(rows) <= _FEW else 1, max(found[row].limit - len(found[row].symbols) for row in rows)
+        )
         # Padding and the start mark, numbered below the end mark, are no outputs.
         symbols, scores, state, weights = opened.greedy(previous, state, memory, steps, END, need_weights)
         for place, (row, *path) in enumerate(zip(rows, symbols.tolist(), scores.tolist(), strict=True)):
@@ -204,9 +206,8 @@ class _Search:
         order = at_end.to(torch.uint8).argsort(dim=1, stable=True)[:, :beam]
         parents, symbols = parents.gather(1, order), symbols.gather(1, order)
         self.scores = best.masked_fill(at_end, float("-inf")).gather(1, order)
-        if beam > 1:
-            self.state, self.outputs = self.state.select(parents), _of_parents(self.outputs, parents)
-            self.weights = None if self.weights is None else _of_parents(self.weights, parents)
+        self.state, self.outputs = self.state.select(parents), _of_parents(self.outputs, parents)
+        self.weights = None if self.weights is None else _of_parents(self.weights, parents)
         self.outputs = torch.cat((self.outputs, symbols.unsqueeze(2)), 2)
 
     def _note(self, best: Tensor, parents: Tensor, symbols: Tensor) -> None:

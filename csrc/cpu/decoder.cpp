@@ -78,13 +78,9 @@ class ForwardPass {
   void make_layer(int64_t l) {
     const int64_t N = d_.rows, S = d_.size;
     Recurrence<T>& r = d_.of[size_t(l)];
-    if (l == 0) {
-      results_.push_back(x_.gates);
-    } else {
-      result({d_.steps, N, d_.matrices.gates * S});
-    }
+    result(l ? Shape{d_.steps, N, d_.matrices.gates * S} : Shape{0});  // those of the lowest layer are the caller's
+    r.gates = l ? at(int64_t(results_.size()) - 1) : numbers<T>(x_.gates, "gates");
     result(keep_ ? Shape{d_.steps * N, 2 * S} : Shape{0});
-    r.gates = numbers<T>(results_[results_.size() - 2], "gates");
     r.inner = at(int64_t(results_.size()) - 1);
     if (l == top_) {
       r.output = at(kOutput);

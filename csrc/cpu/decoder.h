@@ -249,7 +249,8 @@ class Decoder {
   int64_t work() const {
     const int64_t outer = x.matrices.w_outer ? x.matrices.w_outer->size(1) : 0;
     return rows * (matrices.gates * size * (size * (2 * layers - 1) + outer) + query_size * size +
-                   matrices.readout * (size + values) + matrices.output.depth * matrices.output.columns);
+                   matrices.readout * (size + values) +
+                   (x.choosing.previous ? matrices.output.depth * matrices.output.columns : 0));
   }
 
   // Rows of a step, so many numbers apart.

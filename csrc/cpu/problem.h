@@ -241,7 +241,7 @@ struct DenseProduct {
   int64_t a_row, rows;
   T* out;
   int64_t out_row;
-  bool adds;        // to what is there
+  bool adds;        // to what is there, and then without a bias
   const T* bias;    // (columns), may be null
   bool tanh;        // of the sums
   const T* factor;  // of each sum before it is added, in rows as those of out; may be null
