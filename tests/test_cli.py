@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -259,6 +260,25 @@ def test_evaluate(trained: Path, capsys: Captured) -> None:
     swapped = capsys.readouterr().out.splitlines()
     assert lines[-2].endswith(swapped[-1])
     assert swapped[-2].endswith(lines[-1])
+
+
+@pytest.mark.usefixtures("_small_dictionary")
+def test_evaluate_models_together(trained: Path, capsys: Captured) -> None:
+    """Of copies they are the model; beside it they are another row."""
+    copy = trained.parent / "copy"
+    shutil.copytree(trained, copy)
+    lines = []
+    for arguments in ([trained], [trained, copy], [trained, copy, "--beside", trained, "--beam", "2"]):
+        assert main(["evaluate", *map(str, arguments)]) == 0
+        output = capsys.readouterr()
+        lines.append(output.out.splitlines())
+    assert lines[0][-1] == lines[1][-1]
+    assert lines[2][-2].endswith(lines[2][-1])
+    assert "2 models together: beam of 2" in output.err
+    other = load(trained)
+    save(copy, replace(other, target=replace(other.target, symbols=other.target.symbols[::-1])))
+    assert main(["evaluate", str(trained), str(copy)]) == 2
+    assert "have other symbols: they can't decode together" in error_line(capsys)
 
 
 @pytest.mark.usefixtures("_small_dictionary")

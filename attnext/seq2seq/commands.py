@@ -22,6 +22,7 @@ from attnext.seq2seq.evaluation import Errors, by_length, total
 from attnext.seq2seq.plots import alignment, errors_by_length
 from attnext.seq2seq.search import Output, translate
 from attnext.seq2seq.session import Interrupted, Session
+from attnext.seq2seq.together import together
 
 __all__ = ["add_evaluate_arguments", "add_predict_arguments", "add_train_arguments", "evaluate", "predict", "train"]
 
@@ -81,7 +82,10 @@ def train(args: argparse.Namespace) -> int:
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnext evaluate``."""
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="folder of the model")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="+", metavar="DIR",
+        help="folder of the model; of several they decode together, by the mean of their probabilities",
+    )  # fmt: skip
     parser.add_argument("--test-lexicon", metavar="FILE", help="of g2p: other data than the model's own test data")
     parser.add_argument("--test-source", metavar="FILE", help="of pairs: likewise")
     parser.add_argument("--test-target", metavar="FILE", help="of pairs: likewise")
@@ -101,26 +105,27 @@ def evaluate(args: argparse.Namespace) -> int:
         if path is not None:
             writable_file(option, path)
     with _computing(args) as group:
-        models = {folder: load(folder) for folder in dict.fromkeys((args.checkpoint, *args.beside))}
-        first = models[args.checkpoint]
-        for folder, checkpoint in models.items():
-            if (checkpoint.corpus.task, checkpoint.corpus.units) != (first.corpus.task, first.corpus.units):
+        first = together({folder: load(folder) for folder in args.checkpoint})
+        models = {_label(args.checkpoint, first): first}
+        for folder in args.beside:
+            other = load(folder)
+            if (other.corpus.task, other.corpus.units) != (first.corpus.task, first.corpus.units):
                 raise InputError(f"--beside {folder}: a model of another task or other symbols can't be compared")
+            models.setdefault(_label([folder], other), other)
         entries = _test_entries(first, args)
         found = {}
-        for folder, checkpoint in models.items():
+        for label, checkpoint in models.items():
             checkpoint.model.to(group.device)
-            found[folder] = _outputs(checkpoint, [entry.source for entry in entries], args, str(folder))
+            found[label] = _outputs(checkpoint, [entry.source for entry in entries], args, label)
     lengths = [len(first.source.read(entry.source)) for entry in entries]
     errors = {
-        _label(folder, models[folder]): by_length(entries, [output.best for output in outputs], lengths)
-        for folder, outputs in found.items()
+        label: by_length(entries, [output.best for output in outputs], lengths) for label, outputs in found.items()
     }
     _print_by_length(errors, first.corpus.task)
     if args.plot is not None:
         errors_by_length(args.plot, errors, first.corpus.task)
     if args.json is not None:
-        _write_json(args.json, entries, found[args.checkpoint], next(iter(errors.values())))
+        _write_json(args.json, entries, next(iter(found.values())), next(iter(errors.values())))
     for label, lengths_of in list(errors.items())[1:]:
         print(f"{label}: {total(lengths_of).describe(first.corpus.task)}")
     print(total(next(iter(errors.values()))).describe(first.corpus.task))
@@ -236,9 +241,11 @@ def _outputs(checkpoint: Checkpoint, sources: Sequence[str], args: argparse.Name
     return outputs
 
 
-def _label(folder: Path, checkpoint: Checkpoint) -> str:
+def _label(folders: Sequence[Path], checkpoint: Checkpoint) -> str:
     attention = checkpoint.model.config.attention
-    return f"{folder} ({'no attention' if attention == 'none' else attention})"
+    if len(folders) > 1:
+        return f"{len(folders)} models together"
+    return f"{folders[0]} ({'no attention' if attention == 'none' else attention})"
 
 
 def _print_by_length(models: dict[str, dict[int, Errors]], task: str) -> None:
