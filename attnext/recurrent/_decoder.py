@@ -226,14 +226,15 @@ class _Decoder(torch.autograd.Function):
         others = (None, None, None, *_NO_CHOICE, *call.options, False, call.need_weights, call.keep)
         kept = _forward(gates, feeds, *inputs.of_operator(call), *others)
         kept[_KEPT] = gates
-        output, contexts, weights, wide, hidden, cell = kept[:6]
+        found = _Kept._make(kept[:_KEPT])
         ctx.call, ctx.count = call, len(tensors)
         ctx.save_for_backward(*tensors, feeds, *kept)
         ctx.set_materialize_grads(False)
         shown = None
         if call.need_weights:
-            shown = weights if weights.numel() or not wide.numel() else wide
-        return output, contexts, shown, hidden, cell if inputs.cell is not None else None, feeds
+            shown = found.weights if found.weights.numel() or not found.wide.numel() else found.wide
+        cell = None if inputs.cell is None else found.cell
+        return found.output, found.contexts, shown, found.hidden, cell, feeds
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -292,6 +293,24 @@ _applied: Callable[..., tuple[Any, ...]] = _Decoder.apply
 _once: Callable[..., Tensor] = _Once.apply
 
 
+class _Kept(NamedTuple):
+    """What the operator of the forward pass returns first; gates and inner states of each layer follow. What was not
+    asked for has no elements."""
+
+    output: Tensor
+    contexts: Tensor
+    weights: Tensor
+    """After dropout; of a past ``wide`` in their place."""
+    wide: Tensor
+    """Before dropout."""
+    hidden: Tensor
+    cell: Tensor
+    cumulative: Tensor
+    queries: Tensor
+    symbols: Tensor
+    scores: Tensor
+
+
 class _Found(NamedTuple):
     """What the operator of the backward pass returns first: gradients of all steps, and of what was there before."""
 
@@ -320,7 +339,7 @@ class _OfPast(NamedTuple):
     cumulative: Tensor
 
 
-_FOUND, _KEPT = len(_Found._fields), 10
+_FOUND, _KEPT = len(_Found._fields), len(_Kept._fields)
 
 
 class _Gradients:
@@ -329,7 +348,8 @@ class _Gradients:
     def __init__(
         self, call: _Call, inputs: _Inputs, feeds: Tensor | None, kept: list[Tensor], incoming: Sequence[Tensor | None]
     ) -> None:
-        self._call, self._inputs, self._feeds, self._kept = call, inputs, feeds, kept
+        self._call, self._inputs, self._feeds = call, inputs, feeds
+        self._kept, self._inner = _Kept._make(kept[:_KEPT]), kept[_KEPT + 1 :: 2]
         found = _backward(*incoming, kept, kept[_KEPT], feeds, *inputs.of_operator(call), *call.options)
         self._found = _Found._make(found[:_FOUND])
         ends = _FOUND + 2 * len(inputs.layers)
@@ -380,7 +400,7 @@ class _Gradients:
 
     def _asked(self) -> Tensor:
         """The states that were made into queries, (T N, S)."""
-        return self._factor(self._kept[0].flatten(0, 1)) if self._call.after else self._states[-1]
+        return self._factor(self._kept.output.flatten(0, 1)) if self._call.after else self._states[-1]
 
     def _of_x(self) -> Tensor:
         inputs = self._inputs
@@ -417,13 +437,13 @@ class _Gradients:
 
     def _of_lowest(self) -> Tensor:
         """Of the lowest layer's matrix: columns of the inputs, of the context and of the output vector."""
-        inputs, grads, found = self._inputs, self._of_input(0), self._kept[1]
+        inputs, grads, contexts = self._inputs, self._of_input(0), self._kept.contexts
         weight = torch.empty_like(inputs.layers[0].w_input, memory_format=torch.contiguous_format)
         features, feeds = inputs.features, 0 if inputs.feed is None else inputs.feed.shape[1]
         self._product(grads.t(), self._factor(inputs.x.flatten(0, 1)), weight[:, :features])
         end = weight.shape[1] - feeds
         if end > features:
-            self._of_fed(found, inputs.context, weight[:, features:end])
+            self._of_fed(contexts, inputs.context, weight[:, features:end])
         if inputs.feed is not None and self._feeds is not None:
             self._of_fed(self._feeds, inputs.feed, weight[:, end:])
         return weight
@@ -439,11 +459,11 @@ class _Gradients:
 
     def _below(self, k: int) -> Tensor:
         """What a layer took of the one below, (T N, S)."""
-        hidden = self._kept[_KEPT + 1 + 2 * (k - 1)][:, self._inputs.hidden.shape[2] :]
+        hidden = self._inner[k - 1][:, self._inputs.hidden.shape[2] :]
         return self._factor(hidden * self._call.masks[k - 1].flatten(0, 1) if self._call.masks else hidden)
 
     def _of_readout(self) -> Tensor:
-        inputs, output, contexts = self._inputs, self._kept[0], self._kept[1]
+        inputs, output, contexts = self._inputs, self._kept.output, self._kept.contexts
         rows = torch.cat([x.flatten(0, 1) for x in (inputs.x, output, contexts)], 1)
         return self._found.feeds.flatten(0, 1).t() @ rows
 
@@ -451,15 +471,15 @@ class _Gradients:
         """Of key, value and score weight, as of one call with the queries of all steps."""
         inputs, found, call = self._inputs, self._found, self._call
         batch = inputs.key.shape[0]
-        taken = found.taken if found.taken.numel() else self._kept[3]
+        taken = found.taken if found.taken.numel() else self._kept.wide
         incoming, weights = _by_sentence(found.contexts, batch), _by_sentence(taken, batch)
         shared = Shared(None, call.memory.lengths, call.memory.mask, call.parts.scale)
         of_value = gradient_of_values(inputs.key, shared, weights, incoming)
         if self._past is not None:
             return self._past.key, of_value, self._past.score_weight
-        queries = self._kept[7]
+        queries = self._kept.queries
         if inputs.w_query is None:
-            output, first = self._kept[0], inputs.hidden[-1:]
+            output, first = self._kept.output, inputs.hidden[-1:]
             queries = output if call.after else torch.cat((first, output[:-1]))
         of_key, of_score_weight = gradients_of_keys(
             _by_sentence(queries, batch), _by_sentence(found.scores, batch), inputs.key, inputs.score_weight, shared
@@ -576,23 +596,23 @@ class Ready:
         feeds = None if table.feeds is None else table.feeds.new_empty(steps, rows, table.feeds.shape[1])
         choosing = (table.gates, table.feeds, previous, first)
         results, found = self._run(gates, feeds, start, memory, need_weights, choosing)
-        return Chosen(found[8], found[9], results)
+        return Chosen(found.symbols, found.scores, results)
 
     def _run(
         self, gates: Tensor, feeds: Tensor | None, start: Start, memory: Memory, need_weights: bool,
         choosing: tuple[Any, ...],
-    ) -> tuple[Results, list[Tensor]]:  # fmt: skip
+    ) -> tuple[Results, _Kept]:  # fmt: skip
         taken = self._taken
         if taken is None or taken.memory is not memory:
             taken = self._taken = self._take(start, memory)
         template, values = list(taken.arguments), taken.projected
         template[_START], template[_PAST] = start[:4], start[4:]
-        found = _forward(gates, feeds, *template, self._packed, *self._output, *choosing, *self._options, values > 0,
-                         need_weights, False)  # fmt: skip
-        output, contexts, after_dropout, wide, hidden, cell = found[:6]
-        shown = after_dropout if self._weights.parts.score != "past" else wide
-        contexts = contexts[..., values:] if values else contexts
-        return Results(output, contexts, shown, hidden, None if start.cell is None else cell, feeds), found
+        options = (*choosing, *self._options, values > 0, need_weights, False)
+        found = _Kept._make(_forward(gates, feeds, *template, self._packed, *self._output, *options)[:_KEPT])
+        shown = found.weights if self.parts.score != "past" else found.wide
+        contexts = found.contexts[..., values:] if values else found.contexts
+        cell = None if start.cell is None else found.cell
+        return Results(found.output, contexts, shown, found.hidden, cell, feeds), found
 
     def ahead(self, x: Tensor) -> Ahead:
         """What inputs (..., E) add."""
