@@ -23,6 +23,7 @@ def on_cpu() -> Any:
 def _layer(**options: Any) -> Any:
     def make(s: Sizes) -> Any:
         with on_cpu():
+            load("keras", "keras").utils.set_random_seed(1)  # by which it draws its scale
             layer = attention(**options)
             layer.build([(s.batch, s.steps, s.features), (s.batch, s.keys, s.states)])
             return layer
