@@ -120,7 +120,8 @@ LayerBackward recurrent_layer_backward(std::optional<Tensor> grad_output, std::o
                                        Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted);
 
 // A decoder: recurrent layers that attend a memory at every step; arguments and results are told in
-// attnext/recurrent/_decoder.py. `gates` and `feeds` are what the inputs add, and become what the backward pass needs.
+// attnext/recurrent/_operators.py. `gates` and `feeds` are what the inputs add, and become what the backward pass
+// needs.
 using Tensors = std::vector<Tensor>;
 
 Tensors attentive_decoder(Tensor gates, std::optional<Tensor> feeds, Tensors w_hidden, Tensors w_below, Tensors b_input,

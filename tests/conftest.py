@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_cases import FORMS, KINDS, Case, Decoder, recorded
 
 from attnext import _extension
 
@@ -58,3 +59,24 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     _EXTENSION.set_instruction_set(request.param)
     yield request.param
     _EXTENSION.set_instruction_set(before)
+
+
+# Of the tests of decoders.
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+def kind(request: pytest.FixtureRequest) -> type[Decoder]:
+    found: type[Decoder] = request.param
+    return found
+
+
+@pytest.fixture(params=FORMS, ids=lambda case: "-".join(map(str, case[:3])))
+def form(request: pytest.FixtureRequest) -> Case:
+    found: Case = request.param
+    return found
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Of the operator of the forward pass."""
+    return recorded(monkeypatch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 import attnext
 from attnext import AttentiveGRU, AttentiveLSTM, DecoderState, Past
-from attnext.recurrent import _decoder
+from attnext.recurrent import _operators
 
 Decoder = AttentiveGRU | AttentiveLSTM
 KINDS: tuple[type[Decoder], ...] = (AttentiveGRU, AttentiveLSTM)
@@ -75,15 +76,15 @@ def assert_same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
     assert_equal(found, expected, rtol=0, atol=0)
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, name: str = "_forward") -> list[tuple[Any, ...]]:
+def recorded(monkeypatch: pytest.MonkeyPatch, name: str = "forward") -> list[tuple[Any, ...]]:
     """The arguments of each call of an operator from now on."""
-    calls, operator = [], getattr(_decoder, name)
+    calls, operator = [], getattr(_operators, name)
 
     def call(*given: Any) -> Any:
         calls.append(given)
         return operator(*given)
 
-    monkeypatch.setattr(_decoder, name, call)
+    monkeypatch.setattr(_operators, name, call)
     return calls
 
 
@@ -324,7 +325,9 @@ def check(case: Case, kind: type[Decoder], dtype: torch.dtype) -> None:
     for number, (y, right) in enumerate(zip(found, expected, strict=True)):
         assert y.dtype == dtype
         within = error * max(1.0, float(right.detach().abs().max()))
-        torch.testing.assert_close(y.double(), right, rtol=0, atol=within, msg=lambda m, n=number: f"{n}: {case}\n{m}")  # type: ignore[misc]
+        torch.testing.assert_close(
+            y.double(), right, rtol=0, atol=within, msg=partial("{}: {}\n{}".format, number, case)
+        )
 
 
 FORMS = (

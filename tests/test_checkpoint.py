@@ -117,9 +117,10 @@ def test_a_run_of_the_format_before_goes_on(tmp_path: Path) -> None:
         by_part.setdefault(part, {})[rest] = x
     old: dict[str, Tensor] = {}
     for part, some in by_part.items():
+        of_part = dict(some)
         if part.startswith("exp_avg"):  # of one bias: the gradients of both
-            some = some | {name: x * 0 for name, x in some.items() if "bias_hh" in name}  # noqa: PLW2901
-        old |= {f"{part}.{name}": x for name, x in of_format_2(some, config).items()}
+            of_part |= {name: x * 0 for name, x in some.items() if "bias_hh" in name}
+        old |= {f"{part}.{name}": x for name, x in of_format_2(of_part, config).items()}
     renewed = formats.renewed(old, config)
     again = Trainer(tiny("lstm", **VARIANTS["input feeding"], average=0.5, seed=2), ten())
     again.go_on(renewed, progress, tmp_path)

@@ -13,8 +13,6 @@ import pytest
 import torch
 from decoder_cases import (
     ATTENTIONS,
-    FORMS,
-    KINDS,
     Case,
     Decoder,
     assert_equal,
@@ -30,21 +28,9 @@ from torch import Tensor, nn
 
 import attnext
 from attnext import AttentiveGRU, AttentiveLSTM, BahdanauAttention, DecoderState, Past
-from attnext.recurrent import _decoder
+from attnext.recurrent import _operators
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
-def kind(request: pytest.FixtureRequest) -> type[Decoder]:
-    found: type[Decoder] = request.param
-    return found
-
-
-@pytest.fixture(params=FORMS, ids=lambda case: "-".join(map(str, case[:3])))
-def form(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
 
 
 # Arguments.
@@ -431,7 +417,7 @@ def test_first_states() -> None:
 
 FIELDS, BACKWARD_FIELDS = (
     [field.split()[-1] for field in schema[1:].split(") ->")[0].split(", ")]
-    for schema in (_decoder._SCHEMA, _decoder._BACKWARD_SCHEMA)
+    for schema in (_operators.SCHEMA, _operators.BACKWARD_SCHEMA)
 )
 OPERATED = (
     Case(),
@@ -477,12 +463,12 @@ def attempted(operator: Callable[..., list[Tensor]], given: tuple[Any, ...], pla
 
 
 @pytest.mark.parametrize("case", OPERATED, ids=lambda case: "-".join(map(str, case[:3])))
-@pytest.mark.parametrize(("name", "fields"), [("_forward", FIELDS), ("_backward", BACKWARD_FIELDS)])
+@pytest.mark.parametrize(("name", "fields"), [("forward", FIELDS), ("backward", BACKWARD_FIELDS)])
 def test_operators_refuse_what_would_read_outside(
     kind: type[Decoder], case: Case, name: str, fields: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a program comes to them without the modules' checks: each tensor by itself of other sizes or dtypes."""
-    operator, calls = getattr(_decoder, name), recorded(monkeypatch, name)
+    operator, calls = getattr(_operators, name), recorded(monkeypatch, name)
     outcome(*made(kind, case, torch.float32))
     (given,) = calls
     assert len(given) == len(fields)
@@ -527,7 +513,7 @@ def test_operators_refuse_what_would_read_outside(
 def test_operators_say_what_is_wrong(
     kind: type[Decoder], field: str, wrong: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operator, calls = _decoder._forward, recorded(monkeypatch)
+    operator, calls = _operators.forward, recorded(monkeypatch)
     decoder, given = made(kind, Case("location", "after", "vector", state=False), torch.float32)
     step = decoder.eval().opened()
     step(given.x[:, 0], decoder.prepare(given.states, given.lengths), decoder.first_state(3))
@@ -538,7 +524,7 @@ def test_operators_say_what_is_wrong(
 
 
 def test_operators_are_not_for_graphs(kind: type[Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
-    operator, calls = _decoder._forward, recorded(monkeypatch)
+    operator, calls = _operators.forward, recorded(monkeypatch)
     outcome(*made(kind, Case()))
     with (
         torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True),

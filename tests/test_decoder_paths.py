@@ -14,7 +14,6 @@ import torch
 from decoder_cases import (
     DTYPES,
     FORMS,
-    KINDS,
     SERVED,
     VECTORS,
     Case,
@@ -28,7 +27,6 @@ from decoder_cases import (
     leaves_of,
     made,
     outcome,
-    recorded,
     tensors,
     with_parts,
 )
@@ -42,24 +40,6 @@ from attnext.attention.family import STEPPED
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Calls = list[tuple[Any, ...]]
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
-def kind(request: pytest.FixtureRequest) -> type[Decoder]:
-    found: type[Decoder] = request.param
-    return found
-
-
-@pytest.fixture(params=FORMS, ids=lambda case: "-".join(map(str, case[:3])))
-def form(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Of the operator of the forward pass."""
-    return recorded(monkeypatch)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import torch
 from decoder_cases import (
     ATTENTIONS,
     FORMS,
-    KINDS,
     PASTS,
     SERVED,
     VECTORS,
@@ -34,24 +33,6 @@ from attnext.attention.family import STEPPED
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Calls = list[tuple[Any, ...]]
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
-def kind(request: pytest.FixtureRequest) -> type[Decoder]:
-    found: type[Decoder] = request.param
-    return found
-
-
-@pytest.fixture(params=FORMS, ids=lambda case: "-".join(map(str, case[:3])))
-def form(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Of the operator of the forward pass."""
-    return recorded(monkeypatch)
 
 
 # Steps of a search.
@@ -363,7 +344,7 @@ def test_opened_anew_sees_what_has_changed(kind: type[Decoder], form: Case, how:
 
 
 def test_opened_matrices_are_packed_once(kind: type[Decoder], form: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    packs, calls = recorded(monkeypatch, "_pack"), recorded(monkeypatch)
+    packs, calls = recorded(monkeypatch, "pack"), recorded(monkeypatch)
     search = Search(kind, form)
     for rows in ([0, 1, 2], [2, 0], [1]):
         search.leave(rows)

@@ -16,7 +16,6 @@ from decoder_cases import (
     ATTENTIONS,
     DTYPES,
     FORMS,
-    KINDS,
     VECTORS,
     Case,
     Decoder,
@@ -29,7 +28,6 @@ from decoder_cases import (
     leaves_of,
     made,
     outcome,
-    recorded,
     tensors,
     with_parts,
 )
@@ -40,24 +38,6 @@ import attnext
 from attnext import AttentiveLSTM, Past
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # where no test asks for more
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
-def kind(request: pytest.FixtureRequest) -> type[Decoder]:
-    found: type[Decoder] = request.param
-    return found
-
-
-@pytest.fixture(params=FORMS, ids=lambda case: "-".join(map(str, case[:3])))
-def form(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Of the operator of the forward pass."""
-    return recorded(monkeypatch)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ several; of several the topmost asks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,7 +24,9 @@ from attnext.attention.past import Past
 from attnext.backends import choose
 from attnext.backends.cpu import multiplies_bfloat16
 from attnext.memory import Memory
-from attnext.recurrent._decoder import Layer, Output, Results, Start, Weights, decode
+from attnext.recurrent._decoder import decode
+from attnext.recurrent._operators import Layer, Results, Start, Weights
+from attnext.recurrent._ready import Output
 from attnext.recurrent.opened import OpenedDecoder
 from attnext.recurrent.state import DecoderState
 
@@ -40,7 +43,7 @@ class _Ahead(NamedTuple):
     vectors: Tensor | None
 
 
-class _AttentiveLayers(nn.Module):
+class _AttentiveLayers(nn.Module, ABC):
     """What both have in common."""
 
     _gates: int
@@ -440,8 +443,8 @@ class _AttentiveLayers(nn.Module):
             output, context, state, of_step = self._one(ahead, memory, state, need_weights)
             outputs.append(output)
             contexts.append(context)
-            weights.append(of_step)
-        stacked = torch.stack(weights, 1) if need_weights else None  # type: ignore[arg-type]
+            weights += [] if of_step is None else [of_step]
+        stacked = torch.stack(weights, 1) if need_weights else None
         return torch.stack(outputs, 1), torch.stack(contexts, 1), state, stacked
 
     def _one(
@@ -492,9 +495,9 @@ class _AttentiveLayers(nn.Module):
             cells.extend(cell)
         return hidden, cells
 
+    @abstractmethod
     def _units(self, gates: Tensor, projected: Tensor, hidden: Tensor, cell: Tensor | None) -> tuple[Tensor, ...]:
         """The next state of a layer, of what inputs and the last state add to its gates."""
-        raise NotImplementedError
 
 
 class AttentiveGRU(_AttentiveLayers):

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from attnext import _checks
 from attnext.attention.past import Past
 from attnext.memory import Memory
-from attnext.recurrent._decoder import Ahead, Output, Ready, without_autocast
+from attnext.recurrent._operators import Ahead, without_autocast
+from attnext.recurrent._ready import Output, Ready
 from attnext.recurrent.state import DecoderState
 
 if TYPE_CHECKING:

@@ -89,7 +89,6 @@ class Packed {
   Packed(const Matrices& m, int64_t values, bool lstm, bool backward)
       : unit(lstm ? kernels_of<T>().lstm : kernels_of<T>().gru), backward_(backward) {
     layers = int64_t(m.w_hidden.size()), size = m.w_hidden[0].size(1), gates = lstm ? 4 : 3;
-    values_ = values;
     readout = m.w_readout ? m.w_readout->size(0) : 0;
     const int64_t outer = m.w_outer ? m.w_outer->size(1) : 0;
     takes_vector = m.feeds, takes_context = !(m.after && m.feeds);
@@ -184,7 +183,6 @@ class Packed {
     for (Dense<T>* m : {&context, &feed, &query, &of_hidden, &of_context, &output}) one(*m);
   }
 
-  int64_t values_;
   bool backward_;
   std::vector<Recurrence<T>> hidden_;
   Tensors held_;

@@ -5,8 +5,6 @@
 
 namespace attnext::cpu {
 
-// Multiply-adds of a step that pay for one more thread: it takes a microsecond to meet.
-constexpr int64_t kStepPerThread = 1 << 16;
 constexpr int64_t kPartsPerThread = 4;
 
 template <class T>

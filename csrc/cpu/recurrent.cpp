@@ -14,6 +14,8 @@
 namespace attnext::cpu {
 namespace {
 
+// Multiply-adds of a step that pay for one more thread: it takes a microsecond to meet.
+constexpr int64_t kStepPerThread = 1 << 16;
 constexpr int64_t kPieces = 8;  // of a product
 
 // What a core's own cache holds of a matrix, beside what else it reads.

@@ -5,7 +5,7 @@
 
 namespace attnext::cpu {
 
-enum class Score : int64_t { kAdditive, kDot, kPast };  // as SCORES in attnext/recurrent/_decoder.py counts them
+enum class Score : int64_t { kAdditive, kDot, kPast };  // as SCORES in attnext/recurrent/_operators.py counts them
 
 // What is attended, by which score.
 struct Attended {
