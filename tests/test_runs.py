@@ -189,12 +189,16 @@ def test_a_run_is_gone_on_with_where_it_was_saved(
 
 
 def test_the_second_signal_ends_at_once() -> None:
-    with session._asked_to_stop() as asked:
-        assert not asked()
-        signal.raise_signal(signal.SIGINT)
-        assert asked()
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
+    try:
+        with session._asked_to_stop() as asked:
+            assert not asked()
             signal.raise_signal(signal.SIGINT)
+            assert asked()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_folder_has_one_run_at_a_time(whole: Path, tmp_path: Path, words: list[str], capsys: Captured) -> None:
