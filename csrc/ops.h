@@ -99,8 +99,9 @@ StepResultsInto additive_step_backward_into(std::optional<Tensor> grad_context, 
                                             std::optional<Tensor> window, std::optional<Tensor> seed, double scale,
                                             double dropout_p, int64_t rule, Tensor weights, Tensor sum_key);
 
-// A layer of gated units, or of LSTM units where there is a cell: output, last hidden states and cells, and what the
-// backward pass needs: the gates of each direction, and the inner states.
+// A layer of gated units, or of LSTM units where there is a cell; `half` rounds the factors of products over all steps
+// to bfloat16. Output, last hidden states and cells, and what the backward pass needs: the gates of each direction, and
+// the inner states.
 using LayerResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // The gradients of x, of the first hidden states and cells, and of the parameters; those that are not wanted are empty.
 using LayerBackward =
@@ -109,7 +110,8 @@ using LayerBackward =
 LayerResults recurrent_layer(Tensor x, Tensor hidden, std::optional<Tensor> cell, Tensor batch_sizes, Tensor w_input,
                              Tensor w_hidden, std::optional<Tensor> b_input, std::optional<Tensor> b_hidden,
                              std::optional<Tensor> reverse_w_input, std::optional<Tensor> reverse_w_hidden,
-                             std::optional<Tensor> reverse_b_input, std::optional<Tensor> reverse_b_hidden, bool keep);
+                             std::optional<Tensor> reverse_b_input, std::optional<Tensor> reverse_b_hidden, bool half,
+                             bool keep);
 
 LayerBackward recurrent_layer_backward(std::optional<Tensor> grad_output, std::optional<Tensor> grad_hidden,
                                        std::optional<Tensor> grad_cell, Tensor x, Tensor hidden,
@@ -117,7 +119,7 @@ LayerBackward recurrent_layer_backward(std::optional<Tensor> grad_output, std::o
                                        std::optional<Tensor> b_input, std::optional<Tensor> b_hidden,
                                        std::optional<Tensor> reverse_w_input, std::optional<Tensor> reverse_w_hidden,
                                        std::optional<Tensor> reverse_b_input, std::optional<Tensor> reverse_b_hidden,
-                                       Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted);
+                                       bool half, Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted);
 
 // A decoder: recurrent layers that attend a memory at every step; arguments and results are told in
 // attnext/recurrent/_operators.py. `gates` and `feeds` are what the inputs add, and become what the backward pass

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnext
 from attnext import GRU, LSTM, _extension
+from attnext.backends import cpu
 
 EXTENSION = _extension.load()
 assert EXTENSION is not None, _extension.status().reason
@@ -772,6 +773,37 @@ def test_autocast_of_what_it_leaves_alone(kind: type[nn.RNNBase], of_input: torc
         assert_as_torchs(lambda: ours(x), lambda: theirs(x))
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if (case.batch or 0) > 1 < case.steps], ids=lambda case: "-".join(map(str, case))
+)
+@pytest.mark.parametrize("units", [False, True], ids=["no units", "matrix units"])
+def test_products_under_autocast(
+    case: Case, kind: type[nn.RNNBase], units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those over all steps are of bfloat16 where the processor has instructions for it, else of float32."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: units)
+    layer = case.layer(kind, torch.float32)
+    x, states = inputs(case.steps, case.batch or 1, case.inputs, dtype=torch.float32), first_states(layer, case.batch)
+    state = state_of(layer, [y.detach().float().requires_grad_() for y in tensors(states)])
+    lengths = torch.randint(1, case.steps + 1, (case.batch,))
+    lengths[0], lengths[-1] = 1, case.steps  # not all alike: torch's LSTM would give bfloat16
+
+    def outcome(autocast: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results = tensors(layer(pack_padded_sequence(x, lengths, enforce_sorted=False), state))
+        return [*results, *gradients(results, [x, *tensors(state), *layer.parameters()])]
+
+    found, expected = outcome(True), outcome(False)
+    if not units:
+        assert_same_bits(found, expected)
+        return
+    assert not all(map(torch.equal, found, expected))
+    for y, right in zip(found, expected, strict=True):
+        # Of sums of about 1 and more: roundings of the factors, a third of one each, and of the sum; layers hand it on.
+        within = 2 * case.layers * torch.finfo(torch.bfloat16).eps * max(1.0, float(right.detach().abs().max()))
+        torch.testing.assert_close(y, right, rtol=0, atol=within)
+
+
 # Automatic differentiation.
 
 
@@ -1215,7 +1247,7 @@ def test_operators(gates: int, directions: int) -> None:
     x, sizes = torch.randn(6, features), torch.tensor([3, 2, 1])
     one = [torch.randn(gates * units, n) for n in (features, units)] + [torch.randn(gates * units) for _ in range(2)]
     both = [*one, *([y.clone() for y in one] if directions == 2 else [None] * 4)]
-    given = (x, hidden, cell, sizes, *both)
+    given = (x, hidden, cell, sizes, *both, False)
     ops: Any = torch.ops.attnext
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.recurrent_layer_cpu.default, (*given, False), test_utils=tests)
@@ -1245,7 +1277,16 @@ def test_operators(gates: int, directions: int) -> None:
 def test_operators_refuse_what_would_read_outside(place: int, wrong: Tensor, message: str) -> None:
     """As a compiled or exported program comes to them without the modules' checks."""
     given: list[Any] = [torch.zeros(6, 3), torch.zeros(1, 3, 5), None, torch.tensor([3, 2, 1]), torch.zeros(15, 3)]
-    given += [torch.zeros(15, 5), torch.zeros(15), None, None, None, None, None]
+    given += [torch.zeros(15, 5), torch.zeros(15), None, None, None, None, None, False]
     given[place] = wrong
     with pytest.raises(RuntimeError, match=message):
         torch.ops.attnext.recurrent_layer_cpu(*given, True)
+
+
+def test_operators_refuse_bfloat16_products_of_float64() -> None:
+    given = [torch.zeros(size).double() for size in ((6, 3), (1, 3, 5), (15, 3), (15, 5))]
+    x, hidden, *matrices = given
+    with pytest.raises(RuntimeError, match="bfloat16 products are for float32"):
+        torch.ops.attnext.recurrent_layer_cpu(
+            x, hidden, None, torch.tensor([3, 2, 1]), *matrices, *(None,) * 6, True, False
+        )

@@ -26,3 +26,8 @@ def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for it; elsewhere such products are slower than those of float32."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+
+
+def rounds_products(dtype: torch.dtype) -> bool:
+    """Whether autocast, where it is at work, wants products over all steps of such numbers in bfloat16."""
+    return dtype == torch.float32 and torch.get_autocast_dtype("cpu") == torch.bfloat16 and multiplies_bfloat16()

@@ -32,6 +32,7 @@ _LAYER = ", ".join(
         "Tensor x, Tensor hidden, Tensor? cell, Tensor batch_sizes",
         *(one.format("") for one in _PARAMETERS),
         *(one.format("?").replace(" ", " reverse_") for one in _PARAMETERS),
+        "bool half",
     )
 )
 _SCHEMA = f"({_LAYER}, bool keep) -> (Tensor, Tensor, Tensor, Tensor gates, Tensor reverse_gates, Tensor inner)"
@@ -42,7 +43,7 @@ _BACKWARD_SCHEMA = (
 
 
 def _fake(x: Tensor, hidden: Tensor, cell: Tensor | None, _sizes: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *parameters, keep = others
+    *parameters, _half, keep = others
     (directions, _, size), rows = hidden.shape, x.shape[0]
     gates = (rows, parameters[1].shape[0])
     return (
@@ -56,7 +57,7 @@ def _fake(x: Tensor, hidden: Tensor, cell: Tensor | None, _sizes: Tensor, *other
 
 
 def _fake_backward(_: Any, __: Any, ___: Any, x: Tensor, hidden: Tensor, cell: Any, *others: Any) -> tuple[Tensor, ...]:
-    _sizes, *parameters, _gates, _reverse, _inner, wanted = others
+    _sizes, *parameters, _half, _gates, _reverse, _inner, wanted = others
     return (
         x.new_empty(x.shape if wanted & 1 else 0),
         hidden.new_empty(hidden.shape),
@@ -73,8 +74,9 @@ class _Layer(torch.autograd.Function):
     """The operators."""
 
     @staticmethod
-    def forward(ctx: Any, keep: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        output, last_hidden, last_cell, *kept = _forward(*inputs, keep)
+    def forward(ctx: Any, half: bool, keep: bool, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        output, last_hidden, last_cell, *kept = _forward(*inputs, half, keep)
+        ctx.half = half
         ctx.save_for_backward(*inputs, *kept)
         ctx.set_materialize_grads(False)
         return (output, last_hidden) if inputs[2] is None else (output, last_hidden, last_cell)
@@ -82,14 +84,15 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in incoming):
-            return (None,) * 13
-        needs = ctx.needs_input_grad[1:]
+            return (None,) * 14
+        needs, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+        inputs, kept = saved[:12], saved[12:]
         if torch.is_grad_enabled():  # what comes may be differentiated again
-            return None, *_by_torch(ctx.saved_tensors[:12], incoming, needs)
+            return None, None, *_by_torch(inputs, incoming, needs)
         wanted = sum(1 << k for k, needed in enumerate((needs[0], *needs[4:])) if needed)
-        grads = _backward(*(*incoming, None)[:3], *ctx.saved_tensors, wanted)
+        grads = _backward(*(*incoming, None)[:3], *inputs, ctx.half, *kept, wanted)
         found = (*grads[:3], None, *grads[3:])
-        return None, *(grad if needed else None for grad, needed in zip(found, needs, strict=True))
+        return None, None, *(grad if needed else None for grad, needed in zip(found, needs, strict=True))
 
 
 # As mypy sees it: torch's apply has no types.
@@ -122,7 +125,7 @@ def _by_torch(
 
 
 def layer(
-    x: Tensor, batch_sizes: Tensor, hidden: Tensor, cell: Tensor | None, directions: list[Direction]
+    x: Tensor, batch_sizes: Tensor, hidden: Tensor, cell: Tensor | None, directions: list[Direction], half: bool = False
 ) -> tuple[Tensor, ...]:
     """The states of a layer and the last of each sequence.
 
@@ -131,6 +134,7 @@ def layer(
         batch_sizes: (T,) int64 on the CPU, how many sequences reach each step; B first, and none growing.
         hidden, cell: (directions, B, S), before the first step; without a cell they are gated units (GRU).
         directions: forward, and backward where there is a second.
+        half: of float32, round the factors of products over all steps to bfloat16.
 
     Returns:
         output (rows, directions S), last hidden states (directions, B, S) and of an LSTM the last cells.
@@ -138,4 +142,4 @@ def layer(
     parameters = [parameter for one in directions for parameter in one]
     inputs = (x, hidden, cell, batch_sizes, *parameters, *(None,) * (8 - len(parameters)))
     keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in inputs)
-    return _applied(keep, *inputs)
+    return _applied(half, keep, *inputs)

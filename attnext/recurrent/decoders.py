@@ -22,7 +22,7 @@ from attnext import _checks
 from attnext.attention.base import StepParts, has_global_hooks, has_own_hooks, plain_layer
 from attnext.attention.past import Past
 from attnext.backends import choose
-from attnext.backends.cpu import multiplies_bfloat16
+from attnext.backends.cpu import rounds_products
 from attnext.memory import Memory
 from attnext.recurrent._decoder import decode
 from attnext.recurrent._operators import Layer, Results, Start, Weights
@@ -354,11 +354,11 @@ class _AttentiveLayers(nn.Module, ABC):
         """The steps (T, N, E) by the operator; results are (N, T, ...). Under autocast in the parameters' dtype."""
         if not _checks.autocasts("cpu"):
             return self._by_operator(steps.contiguous(), memory, state, parts, need_weights)
-        dtype, half = self._parameter.dtype, torch.get_autocast_dtype("cpu") == torch.bfloat16
+        dtype = self._parameter.dtype
+        half = rounds_products(dtype)
         with torch.autocast("cpu", enabled=False):
             state = state.map(lambda x, _: x.to(dtype), lambda past: past.map(lambda x: x.to(dtype)))
             steps, memory = steps.to(dtype).contiguous(), memory.to(dtype=dtype)
-            half = half and dtype == torch.float32 and multiplies_bfloat16()
             return self._by_operator(steps, memory, state, parts, need_weights, half)
 
     def _by_operator(

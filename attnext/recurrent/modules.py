@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from attnext import _checks
 from attnext.backends import choose
+from attnext.backends.cpu import rounds_products
 from attnext.recurrent._layer import Direction, layer
 
 __all__ = ["GRU", "LSTM", "GatedLayers", "MemoryLayers"]
@@ -103,17 +104,19 @@ class _Layers(nn.RNNBase):
         )
 
     def _run(self, data: Tensor, batch_sizes: Tensor, state: _State, batch: int) -> tuple[Tensor, _State]:
-        """All layers over packed rows; under autocast in the parameters' dtype."""
+        """All layers over packed rows; under autocast in the parameters' dtype, but for products over all steps."""
         dtype = self._weights[0].dtype
         if not _checks.autocasts("cpu"):
             return self._through(data, batch_sizes, state, batch)
-        wanted = self._dtype_under_autocast(data, batch_sizes, state)
+        wanted, half = self._dtype_under_autocast(data, batch_sizes, state), rounds_products(dtype)
         with torch.autocast("cpu", enabled=False):
             state = tuple(x.to(dtype) for x in state)
-            output, state = self._through(data.to(dtype), batch_sizes, state, batch)
+            output, state = self._through(data.to(dtype), batch_sizes, state, batch, half)
         return output.to(wanted), tuple(x.to(wanted) for x in state)
 
-    def _through(self, data: Tensor, batch_sizes: Tensor, state: _State, batch: int) -> tuple[Tensor, _State]:
+    def _through(
+        self, data: Tensor, batch_sizes: Tensor, state: _State, batch: int, half: bool = False
+    ) -> tuple[Tensor, _State]:
         directions, each = 2 if self.bidirectional else 1, 4 if self.bias else 2
         if not state:
             zeros = data.new_zeros(self.num_layers * directions, batch, self.hidden_size)
@@ -126,7 +129,7 @@ class _Layers(nn.RNNBase):
             of = [weights[d * each : (d + 1) * each] for d in range(directions)]
             hidden, *cell = (x[k * directions : (k + 1) * directions] for x in state)
             both = [Direction(*x, *(None,) * (4 - each)) for x in of]
-            data, *ended = layer(data, batch_sizes, hidden, cell[0] if cell else None, both)
+            data, *ended = layer(data, batch_sizes, hidden, cell[0] if cell else None, both, half)
             last.append(tuple(ended))
         return data, tuple(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*last, strict=True))
 
@@ -165,7 +168,8 @@ class GRU(GatedLayers, nn.GRU):
     """:class:`torch.nn.GRU`, with the same parameters, arguments, results and ``state_dict``, faster on the CPU.
 
     float32 and float64; what else there is (other dtypes and devices, ``torch.func``, ``torch.jit``, export) runs
-    torch's own code, and so do second derivatives. ``torch.compile`` breaks its graph here, as at torch's own.
+    torch's own code, and so do second derivatives. ``torch.compile`` breaks its graph here, as at torch's own. Under
+    autocast of bfloat16 products over all steps are of that where the processor has instructions for it.
     """
 
 
@@ -174,7 +178,7 @@ class LSTM(MemoryLayers, nn.LSTM):
 
     float32 and float64; what else there is (other dtypes and devices, ``proj_size``, ``torch.func``, ``torch.jit``,
     export) runs torch's own code, and so do second derivatives. ``torch.compile`` breaks its graph here, as at torch's
-    own.
+    own. Under autocast of bfloat16 products over all steps are of that where the processor has instructions for it.
     """
 
 

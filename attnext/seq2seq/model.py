@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from attnext.attention.base import has_own_hooks, plain_layer
 from attnext.attention.family import STEPPED
+from attnext.backends.cpu import multiplies_bfloat16
 from attnext.recurrent import GRU, LSTM, AttentiveGRU, AttentiveLSTM, DecoderState
 from attnext.recurrent.opened import likeliest
 from attnext.seq2seq.config import Config
@@ -78,8 +79,9 @@ class _Encoder(nn.Module):
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The top layer's states h_j (B, Tx, H), and its last state of either direction side by side (B, H)."""
         embedded = self.dropout(self.embedding(source))
-        # Autocast gives these layers types that a processor may lack, or float16 without a scaled loss.
-        with torch.autocast(source.device.type, enabled=False):
+        # Elsewhere autocast gives these layers types that a processor may lack, or float16 without a scaled loss.
+        kind = source.device.type
+        with torch.autocast(kind, enabled=kind == "cpu" and multiplies_bfloat16() and torch.is_autocast_enabled(kind)):
             if bool((lengths == source.shape[1]).all()):  # nothing to leave out: the library's fast path
                 states, last = self.recurrent(embedded)
             else:

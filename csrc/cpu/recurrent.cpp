@@ -46,6 +46,7 @@ struct LayerInputs {
   const Tensor& batch_sizes;
   const Direction& forward;
   const ReverseDirection& reverse;
+  bool half;  // factors of products over all steps are rounded to bfloat16
 
   int64_t directions() const { return reverse.w_hidden ? 2 : 1; }
   Direction of(int64_t d) const {
@@ -58,6 +59,7 @@ void check_layer(const LayerInputs& x) {
   check_rank(x.x, "x", 2);
   STD_TORCH_CHECK(type_of(x.x) == Type::kFloat || type_of(x.x) == Type::kDouble,
                   "attnext: a recurrent layer takes float32 or float64");
+  STD_TORCH_CHECK(!x.half || type_of(x.x) == Type::kFloat, "attnext: bfloat16 products are for float32");
   STD_TORCH_CHECK(x.reverse.w_input.has_value() == x.reverse.w_hidden.has_value(),
                   "attnext: half of a reverse direction");
   const int64_t D = x.directions(), batch = x.hidden.size(1), size = x.hidden.size(2), rows = (x.cell ? 4 : 3) * size;
@@ -78,39 +80,50 @@ void check_layer(const LayerInputs& x) {
 }
 
 // A matrix of numbers in memory, rows and columns any distance apart.
-template <class T>
 struct View {
-  T* data;
-  int64_t rows, columns, row, column = 1;
-  View transposed() const { return {data, columns, rows, column, row}; }
-  View some_rows(int64_t from, int64_t count) const { return {data + from * row, count, columns, row, column}; }
-  View some_columns(int64_t from, int64_t count) const { return {data + from * column, rows, count, row, column}; }
+  template <class T>
+  View(T* data, int64_t rows, int64_t columns, int64_t row)
+      : View{reinterpret_cast<char*>(data), rows, columns, row, 1, arithmetic_dtype<T>(), sizeof(T)} {}
+  View(char* data, int64_t rows, int64_t columns, int64_t row, int64_t column, int32_t dtype, int64_t bytes)
+      : data(data), rows(rows), columns(columns), row(row), column(column), dtype(dtype), bytes(bytes) {}
+  View() : View(nullptr, 0, 0, 0, 0, kFloatDtype, 0) {}
+
+  View transposed() const { return {data, columns, rows, column, row, dtype, bytes}; }
+  View some_rows(int64_t from, int64_t count) const { return part(from * row, count, columns); }
+  View some_columns(int64_t from, int64_t count) const { return part(from * column, rows, count); }
   Tensor tensor() const {
     const std::array<int64_t, 2> sizes{rows, columns}, strides{row, column};
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes.data(), strides.data(), 0,
-                                                                     arithmetic_dtype<std::remove_const_t<T>>(),
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes.data(), strides.data(), 0, dtype,
                                                                      aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
+  }
+  double& at(int64_t i, int64_t j) const { return *reinterpret_cast<double*>(data + (i * row + j * column) * bytes); }
+
+  char* data;
+  int64_t rows, columns, row, column;
+  int32_t dtype;
+  int64_t bytes;  // of a number
+
+ private:
+  View part(int64_t from, int64_t some_rows, int64_t some_columns) const {
+    return {data + from * bytes, some_rows, some_columns, row, column, dtype, bytes};
   }
 };
 
 // out = a b, or out += a b, by the library that torch's products go to.
-template <class T>
-void multiply_whole(const View<T>& out, const View<T>& a, const View<T>& b, bool adds) {
+void multiply_whole(const View& out, const View& a, const View& b, bool adds) {
   const Tensor to = out.tensor(), x = a.tensor(), y = b.tensor();
   STABLE_TORCH_ERROR_CODE_CHECK(adds ? aoti_torch_cpu_addmm_out(to.get(), to.get(), x.get(), y.get(), 1., 1.)
                                      : aoti_torch_cpu_mm_out(to.get(), x.get(), y.get()));
 }
 
 // That library's sums of doubles depend on its number of threads: so in pieces, each by one.
-template <class T>
-void multiply(const View<T>& out, const View<T>& a, const View<T>& b, bool adds) {
-  if (sizeof(T) == 4) return multiply_whole<T>(out, a, b, adds);
+void multiply_doubles(const View& out, const View& a, const View& b, bool adds) {
   if (out.rows * out.columns == 1) {
-    T sum = adds ? *out.data : T(0);
-    for (int64_t k = 0; k < a.columns; ++k) sum += a.data[k * a.column] * b.data[k * b.row];
-    *out.data = sum;
+    double sum = adds ? out.at(0, 0) : 0.;
+    for (int64_t k = 0; k < a.columns; ++k) sum += a.at(0, k) * b.at(k, 0);
+    out.at(0, 0) = sum;
     return;
   }
   const bool by_rows = out.rows > out.columns;
@@ -118,10 +131,43 @@ void multiply(const View<T>& out, const View<T>& a, const View<T>& b, bool adds)
   torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t from = size * k / pieces, count = size * (k + 1) / pieces - from;
-      multiply_whole<T>(by_rows ? out.some_rows(from, count) : out.some_columns(from, count),
-                        by_rows ? a.some_rows(from, count) : a, by_rows ? b : b.some_columns(from, count), adds);
+      multiply_whole(by_rows ? out.some_rows(from, count) : out.some_columns(from, count),
+                     by_rows ? a.some_rows(from, count) : a, by_rows ? b : b.some_columns(from, count), adds);
     }
   });
+}
+
+// Of factors in bfloat16, by the processor's instructions for it; out is of float32.
+void multiply_bfloat16(const View& out, const View& a, const View& b, bool adds) {
+  const Tensor product = empty({out.rows, out.columns}, kBFloat16Dtype), x = a.tensor(), y = b.tensor();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), x.get(), y.get()));
+  const auto* from = static_cast<const torch::headeronly::BFloat16*>(product.data_ptr());
+  auto* to = reinterpret_cast<float*>(out.data);
+  parallel(out.rows, out.rows * out.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t k = 0; k < out.columns; ++k)
+        to[i * out.row + k] = (adds ? to[i * out.row + k] : 0.f) + float(from[i * out.columns + k]);
+  });
+}
+
+void multiply(const View& out, const View& a, const View& b, bool adds) {
+  const auto with = a.dtype == kBFloat16Dtype ? multiply_bfloat16
+                    : a.dtype == kFloatDtype  ? multiply_whole
+                                              : multiply_doubles;
+  with(out, a, b, adds);
+}
+
+// A factor of products, in memory of its own where it was rounded.
+struct Factor {
+  View numbers;
+  Optional held;
+};
+
+Factor factor_of(const View& x, bool half) {
+  if (!half) return {x, std::nullopt};
+  const Tensor rounded = torch::stable::to(x.tensor(), ScalarType::BFloat16);
+  auto* data = static_cast<char*>(rounded.data_ptr());
+  return {{data, x.rows, x.columns, rounded.stride(0), rounded.stride(1), kBFloat16Dtype, 2}, rounded};
 }
 
 // The rows [row, row + rows) of a stretch of steps in one direction.
@@ -139,7 +185,8 @@ class Layer {
         features(inputs.x.size(1)),
         kernels(inputs.cell ? kernels_of<T>().lstm : kernels_of<T>().gru),
         gates(inputs.cell ? 4 : 3),
-        steps(inputs.batch_sizes.numel()) {
+        steps(inputs.batch_sizes.numel()),
+        half(inputs.half) {
     const int64_t* sizes = static_cast<const int64_t*>(inputs.batch_sizes.data_ptr());
     for (int64_t t = 0, last = batch; t < steps; last = sizes[t++]) {
       STD_TORCH_CHECK(sizes[t] > 0 && sizes[t] <= last && (t > 0 || sizes[0] == batch),
@@ -148,7 +195,7 @@ class Layer {
       rows += sizes[t];
     }
     check_shape(inputs.x, "x", {rows, features});
-    x = {data(inputs.x), rows, features, features};
+    x = factor_of({data(inputs.x), rows, features, features}, half);
     const T* hidden = data(inputs.hidden);
     const T* cell = inputs.cell ? data(*inputs.cell) : nullptr;
     for (int64_t d = 0; d < directions; ++d) {
@@ -157,7 +204,8 @@ class Layer {
       r.batch = batch, r.size = size, r.steps = r.after = steps, r.reverse = d == 1;
       r.padded = round_up(size, std::max(kernels.block, kernels.grad_block));
       r.sizes = sizes, r.offsets = offsets_.data();
-      r.weight = data(one.w_hidden), w_input[d] = {data(one.w_input), gates * size, features, features};
+      r.weight = data(one.w_hidden);
+      w_input[d] = factor_of({data(one.w_input), gates * size, features, features}, half);
       r.bias = biases<T>(scratch, one.b_input ? data(*one.b_input) : nullptr,
                          one.b_hidden ? data(*one.b_hidden) : nullptr, gates, size, r.padded);
       r.hidden = hidden + d * batch * size;
@@ -220,9 +268,10 @@ class Layer {
   const int64_t directions, batch, size, features;
   const RecurrentKernels<T>& kernels;
   const int64_t gates, steps;
+  const bool half;
   int64_t rows = 0;
-  View<T> x{};           // (rows, features)
-  View<T> w_input[2]{};  // (G S, features)
+  Factor x{};           // (rows, features)
+  Factor w_input[2]{};  // (G S, features)
   Recurrence<T> of[2]{};
   Scratch scratch;
 
@@ -268,8 +317,8 @@ LayerResults forward_as(const LayerInputs& inputs, bool keep) {
       Recurrence<T>& r = layer.of[d];
       const Stretch at = layer.stretch(d, begin, end);
       r.gates_base = keep ? 0 : at.row;
-      multiply<T>({r.gates + (at.row - r.gates_base) * G * S, at.rows, G * S, G * S},
-                  layer.x.some_rows(at.row, at.rows), layer.w_input[d].transposed(), false);
+      multiply({r.gates + (at.row - r.gates_base) * G * S, at.rows, G * S, G * S},
+               layer.x.numbers.some_rows(at.row, at.rows), layer.w_input[d].numbers.transposed(), false);
     }
     layer.walk(end - begin, [&](const Recurrence<T>& r, int64_t number, int64_t from, int64_t to) {
       layer.kernels.step(r, begin + number, from, to);
@@ -300,22 +349,22 @@ struct OfDirection {
     return empty(wanted ? shape : Shape{0}, arithmetic_dtype<T>());
   }
 
-  // Adds the products of a stretch. Of a gated unit the state's candidate comes first, and is the matrix' last.
-  void add(const Layer<T>& layer, int64_t d, const Stretch& at, bool adds) const {
-    const Recurrence<T>& r = layer.of[d];
+  // Adds the products of a stretch with the gradients of its gates (rows, 4 S). Of a gated unit the state's candidate
+  // comes first, and is the matrix' last.
+  void add(const Layer<T>& layer, int64_t d, const Stretch& at, const View& grad_gates, bool adds) const {
     const int64_t S = layer.size, G = layer.gates;
     const auto gates = [&](int64_t from, int64_t to) {
-      return View<T>{r.grad_gates + from * S, at.rows, (to - from) * S, 4 * S};
+      return grad_gates.some_columns(from * S, (to - from) * S).transposed();
     };
     if (w_input.numel())
-      multiply<T>({static_cast<T*>(w_input.data_ptr()), G * S, layer.features, layer.features},
-                  gates(4 - G, 4).transposed(), layer.x.some_rows(at.row, at.rows), adds);
+      multiply({static_cast<T*>(w_input.data_ptr()), G * S, layer.features, layer.features}, gates(4 - G, 4),
+               layer.x.numbers.some_rows(at.row, at.rows), adds);
     if (!w_hidden.numel()) return;
     T* out = static_cast<T*>(w_hidden.data_ptr());
-    const View<T> previous{r.previous, at.rows, S, S};
-    if (G == 4) return multiply<T>({out, 4 * S, S, S}, gates(0, 4).transposed(), previous, adds);
-    multiply<T>({out, 2 * S, S, S}, gates(1, 3).transposed(), previous, adds);
-    multiply<T>({out + 2 * S * S, S, S, S}, gates(0, 1).transposed(), previous, adds);
+    const Factor previous = factor_of({layer.of[d].previous, at.rows, S, S}, layer.half);
+    if (G == 4) return multiply({out, 4 * S, S, S}, gates(0, 4), previous.numbers, adds);
+    multiply({out, 2 * S, S, S}, gates(1, 3), previous.numbers, adds);
+    multiply({out + 2 * S * S, S, S, S}, gates(0, 1), previous.numbers, adds);
   }
 
   void finish(const Layer<T>& layer, const T* sums) const {
@@ -379,11 +428,12 @@ LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs,
     });
     for (int64_t d = 0; d < D; ++d) {
       const Stretch at = layer.stretch(d, begin, end);
-      sums[d].add(layer, d, at, k > 0);
+      const Factor of_gates = factor_of({layer.of[d].grad_gates, at.rows, 4 * S, 4 * S}, layer.half);
+      sums[d].add(layer, d, at, of_gates.numbers, k > 0);
       if (grad.wants(0))
-        multiply<T>({static_cast<T*>(grad_x.data_ptr()) + at.row * F, at.rows, F, F},
-                    {layer.of[d].grad_gates + (4 - layer.gates) * S, at.rows, layer.gates * S, 4 * S}, layer.w_input[d],
-                    D == 2);
+        multiply({static_cast<T*>(grad_x.data_ptr()) + at.row * F, at.rows, F, F},
+                 of_gates.numbers.some_columns((4 - layer.gates) * S, layer.gates * S), layer.w_input[d].numbers,
+                 D == 2);
     }
   }
   for (int64_t d = 0; d < D; ++d) sums[d].finish(layer, layer.of[d].grad_bias);
@@ -395,11 +445,11 @@ LayerBackward backward_as(const LayerGradients& grad, const LayerInputs& inputs,
 
 LayerResults recurrent_layer(Tensor x, Tensor hidden, Optional cell, Tensor batch_sizes, Tensor w_input,
                              Tensor w_hidden, Optional b_input, Optional b_hidden, Optional reverse_w_input,
-                             Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden,
+                             Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden, bool half,
                              bool keep) {
   const Direction one{w_input, w_hidden, b_input, b_hidden};
   const ReverseDirection other{reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
-  const LayerInputs inputs{x, hidden, cell, batch_sizes, one, other};
+  const LayerInputs inputs{x, hidden, cell, batch_sizes, one, other, half};
   check_layer(inputs);
   return dtype_of(x) == kDoubleDtype ? forward_as<double>(inputs, keep) : forward_as<float>(inputs, keep);
 }
@@ -408,10 +458,10 @@ LayerBackward recurrent_layer_backward(Optional grad_output, Optional grad_hidde
                                        Tensor hidden, Optional cell, Tensor batch_sizes, Tensor w_input,
                                        Tensor w_hidden, Optional b_input, Optional b_hidden, Optional reverse_w_input,
                                        Optional reverse_w_hidden, Optional reverse_b_input, Optional reverse_b_hidden,
-                                       Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted) {
+                                       bool half, Tensor gates, Tensor reverse_gates, Tensor inner, int64_t wanted) {
   const Direction one{w_input, w_hidden, b_input, b_hidden};
   const ReverseDirection other{reverse_w_input, reverse_w_hidden, reverse_b_input, reverse_b_hidden};
-  const LayerInputs inputs{x, hidden, cell, batch_sizes, one, other};
+  const LayerInputs inputs{x, hidden, cell, batch_sizes, one, other, half};
   const LayerGradients grad{grad_output, grad_hidden, grad_cell, wanted};
   check_layer(inputs);
   return dtype_of(x) == kDoubleDtype ? backward_as<double>(grad, inputs, gates, reverse_gates, inner)
