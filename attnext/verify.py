@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,14 +21,16 @@ from attnext.backends import backends, kernel_devices, serves
 from attnext.backends.triton import INTERPRETED
 from attnext.cases import CASES, DTYPES, PAST_INPUTS, Case, compare, random_cases
 from attnext.cli import non_negative
+from attnext.recurrent import cases as recurrent
+from attnext.recurrent.cases import RECURRENT_CASES, RecurrentCase
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-Call = tuple[str, Case, int]
+Call = tuple[str, Case | RecurrentCase, int]
 """A backend, a case and the seed of its inputs."""
-COLUMNS = {
+ATTENTION = {
     "scores": ["scores"],
     "context": ["context"],
     "weights": ["weights"],
@@ -38,14 +40,29 @@ COLUMNS = {
     "grad\nv": ["grad score_weight"],
     "grad\npast": [f"grad {name}" for name in PAST_INPUTS],
 }
-"""Of the table, each with the results whose worst it shows."""
+"""The columns of a table, each with the results whose worst it shows."""
+RECURRENT = {
+    "outputs": ["outputs"],
+    "contexts": ["contexts"],
+    "last\nstates": ["last states"],
+    "grad\ninputs": ["grad inputs"],
+    "grad\nstates": ["grad states"],
+    "grad\nmemory": ["grad memory"],
+    "grad\nparameters": ["grad parameters"],
+}
+"""Those of layers and decoders."""
+_SHARE = 4
+"""For so many random calls of attention one of a layer or decoder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnext verify``."""
     parser.add_argument("--seed", type=non_negative, default=0, help="of inputs and random cases (default %(default)s)")
     parser.add_argument(
-        "--cases", type=non_negative, default=200, help="random ones beside the table (default %(default)s)"
+        "--cases",
+        type=non_negative,
+        default=200,
+        help="random calls of attention beside the table; of layers and decoders a quarter (default %(default)s)",
     )
     parser.add_argument(
         "--backend", action="append", choices=list(kernel_devices()), help="only this backend; repeatable"
@@ -62,10 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Report:
-    """Worst errors by backend and dtype, and every call that was off."""
+    """Worst errors by kind of case, backend and dtype, and every call that was off."""
 
-    cases: dict[tuple[str, str], int] = field(default_factory=dict)
-    worst: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    cases: dict[tuple[type, str, str], int] = field(default_factory=dict)
+    worst: dict[tuple[type, str, str], dict[str, float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def add(self, call: Call, outcome: dict[str, float] | str) -> None:
@@ -74,7 +91,7 @@ class Report:
         if isinstance(outcome, str):
             self.failures.append(f"{backend}: {case}, seed {seed}: {outcome}")
             return
-        key = (backend, str(case.dtype).removeprefix("torch."))
+        key = (type(case), backend, str(case.dtype).removeprefix("torch."))
         self.cases[key] = self.cases.get(key, 0) + 1
         row = self.worst.setdefault(key, {})
         for name, error in outcome.items():
@@ -83,23 +100,27 @@ class Report:
         if off:
             self.failures.append(f"{backend}: {case}, seed {seed}: {off}")
 
-    def table(self) -> Table:
-        """The worst error of each result, a row for each backend and dtype."""
+    def tables(self) -> Iterator[Table]:
+        """The worst error of each result, a row for each backend and dtype; one table for each kind of case."""
+        if any(kind is Case for kind, *_ in self.worst):
+            yield self._table("Worst error against the float64 reference, in units of the tolerance", Case, ATTENTION)
+        if any(kind is RecurrentCase for kind, *_ in self.worst):
+            yield self._table("Recurrent layers and decoders, likewise", RecurrentCase, RECURRENT)
+
+    def _table(self, title: str, kind: type, columns: Mapping[str, list[str]]) -> Table:
         from rich import box
         from rich.table import Table
 
-        table = Table(
-            title="Worst error against the float64 reference, in units of the tolerance",
-            box=box.SIMPLE,
-            padding=0,
-        )
+        table = Table(title=title, box=box.SIMPLE, padding=0)
         for name in ("backend", "dtype"):
             table.add_column(name, no_wrap=True)
-        for name in ("cases", *COLUMNS):
+        for name in ("cases", *columns):
             table.add_column(name, justify="right")
         for key, row in self.worst.items():
-            found = ([row[name] for name in names if name in row] for names in COLUMNS.values())
-            table.add_row(*key, str(self.cases[key]), *(_cell(max(errors)) if errors else "-" for errors in found))
+            if key[0] is kind:
+                found = ([row[name] for name in names if name in row] for names in columns.values())
+                cells = (_cell(max(errors)) if errors else "-" for errors in found)
+                table.add_row(*key[1:], str(self.cases[key]), *cells)
         return table
 
 
@@ -117,11 +138,24 @@ def _work(backend: str, seed: int, count: int, dtypes: list[str]) -> Iterator[Ca
         yield backend, replace(case, dtype=dtype), seed + len(CASES) + number
 
 
+def _recurrent_work(backend: str, seed: int, count: int, dtypes: list[str]) -> Iterator[Call]:
+    """Layers where they have kernels, which is the CPU; decoders on each backend."""
+    wanted = [x for x in recurrent.DTYPES if serves(backend, x) and (not dtypes or str(x)[6:] in dtypes)]
+    table = [replace(case, dtype=dtype) for case in RECURRENT_CASES for dtype in wanted]
+    drawn = [case for case in recurrent.random_cases(count, seed) if case.dtype in wanted]
+    for number, case in enumerate((*table, *drawn)):
+        if case.attention or backend == "cpu":
+            yield backend, case, seed + number
+
+
 def _outcome(call: Call) -> dict[str, float] | str:
     """The errors of a call, or why it failed."""
     backend, case, seed = call
     try:
-        return compare(case, backend, seed, kernel_devices()[backend])
+        device = kernel_devices()[backend]
+        if isinstance(case, Case):
+            return compare(case, backend, seed, device)
+        return recurrent.compare(case, backend, seed, device)
     except Exception as raised:  # whatever a kernel may raise: the rest is verified all the same
         return f"{type(raised).__name__}: {raised}"
 
@@ -183,12 +217,14 @@ def run(args: argparse.Namespace) -> int:
         # Interpreted kernels take a hundred times as long: all the random cases are for whoever asks for them by name.
         share = 10 if name in interpreted and not args.backend else 1
         work += _work(name, args.seed, args.cases // share, args.dtype or [])
+        if name not in interpreted:
+            work += _recurrent_work(name, args.seed, args.cases // _SHARE, args.dtype or [])
     for call, outcome in zip(
         work, track(_outcomes(work), "Verifying", total=len(work), console=console, transient=True), strict=True
     ):
         report.add(call, outcome)
-    if work:
-        console.print(report.table())
+    for table in report.tables():
+        console.print(table)
     for name in interpreted:
         console.print(f"{name}: verified in its interpreter: {status[name].reason}", markup=False, highlight=False)
     for name in asked:

@@ -30,6 +30,7 @@ FEW = (ATTENTION, replace(ATTENTION, op="step", dropout_p=0.3), SCORES, PAST)
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "CASES", FEW)
+    monkeypatch.setattr(verify, "_recurrent_work", lambda *_: [])
     monkeypatch.setenv("COLUMNS", "80")
 
 
