@@ -70,7 +70,7 @@ def prepare(
         heads = v.shape[0] if v.dim() == 2 else 1
         v = v.clone() if heads > 1 else v.reshape(-1).clone()
         memory = replace(memory, score_weight=v, heads=heads, prepared=ahead(key, lengths, mask, None))
-    return replace(memory, steps=gathered(key, memory.value, v))
+    return replace(memory, steps=gathered(key, memory.value, v), slots=(lengths, mask))
 
 
 def additive_attention(

@@ -26,9 +26,11 @@ class Prepared(NamedTuple):
     """(B, Tk or more): the largest |key| of each row, infinity for a row that is not finite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Memory:
     """Projected encoder states, made by :func:`attnext.prepare` or by the ``prepare`` of an attention module.
+
+    Which slots are hidden is a part of what was prepared: :meth:`with_mask` and :meth:`with_lengths` hide more of them.
 
     Attributes:
         key: (B, Tk, D) projected encoder states, with their gradient.
@@ -41,6 +43,10 @@ class Memory:
         heads: rows of the tensors for each sentence, one after another.
         steps: the keys and values for steps, whose gradients are then summed in place, or None.
         cleared: whether the values in hidden slots are known to be 0.
+        slots: the lengths and the mask that it was prepared for, or None where nothing depends on them.
+
+    Raises:
+        ValueError: by ``dataclasses.replace`` it would have other lengths or another mask than it was prepared for.
     """
 
     key: Tensor
@@ -52,6 +58,24 @@ class Memory:
     heads: int = 1
     steps: Steps | None = None
     cleared: bool = False
+    slots: tuple[Tensor | None, Tensor | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots is not None and (self.slots[0] is not self.lengths or self.slots[1] is not self.mask):
+            raise ValueError(
+                "a memory was prepared for its lengths and mask, which can't be replaced: memory.with_mask(mask) and "
+                "memory.with_lengths(lengths) hide more slots"
+            )
+
+    def __repr__(self) -> str:
+        batch, keys, size = self.key.shape
+        sizes = {"batch": batch // self.heads, "keys": keys, "key_size": size, "value_size": self.value.shape[2]}
+        parts = [f"{name}={value}" for name, value in sizes.items()]
+        parts += [f"heads={self.heads}"] * (self.heads > 1)
+        parts += [str(self.key.dtype), f"device={str(self.key.device)!r}"]
+        parts += [name for name in ("lengths", "mask") if getattr(self, name) is not None]
+        parts += [f"prepared by {self.prepared.backend}"] if self.prepared is not None else []
+        return f"Memory({', '.join(parts)})"
 
     @property
     def shared(self) -> bool:
@@ -65,6 +89,44 @@ class Memory:
             return self.value
         visible = reference.valid_slots(self.key, self.key, self.lengths, self.mask).any(1)
         return self.value.masked_fill(~visible.unsqueeze(-1), 0.0)
+
+    def with_mask(self, mask: Tensor) -> Memory:
+        """The same memory with more slots hidden: for one step of a pointer network those that were visited, say.
+
+        Nothing is copied or prepared anew. What was hidden stays so: take the mask of each step from the memory that
+        :meth:`prepare` gave.
+
+        Args:
+            mask: bool (B, Tk), True where a key may still be attended.
+
+        Raises:
+            TypeError, ValueError: ``mask`` is not that.
+        """
+        found = _checks.mask(_checks.tensor("mask", mask, 2), self.key[:: self.heads], None)
+        assert found is not None
+        by_row = found.repeat_interleave(self.heads, 0) if self.heads > 1 else found
+        return self._hiding(self.lengths, by_row if self.mask is None else self.mask & by_row)
+
+    def with_lengths(self, lengths: Tensor) -> Memory:
+        """The same memory, likewise, with the slots from these lengths (B,) on hidden.
+
+        Raises:
+            TypeError, ValueError: ``lengths`` is not what it must be.
+        """
+        found = _checks.lengths(_checks.tensor("lengths", lengths, 1), self.key[:: self.heads])
+        assert found is not None
+        by_row = found.repeat_interleave(self.heads, 0) if self.heads > 1 else found
+        return self._hiding(by_row if self.lengths is None else self.lengths.minimum(by_row), self.mask)
+
+    def _hiding(self, lengths: Tensor | None, mask: Tensor | None) -> Memory:
+        return replace(self, lengths=lengths, mask=mask, slots=(lengths, mask), cleared=False)
+
+    def detach(self) -> Memory:
+        """The same memory without the history of its tensors: gradients end here, as between stretches of steps."""
+        key = self.key.detach()
+        score_weight = None if self.score_weight is None else self.score_weight.detach()
+        value = key if self.shared else self.value.detach()
+        return replace(self, key=key, value=value, score_weight=score_weight, steps=None)
 
     def select(self, indices: Tensor) -> Memory:
         """The rows of the batch at ``indices``, in that order: finished sentences dropped, or hypotheses reordered.
@@ -88,12 +150,14 @@ class Memory:
 
         before, key = self.prepared, take(self.key)
         value = key if self.shared else take(self.value)
+        lengths, mask = (None if x is None else take(x) for x in (self.lengths, self.mask))
         return replace(
             self,
             key=key,
             value=value,
-            lengths=None if self.lengths is None else take(self.lengths),
-            mask=None if self.mask is None else take(self.mask),
+            lengths=lengths,
+            mask=mask,
+            slots=self.slots and (lengths, mask),
             prepared=before and Prepared(before.backend, take(before.exp_key), take(before.key_limit)),
             steps=self.steps and gathered(key, value, self.score_weight),
         )
@@ -115,7 +179,8 @@ class Memory:
         value = key if self.shared else self.value.to(device, dtype)
         score_weight = None if self.score_weight is None else self.score_weight.to(device, dtype)
         steps = self.steps and gathered(key, value, score_weight)
-        return Memory(key, value, lengths, mask, score_weight, prepared, self.heads, steps, self.cleared)
+        slots = self.slots and (lengths, mask)
+        return Memory(key, value, lengths, mask, score_weight, prepared, self.heads, steps, self.cleared, slots)
 
 
 def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:

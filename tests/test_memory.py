@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from attnext import BahdanauAttention, Memory
+import attnext
+from attnext import (
+    BahdanauAttention,
+    LocationSensitiveAttention,
+    LuongAttention,
+    Memory,
+    MonotonicAttention,
+    MultiHeadAttention,
+    use_backend,
+)
 
 BATCH, KEYS, QUERY, STATES, SIZE = 4, 6, 5, 7, 8
 
@@ -96,3 +111,127 @@ def test_bad_arguments(attn: BahdanauAttention) -> None:
     ):
         with pytest.raises(error, match=name):
             call()
+
+
+# More slots hidden, and memories without a history.
+
+ATTENTIONS: dict[str, Callable[[], nn.Module]] = {
+    "additive": lambda: BahdanauAttention(QUERY, STATES, SIZE),
+    "sparsemax": lambda: BahdanauAttention(QUERY, STATES, SIZE, normalizer="sparsemax"),
+    "general": lambda: LuongAttention(QUERY, STATES),
+    "heads": lambda: MultiHeadAttention(QUERY, STATES, SIZE, heads=2, score="additive"),
+    "location": lambda: LocationSensitiveAttention(QUERY, STATES, SIZE, filters=3, kernel_size=3),
+    "monotonic": lambda: MonotonicAttention(QUERY, STATES, SIZE),
+}
+LENGTHS = torch.tensor([KEYS, 3, 0, 5])
+MASKS = torch.rand(3, BATCH, KEYS, generator=torch.Generator().manual_seed(1)) < 0.6
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("make", ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize("start", ["nothing hidden", "some hidden"])
+def test_each_step_hides_other_slots(make: Callable[[], nn.Module], start: str, name: str) -> None:
+    """As memories prepared with those masks give it, gradients of the states included."""
+    attn: Any = make().double()
+    states = torch.randn(BATCH, KEYS, STATES, dtype=torch.float64, requires_grad=True)
+    queries = torch.randn(3, BATCH, QUERY, dtype=torch.float64)
+    first = MASKS[0] if start == "some hidden" else None
+    found, expected = [], []
+    with use_backend(name):
+        memory, state, others = attn.prepare(states, mask=first), None, None
+        for query, mask in zip(queries, MASKS, strict=True):
+            context, weights, state = attn.step(query, memory.with_mask(mask), state, need_weights=True)
+            found += [context, weights]
+            anew = attn.prepare(states, mask=mask if first is None else mask & first)
+            context, weights, others = attn.step(query, anew, others, need_weights=True)
+            expected += [context, weights]
+    leaves = [states, *attn.parameters()]
+    factors = [torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape) for y in found]
+    for results in (found, expected):
+        results.extend(torch.autograd.grad(results, leaves, factors, materialize_grads=True, allow_unused=True))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_lengths_hide_more(make: Callable[[], nn.Module]) -> None:
+    attn: Any = make()
+    states, query = torch.randn(BATCH, KEYS, STATES), torch.randn(BATCH, QUERY)
+    shorter = torch.tensor([2, 4, 1, 5])
+    memory = attn.prepare(states, LENGTHS, MASKS[0]).with_lengths(shorter).with_mask(MASKS[1])
+    anew = attn.prepare(states, LENGTHS.minimum(shorter), MASKS[0] & MASKS[1])
+    for x, y in zip(attn(query, memory, need_weights=True), attn(query, anew, need_weights=True), strict=True):
+        torch.testing.assert_close(x, y)
+    rows = torch.tensor([3, 0])
+    torch.testing.assert_close(attn(query[rows], memory.select(rows))[0], attn(query, anew)[0][rows])
+    torch.testing.assert_close(attn.double()(query.double(), memory.to(dtype=torch.float64))[0].float(),
+                               attn(query.double(), anew.to(dtype=torch.float64))[0].float())  # fmt: skip
+
+
+@pytest.mark.parametrize("functions", [False, True], ids=["module", "function"])
+def test_what_stands_in_slots_hidden_later_reaches_nothing(attn: BahdanauAttention, functions: bool) -> None:
+    states = torch.randn(BATCH, KEYS, STATES)
+    states[~MASKS[0]] = torch.nan
+    states.requires_grad_()
+    if functions:
+        keys = attn.memory_projection(states)
+        memory = attnext.prepare(keys, states, attn.score_weight).with_mask(MASKS[0])
+        context, _ = attnext.additive_attention(attn.query_projection(torch.randn(BATCH, QUERY)), memory)
+    else:
+        context, _ = attn(torch.randn(BATCH, QUERY), attn.prepare(states).with_mask(MASKS[0]))
+    context.sum().backward()
+    assert context.isfinite().all()
+    assert states.grad is not None
+    assert states.grad[MASKS[0]].isfinite().all()
+
+
+@pytest.mark.parametrize("make", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_slots_are_not_replaced(make: Callable[[], nn.Module]) -> None:
+    attn: Any = make().requires_grad_(False)
+    memory = attn.prepare(torch.randn(BATCH, KEYS, STATES), LENGTHS, MASKS[0])
+    for change in ({"mask": MASKS[1]}, {"mask": None}, {"lengths": LENGTHS.clone()}):
+        with pytest.raises(ValueError, match=r"can't be replaced: memory\.with_mask\(mask\)"):
+            replace(memory, **change)
+    copied = copy.deepcopy(memory)  # whose tensors are others
+    assert torch.equal(copied.with_mask(MASKS[1]).mask, memory.with_mask(MASKS[1]).mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (None, TypeError, "mask must be a torch.Tensor, got NoneType"),
+        (torch.ones(BATCH, KEYS), TypeError, "mask must be a bool tensor"),
+        (torch.ones(BATCH, 1, KEYS).bool(), ValueError, "mask must have 2 dimensions"),
+        (torch.ones(2 * BATCH, KEYS).bool(), ValueError, "mask must have size 4 in dimension 0"),
+    ],
+)
+def test_bad_masks(mask: Any, error: type[Exception], message: str) -> None:
+    memory = MultiHeadAttention(QUERY, STATES, SIZE, heads=2).prepare(torch.randn(BATCH, KEYS, STATES))
+    with pytest.raises(error, match=message):
+        memory.with_mask(mask)
+    with pytest.raises(ValueError, match="lengths must lie between 0 and the number of keys, 6, got 7"):
+        memory.with_lengths(torch.tensor([7, 1, 1, 1]))
+
+
+def test_a_detached_memory(attn: BahdanauAttention) -> None:
+    states = torch.randn(BATCH, KEYS, STATES, requires_grad=True)
+    memory, query = attn.prepare(states), torch.randn(BATCH, QUERY, requires_grad=True)
+    whole, ended = attn(query, memory)[0], attn(query, memory.detach())[0]
+    assert torch.equal(whole, ended)
+    ended.sum().backward()
+    assert states.grad is attn.memory_projection.weight.grad is None
+    assert query.grad is not None
+    dot = LuongAttention(STATES, STATES, score="dot").prepare(states).detach()
+    assert dot.shared
+
+
+def test_a_memory_shows_its_sizes(attn: BahdanauAttention) -> None:
+    with use_backend("cpu"):
+        shown = repr(memory_of(attn, mask=False))
+    assert shown == (
+        "Memory(batch=4, keys=6, key_size=8, value_size=7, torch.float32, device='cpu', lengths, prepared by cpu)"
+    )
+    heads = MultiHeadAttention(QUERY, STATES, SIZE, heads=2).prepare(torch.randn(BATCH, KEYS, STATES), mask=MASKS[0])
+    assert (
+        repr(heads) == "Memory(batch=4, keys=6, key_size=4, value_size=4, heads=2, torch.float32, device='cpu', mask)"
+    )

@@ -131,7 +131,8 @@ class Attention(nn.Module, ABC):
         memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
         key, additive = memory.key, memory.score_weight is not None
         prepared = prepare(key, memory.lengths, memory.mask, None) if additive else None
-        return replace(memory, prepared=prepared, steps=gathered(key, memory.value, memory.score_weight))
+        steps = gathered(key, memory.value, memory.score_weight)
+        return replace(memory, prepared=prepared, steps=steps, slots=(memory.lengths, memory.mask))
 
     def forward(
         self,

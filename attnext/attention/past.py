@@ -185,7 +185,7 @@ class PastAttention(BahdanauAttention):
         batch, keys, size = memory.key.shape
         key = memory.key.unsqueeze(1) + features.to(memory.key.dtype).view(batch, beam, keys, size)
         lengths, mask = (None if x is None else x.repeat_interleave(beam, 0) for x in (memory.lengths, memory.mask))
-        of_rows = replace(memory, key=key.flatten(0, 1), lengths=lengths, mask=mask, prepared=None, steps=None)
+        of_rows = Memory(key.flatten(0, 1), memory.value, lengths, mask, memory.score_weight, None)
         return self._scores(query.flatten(0, -2), of_rows).view(*rows, keys)
 
     def _weights(self, scores: Tensor, past: Past) -> Tensor:
@@ -217,7 +217,8 @@ class PastAttention(BahdanauAttention):
 
     def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
         """Projects encoder states once, for many steps; see :meth:`attnext.BahdanauAttention.prepare`."""
-        return self._project("encoder_states", encoder_states, lengths, mask, queries=None)
+        memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
+        return replace(memory, slots=(memory.lengths, memory.mask))
 
 
 def at_the_first_key(past: Past, memory: Memory) -> Past:
