@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_LARGEST = torch.finfo(torch.float32).max
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -164,19 +166,26 @@ def mask(x: object, key: Tensor, queries: int | None) -> Tensor | None:
     return x
 
 
+def _number(name: str, x: object) -> float:
+    """A number of Python's or another library's, but no bool."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return x
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    return float(x)
+
+
 def scale(x: object) -> float:
-    """A finite number."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"scale must be a number, got {type(x).__name__}")
-    if not abs(x) <= sys.float_info.max:
-        raise ValueError(f"scale must be finite, got {x}")
+    """A finite number, of float32 too, in which scores are made."""
+    x = _number("scale", x)
+    if not abs(x) <= _LARGEST:
+        raise ValueError(f"scale must be finite in float32, got {x}")
     return float(x)
 
 
 def probability(name: str, x: object) -> float:
     """A number from 0 to 1."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    x = _number(name, x)
     if not 0.0 <= x <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {x}")
     return float(x)
@@ -212,15 +221,14 @@ def indices(name: str, x: object, size: int, device: torch.device) -> Tensor:
 
 def at_least_one(name: str, x: object) -> int:
     """An integer of at least 1."""
-    if not isinstance(x, int) or isinstance(x, bool) or x < 1:
+    if not isinstance(x, numbers.Integral) or isinstance(x, bool) or x < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {x!r}")
-    return x
+    return int(x)
 
 
 def positive(name: str, x: object) -> float:
     """A finite number above 0."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    x = _number(name, x)
     if not 0.0 < x <= sys.float_info.max:
         raise ValueError(f"{name} must be above 0 and finite, got {x}")
     return float(x)

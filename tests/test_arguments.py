@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +117,7 @@ NUMBERS: list[Wrong] = [
     ("scale", torch.nan, ValueError, "finite", "nan"),
     ("scale", -torch.inf, ValueError, "finite", "-inf"),
     ("scale", 10**400, ValueError, "finite", "1000"),  # an int that no float holds
+    ("scale", 1e39, ValueError, "finite in float32", "1e+39"),
     ("scale", "2", TypeError, "a number", "str"),
     ("scale", True, TypeError, "a number", "bool"),
     ("scale", torch.tensor(2.0), TypeError, "a number", "Tensor"),
@@ -600,3 +602,20 @@ def test_the_reference_serves_any_device() -> None:
     assert context.device.type == "meta"
     assert (context.shape, weights.shape) == ((BATCH, QUERIES, VALUES), (BATCH, QUERIES, KEYS))
     assert attnext.additive_scores(x["query"], x["key"], x["score_weight"]).shape == weights.shape
+
+
+def test_numbers_of_numpy() -> None:
+    x, scale = good(), np.float32(0.5)
+    found = attnext.additive_attention(**x, scale=scale, dropout_p=np.float64(0.0))[0]
+    assert torch.equal(found, attnext.additive_attention(**x, scale=0.5)[0])
+    attn = attnext.BahdanauAttention(np.int64(4), np.int32(5), np.uint8(6), dropout=np.float16(0.5))
+    assert (type(attn.query_size), type(attn.dropout)) == (int, float)
+    attnext.AttentiveGRU(np.int64(3), np.int64(4), attn, vector_size=np.int64(2))
+    with pytest.raises(TypeError, match="scale must be a number, got bool"):
+        attnext.additive_attention(**x, scale=np.bool_(True))
+
+
+@pytest.mark.parametrize("name", ["bias", "normalize"])
+def test_flags_of_modules(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a bool, got str"):
+        attnext.BahdanauAttention(4, 5, 6, **{name: "sparsemax"})

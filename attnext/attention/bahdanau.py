@@ -63,6 +63,7 @@ class BahdanauAttention(Attention):
         super().__init__(query_size, memory_size, attention_size, dropout)
         self.normalizer = _checks.choice("normalizer", normalizer, NORMALIZERS)
         self.temperature = _checks.positive("temperature", temperature)
+        bias, normalize = _checks.flag("bias", bias), _checks.flag("normalize", normalize)
         # The bias of the tanh enters with the query: one addition a query, none a key.
         self.query_projection = nn.Linear(query_size, attention_size, bias=bias or normalize)
         self.memory_projection = nn.Linear(memory_size, attention_size, bias=False)
