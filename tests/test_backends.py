@@ -6,8 +6,11 @@ import importlib
 import runpy
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ MISSING = [name for name, backend in attnext.backends().items() if not backend.a
 @pytest.fixture(autouse=True)
 def _free(monkeypatch: pytest.MonkeyPatch) -> None:
     """No backend is forced."""
-    monkeypatch.setattr(registry, "_forced", None)
+    monkeypatch.setattr(registry._setting, "forced", None)
 
 
 @pytest.fixture
@@ -172,6 +175,40 @@ class TestUseBackend:
             with pytest.raises(ValueError, match="must be None or one of"):
                 use_backend("gpu").__enter__()
             assert choose(None, "cpu") == "reference"
+
+    def test_is_of_the_thread(self) -> None:
+        """Two that overlap, the first to begin the first to end, leave nothing behind."""
+        begun, ended = threading.Event(), threading.Event()
+        found: list[str] = []
+
+        def other() -> None:
+            begun.wait(60)
+            found.append(choose(None, "cpu"))
+            with use_backend("reference"):
+                found.append(choose(None, "cpu"))
+                ended.wait(60)
+            found.append(choose(None, "cpu"))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        with use_backend("reference"):
+            begun.set()
+            while len(found) < 2:
+                time.sleep(0.001)
+        ended.set()
+        thread.join(60)
+        assert found == ["cpu", "reference", "cpu"]
+        assert choose(None, "cpu") == "cpu"
+
+    def test_is_seen_by_compiled_code(self) -> None:
+        call = torch.compile(lambda x: (x + 1, choose(None, "cpu")), fullgraph=True, backend="eager")
+        found, x = [], torch.zeros(2)
+        for name in (None, "reference", None):
+            with use_backend(name):
+                found.append(call(x)[1])
+        with use_backend("reference"), ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(call, x).result()[1])
+        assert found == ["cpu", "reference", "cpu", "cpu"]
 
     @pytest.mark.parametrize(("outer", "argument"), [("reference", "cpu"), ("cpu", "reference")])
     def test_an_argument_beats_it(self, outer: str, argument: str, served: list[str]) -> None:
@@ -338,10 +375,10 @@ print("attended")
             monkeypatch.delenv("ATTNEXT_BACKEND", raising=False)
         else:
             monkeypatch.setenv("ATTNEXT_BACKEND", value)
-        assert runpy.run_path(registry.__file__)["_forced"] == forced
+        assert runpy.run_path(registry.__file__)["_setting"].forced == forced
 
     @pytest.mark.parametrize("name", MISSING)
     def test_one_that_is_not_there_says_why_at_the_call(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(registry, "_forced", name)
+        monkeypatch.setattr(registry._setting, "forced", name)
         with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: "):
             attend()

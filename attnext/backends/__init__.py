@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,14 @@ _FAMILIES: dict[str, Family] = {
 _AUTOMATIC = ("cpu", "cuda", "triton", "reference")
 """The order of automatic choice: the first that is available and serves the device."""
 
-_forced: str | None = os.environ.get("ATTNEXT_BACKEND") or None
+
+class _Setting(threading.local):
+    """Of each thread its own."""
+
+    forced: str | None = os.environ.get("ATTNEXT_BACKEND") or None
+
+
+_setting = _Setting()
 
 
 def backends() -> dict[str, Backend]:
@@ -50,21 +58,21 @@ def kernel_devices() -> dict[str, str]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Makes ``name`` the backend of every call inside that names none; None means automatic choice again.
 
-    The setting is the process's, not the thread's. The ``ATTNEXT_BACKEND`` environment variable, read when attnext is
-    imported and held to the same rules at the first call, sets it for the whole run.
+    The setting is the thread's: others, and those that are started inside, are not touched. The ``ATTNEXT_BACKEND``
+    environment variable, read when attnext is imported and held to the same rules at the first call, sets it for all
+    threads of the run.
 
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: the backend is not available here; the message says why.
     """
-    global _forced
     if name is not None:
         _require(name)
-    before, _forced = _forced, name
+    before, _setting.forced = _setting.forced, name
     try:
         yield
     finally:
-        _forced = before
+        _setting.forced = before
 
 
 def serves(name: str, dtype: torch.dtype) -> bool:
@@ -75,7 +83,7 @@ def serves(name: str, dtype: torch.dtype) -> bool:
 
 def chosen_freely(name: str | None) -> bool:
     """Whether nobody asked for a backend by name."""
-    return name is None and _forced is None
+    return name is None and _setting.forced is None
 
 
 def choose(name: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:
@@ -85,7 +93,7 @@ def choose(name: str | None, device_type: str, dtype: torch.dtype | None = None)
         ValueError: unknown backend, or one that doesn't serve that device or dtype.
         RuntimeError: the backend is not available here.
     """
-    family: str = _resolve(name if name is not None else _forced, device_type, dtype)
+    family: str = _resolve(name if name is not None else _setting.forced, device_type, dtype)
     return family
 
 
@@ -95,7 +103,7 @@ def _resolve(name: str | None, device_type: str, dtype: torch.dtype | None) -> s
     return _resolved(name, device_type, dtype)
 
 
-# A constant to the compiler: what this machine has doesn't change while it runs. What does, _forced, is read outside.
+# A constant to the compiler: what this machine has doesn't change while it runs. The setting does, and is read outside.
 # This is all that torch.compiler.assume_constant_result does, but for importing the compiler: a second, and 150 MiB.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
