@@ -133,13 +133,13 @@ def test_vocabulary() -> None:
 def test_vocabulary_names_what_it_does_not_know() -> None:
     letters = Vocabulary(("a", "b"), "characters", lower=True)
     letters.require("ABBA")
-    with pytest.raises(InputError, match=r"^'abc!' has '!', 'c'; known are ab$"):
+    with pytest.raises(InputError, match=r"^'abc!' has '!', 'c'; known are: a b$"):
         letters.require("abc!")
     with pytest.raises(InputError, match=r"^a source must have at least one of characters, got ''$"):
         letters.require("")
     words = Vocabulary(("is", "it"))
     words.require("it is")
-    with pytest.raises(InputError, match=r"^'it was' has 'was'; known are is it$"):
+    with pytest.raises(InputError, match=r"^'it was' has 'was'; known are: is it$"):
         words.require("it was")
     with pytest.raises(InputError, match=r"^a source must have at least one of words, got ' '$"):
         words.require(" ")
@@ -178,9 +178,51 @@ def test_lexicon(tmp_path: Path) -> None:
     ]
 
 
+FORMATS = {
+    "probabilities": "the\t0.98\tDH AH\nthe\t.02\tDH IY\nbox\t1\tB AA K S\n",
+    "the aligner's": "the\t0.98\t0.1\t1.0\t2e-1\tDH AH\nthe\t0.02\t0.1\t1.0\t0\tDH IY\nbox\t1\t0\t1\t1\tB AA K S\n",
+    "behind the word": "the 0.98\tDH AH\nthe 0.02\tDH IY\nbox 1.0\tB AA K S\n",
+    "comments": ";;; one\ttwo\n# three\tfour\nthe\tDH AH\tDH IY\n#five\n box\tB AA K S\n  # six\tseven\n",
+    "column names": "\n# of words\nWord\tPronunciations\nthe\tDH AH\tDH IY\nbox\tB AA K S\n",
+    "names and probabilities": "word\tprobability\tphones\nthe\t0.9\tDH AH\nthe\t0.1\tDH IY\nbox\t1.0\tB AA K S\n",
+    "variants": "the\tDH AH\nTHE(2)\tDH IY\nbox(1)\tB AA K S\n",
+}
+
+
+@pytest.mark.parametrize("content", FORMATS.values(), ids=FORMATS)
+def test_lexicons_of_other_tools(tmp_path: Path, content: str) -> None:
+    (tmp_path / "words").write_text("\ufeff" + content, encoding="utf-8")
+    assert Corpus().entries((str(tmp_path / "words"),)) == [
+        Entry("the", (("DH", "AH"), ("DH", "IY"))),
+        Entry("box", (("B", "AA", "K", "S"),)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "entries"),
+    [
+        ("a\tAH0\nb\tB IY1\n", [Entry("a", (("AH0",),)), Entry("b", (("B", "IY1"),))]),
+        ("ma\tm a 3\n", [Entry("ma", (("m", "a", "3"),))]),
+        ("a\t5 7\nb\t5\t6\n", [Entry("a", (("5", "7"),)), Entry("b", (("5",), ("6",)))]),
+        ("windows 3.1\tW\nbox\tB\n", [Entry("windows 3.1", (("W",),)), Entry("box", (("B",),))]),
+        ("(2)\tT UW\n", [Entry("(2)", (("T", "UW"),))]),
+        ("word\tW ER D\n", [Entry("word", (("W", "ER", "D"),))]),
+    ],
+)
+def test_lexicons_are_read_as_they_stand(tmp_path: Path, content: str, entries: list[Entry]) -> None:
+    """Digits of stress and tone, phonemes that are numbers, and words that look like something else."""
+    (tmp_path / "words").write_text(content, encoding="utf-8")
+    assert Corpus().entries((str(tmp_path / "words"),)) == entries
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"box\t0.5\n", "words.tsv, line 1: expected WORD, a tab and phonemes, got"),
+        (b"box\tB\nthe\t0.5\tDH AH\n", "words.tsv, line 2: expected phonemes in place of a number"),
+        (b"box\t7\tB AA\nthe\tDH AH\n", "words.tsv, line 1: expected phonemes in place of a number"),
+        (b"box\t0.5 B AA\n", "words.tsv, line 1: expected phonemes in place of a number"),
+        (b"box\tB\nthe\tDH AH # article\n", "words.tsv, line 2: expected phonemes alone"),
         (b"box\tB AA\n\nno tab\n", "words.tsv, line 3: expected WORD, a tab and phonemes, got 'no tab'"),
         (b"box\t\n", "words.tsv, line 1: .*got 'box"),
         (b"\tB AA\n", "words.tsv, line 1: "),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnext._support import InputError, extra
+from attnext.seq2seq.lexicon import read_lexicon
 
 __all__ = [
     "END",
@@ -114,8 +115,8 @@ class Vocabulary:
         if not symbols:
             raise InputError(f"a source must have at least one of {self.unit}, got {text!r}")
         if unknown := sorted(set(symbols) - self._numbers.keys()):
-            known = self.write(self.symbols)[:200]
-            raise InputError(f"{text!r} has {', '.join(map(repr, unknown))}; known are {known}")
+            known = " ".join(self.symbols)[:200]  # apart: an apostrophe among them opens no quotation
+            raise InputError(f"{text!r} has {', '.join(map(repr, unknown))}; known are: {known}")
 
     def _symbols(self, text: str) -> tuple[str, ...]:
         return symbols_of(text.lower() if self.lower else text, self.unit)
@@ -172,7 +173,7 @@ class Corpus:
     def entries(self, files: tuple[str, ...]) -> list[Entry]:
         """The entries of these files; see :meth:`split` for the errors."""
         if self.task == "g2p":
-            return _lexicon(Path(files[0]))
+            return _merged(read_lexicon(_lines(Path(files[0])), files[0]))
         return _aligned(Path(files[0]), Path(files[1]), self.units[1])
 
     def vocabularies(self, entries: Iterable[Entry], size: int) -> tuple[Vocabulary, Vocabulary]:
@@ -281,22 +282,6 @@ def _merged(pairs: Iterable[tuple[str, tuple[str, ...]]]) -> list[Entry]:
     for source, target in pairs:
         found.setdefault(source, {})[target] = None
     return [Entry(source, tuple(targets)) for source, targets in found.items()]
-
-
-def _lexicon(path: Path) -> list[Entry]:
-    """The words of a file with lines of WORD, tab, phonemes; more pronunciations behind further tabs or further lines.
-
-    Case is ignored in the words.
-    """
-    pairs = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        word, *pronunciations = (part.strip() for part in line.split("\t"))
-        if not word or not pronunciations or not all(pronunciations):
-            raise InputError(f"{path}, line {number}: expected WORD, a tab and phonemes, got {line[:60]!r}")
-        pairs += [(word.lower(), tuple(one.split())) for one in pronunciations]
-    return _merged(pairs)
 
 
 def _aligned(source: Path, target: Path, unit: str) -> list[Entry]:
