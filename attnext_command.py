@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 __all__ = ["main"]
@@ -21,12 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after ``--help``, ``--version`` and bad usage, as argparse does.
     """
+    for name in ("stdout", "stderr"):  # which a daemon may have closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  as long as the process lives
     try:
         args = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = args.run
         code = run(args)
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
+    except UnicodeEncodeError as error:
+        text = error.object[error.start : error.end]
+        return _complain(f"{error.encoding} has no {text!a}: set PYTHONIOENCODING=utf-8", 1)
     except (ValueError, ImportError) as error:
         from attnext._support import InputError, MissingExtra  # what raises these has imported the package
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "InputError", "MissingExtra", "extra", "make_writable", "naming", "only_writer", "writable_file",
-    "write_atomically",
+    "writable_picture", "write_atomically", "write_picture",
 ]  # fmt: skip
+
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 class InputError(ValueError):
@@ -51,12 +58,25 @@ def make_writable(folder: Path) -> None:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Makes the folder if need be, and keeps other processes that ask for the same out of it while the block runs.
+    """Makes the folder if need be, and keeps other processes that ask for the same out of it while the block runs; one
+    that was made and stays empty is removed.
 
     Raises:
         InputError: it can't be written to, or another process is in it.
     """
+    made = not folder.exists()
     make_writable(folder)
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
@@ -87,6 +107,25 @@ def writable_file(option: str, path: Path) -> None:
         raise InputError(f"{option} must be a file, got the folder {str(path)!r}")
     if path.exists() and not path.is_file():  # a pipe or a device would be replaced
         raise InputError(f"{option} must be an ordinary file, got {str(path)!r}")
+
+
+def writable_picture(option: str, path: Path) -> None:
+    """The same of a picture, whose name says what it is to be.
+
+    Raises:
+        InputError: it can't be written, or is called by another suffix than those there are.
+    """
+    if path.suffix.lower() not in _PICTURES:
+        raise InputError(f"{option} must end in {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}, got {str(path)!r}")
+    writable_file(option, path)
+
+
+def write_picture(path: Path, figure: Figure, **options: Any) -> None:
+    """Writes a figure as its file's name says, whole or not at all; the same figure gives the same bytes."""
+    kind, picture = path.suffix[1:].lower(), io.BytesIO()
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    figure.savefig(picture, format=kind, dpi=150, metadata=dates.get(kind, {}), **options)
+    write_atomically(path, picture.getvalue())
 
 
 @contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from attnext._support import InputError
 from attnext.backends import choose
 
-__all__ = ["finite", "non_negative", "positive", "require_backend"]
+__all__ = ["finite", "non_negative", "path_argument", "positive", "require_backend"]
 
 
 def require_backend(name: str | None, device_type: str = "cpu") -> None:
@@ -56,3 +57,10 @@ def non_negative(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be an integer from 0 to below 2**63, got {text!r}")
     return int(text)
+
+
+def path_argument(text: str) -> Path:
+    """The type of an argument that is a file or a folder; an empty one, of an unset variable, would be this folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnext._support import extra, make_writable
 from attnext.backends import backends, kernel_devices
-from attnext.cli import positive
+from attnext.cli import path_argument, positive
 from attnext.seq2seq.checkpoint import load
 from attnext.seq2seq.data import Entry, load_cmudict, split
 from attnext.seq2seq.plots import alignment
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=positive(float), default=120.0, help="time to train (default 120)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         default=Path("demo-output"),
         metavar="DIR",
         help="folder of the results (default %(default)s)",
@@ -38,12 +38,11 @@ def run(args: argparse.Namespace) -> int:
     """
     make_writable(args.out)
     folder, picture = args.out / "g2p", args.out / "alignment.png"
-    (folder / "training.json").unlink(missing_ok=True)  # of a demonstration that was interrupted
     native = [name for name in kernel_devices() if backends()[name].available] or ["cpu"]  # which then says why not
     for command in (
         ("verify", "--cases", "20", *(word for name in native for word in ("--backend", name))),
         ("bench", "--quick", "--peers", "eager", "--cases", "forward,training,step"),
-        ("train", "g2p", "--minutes", f"{args.seconds / 60:g}", "--out", str(folder)),
+        ("train", "g2p", "--minutes", f"{args.seconds / 60:g}", "--out", str(folder), "--overwrite"),
     ):
         print(f"\n$ attnext {' '.join(command)}", flush=True)
         if code := main(command):

@@ -232,7 +232,7 @@ class TestCommand:
             ("--json", tmp_path, "--json must be a file, got the folder"),
             ("--json", tmp_path / "file" / "a.json", "can't write to the folder"),
             ("--plot", tmp_path / "file" / "a.png", "can't write to the folder"),
-            ("--plot", tmp_path / "a.pdf", "--plot must end in .png or .svg"),
+            ("--plot", tmp_path / "a.gif", "--plot must end in .png, .svg or .pdf"),
         ):
             assert bench(option, str(path)) == 2
             assert message in capsys.readouterr().err
@@ -754,7 +754,7 @@ class TestCompare:
 
 
 class TestPicture:
-    @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
+    @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.PDF", b"%PDF")])
     def test_is_written(self, tmp_path: Path, name: str, start: bytes) -> None:
         plots.draw(tmp_path / name, document(attnext=[1.0, 1.1], eager=[2.0, 2.1], sdpa=[0.5, 0.4]))
         assert (tmp_path / name).read_bytes().startswith(start)

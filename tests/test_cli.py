@@ -23,7 +23,7 @@ from attnext.backends import choose, kernel_devices
 from attnext.bench import command
 from attnext.bench.cases import CASES
 from attnext.seq2seq import Config, InputError, Seq2Seq, commands, data
-from attnext.seq2seq.checkpoint import FORMAT, Checkpoint, load, save
+from attnext.seq2seq.checkpoint import Checkpoint, load, save
 from attnext.seq2seq.data import Corpus, Entry, Vocabulary, split
 from attnext_command import main
 
@@ -147,8 +147,8 @@ def test_train_then_predict(tmp_path: Path, capsys: Captured) -> None:
     picture = tmp_path / "new" / "alignment.png"
     assert main(["predict", str(out), "Bado", "bet", "--alignment", str(picture)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Bado  ")
-    assert lines[1].startswith("bet   ")
+    assert lines[0].startswith("Bado\t")
+    assert lines[1].startswith("bet\t")
     assert set(" ".join(lines[:2]).split()) - {"Bado", "bet"} <= set(PHONEMES)
     assert picture.read_bytes().startswith(PNG)
 
@@ -159,7 +159,7 @@ def test_training_stops_on_time_and_says_the_same_again(tmp_path: Path, capsys: 
     assert 0.3 <= seconds_of(tmp_path) < 5.0
     rates = []
     for _ in range(2):
-        assert main(["train", "g2p", "--out", str(tmp_path), "--epochs", "1", *SIZES]) == 0
+        assert main(["train", "g2p", "--out", str(tmp_path), "--epochs", "1", "--overwrite", *SIZES]) == 0
         rates.append((capsys.readouterr().out.splitlines()[-1], load(tmp_path).metrics["dev"]))
     assert rates[0] == rates[1]
 
@@ -169,7 +169,7 @@ def test_what_is_over_first_ends_training(tmp_path: Path) -> None:
     assert main(["train", "g2p", "--out", str(tmp_path), "--minutes", "60", "--epochs", "1", *SIZES]) == 0
     assert seconds_of(tmp_path) < 60
     limits = ["--minutes", "0.005", "--epochs", "100000", "--patience", "100000"]
-    assert main(["train", "g2p", "--out", str(tmp_path), *limits, *SIZES]) == 0
+    assert main(["train", "g2p", "--out", str(tmp_path), "--overwrite", *limits, *SIZES]) == 0
     assert 0.3 <= seconds_of(tmp_path) < 60
 
 
@@ -184,12 +184,90 @@ def test_predict_takes_words_from_standard_input(
 ) -> None:
     assert main(["predict", str(trained), "bado", "fine"]) == 0
     by_argument = capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO("bado\n\n  fine \n"))
-    assert main(["predict", str(trained)]) == 0
-    assert capsys.readouterr().out == by_argument
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for text in ("bado\n  fine \n", "\ufeffbado\r\nfine"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert main(["predict", str(trained)]) == 0
+        assert capsys.readouterr().out == by_argument
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     assert main(["predict", str(trained)]) == 0
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["predict", str(trained)]) == 2
+    assert error_line(capsys) == "standard input is closed: name the sources on the command line"
+
+
+@pytest.mark.parametrize("form", ["tsv", "json"])
+def test_predict_keeps_every_line_in_its_place(
+    trained: Path, form: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty ones, and those with letters that the model doesn't know, which are noted."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("bado\n\nnaïve\nfine\n".encode())))
+    assert main(["predict", str(trained), "--format", form]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("attnext: line 3 left out: 'naïve' has 'ï'; known are: ' a b ")
+    assert captured.err.count("\n") == 1
+    lines = captured.out.split("\n")
+    assert len(lines) == 5
+    if form == "tsv":
+        assert [line.partition("\t")[0] for line in lines] == ["bado", "", "", "fine", ""]
+        assert lines[1:3] == ["", ""]
+    else:
+        found = [json.loads(line) for line in lines[:-1]]
+        assert [one["source"] for one in found] == ["bado", "", "naïve", "fine"]
+        assert [len(one["outputs"]) for one in found] == [1, 0, 0, 1]
+        assert found[0]["outputs"][0]["output"] == " ".join(found[0]["outputs"][0]["symbols"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("bado\nnaïve\n".encode())))
+    assert main(["predict", str(trained), "--format", form, "--strict"]) == 2
+    assert error_line(capsys).startswith("line 2: 'naïve' has 'ï'")
+
+
+@pytest.mark.parametrize("count", ["1", "3"])
+def test_what_predict_writes_is_a_lexicon(trained: Path, count: str, capsys: Captured) -> None:
+    assert main(["predict", str(trained), "bado", "", "fine", "--nbest", count]) == 0
+    written = trained.parent / "lexicon"
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    assert len(lines) == 2 * int(count) + 1
+    lines = [line for line in lines if not line.endswith("\t\n")]  # but those of a model that finds no phoneme
+    written.write_text("".join(lines))
+    entries = data.Corpus().entries((str(written),))
+    assert sum(len(entry.targets) for entry in entries) == sum(line != "\n" for line in lines)
+    assert {symbol for entry in entries for target in entry.targets for symbol in target} <= set(PHONEMES)
+
+
+def test_predict_answers_as_lines_come(trained: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "attnext", "predict", str(trained)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        for word in ("bado", "fine"):
+            process.stdin.write(word + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline().startswith(word + "\t")
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def test_closed_streams_and_a_terminal_without_the_letters(trained: Path) -> None:
+    command = f"{sys.executable} -m attnext"
+    for redirected in (">&-", "2>&-", "<&-", "<&- >&- 2>&-"):
+        done = subprocess.run(f"{command} predict {trained} bado {redirected}", shell=True, check=False)
+        assert done.returncode == 0
+    done = subprocess.run(
+        f"{command} predict {trained} bado <&-", shell=True, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    checkpoint = load(trained)
+    symbols = tuple(f"ə{number}" for number in range(len(checkpoint.target.symbols)))
+    save(trained, replace(checkpoint, target=replace(checkpoint.target, symbols=symbols)))
+    done = subprocess.run(
+        [sys.executable, "-m", "attnext", "predict", str(trained), "bado"], check=False, capture_output=True, text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "attnext: error: ascii has no '\\u0259': set PYTHONIOENCODING=utf-8\n"
 
 
 def test_predict_nbest(trained: Path, capsys: Captured) -> None:
@@ -197,7 +275,7 @@ def test_predict_nbest(trained: Path, capsys: Captured) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["bado"] * 3 + ["fine"] * 3
     assert len(set(lines)) == 6
-    scores = [float(line.split()[1]) for line in lines]
+    scores = [float(line.split("\t")[1]) for line in lines]
     for some in (scores[:3], scores[3:]):
         assert 0 >= some[0] >= some[1] >= some[2]
     for line in lines:
@@ -329,7 +407,7 @@ def test_scores_and_files_that_can_t_be(trained: Path, capsys: Captured, monkeyp
     assert pipe.is_fifo()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"box\xff\n"), encoding="utf-8"))
     assert main(["predict", str(trained)]) == 2
-    assert error_line(capsys).startswith("standard input is not text: ")
+    assert error_line(capsys).startswith("standard input is not UTF-8 text: ")
     monkeypatch.setenv("WORLD_SIZE", "4")  # of some scheduler, without a rank
     assert main(["predict", str(trained), "box"]) == 0
 
@@ -341,6 +419,16 @@ def test_a_damaged_model_is_said_in_a_line(trained: Path, capsys: Captured) -> N
     save(trained, checkpoint)
     assert main(["predict", str(trained), "box"]) == 2
     assert "the model's logits are not finite" in error_line(capsys)
+
+
+def test_evaluate_where_the_data_was_moved(trained: Path, capsys: Captured) -> None:
+    gone = trained.parent / "gone"
+    checkpoint = load(str(trained))
+    save(trained, replace(checkpoint, corpus=replace(checkpoint.corpus, train=(str(gone),))))
+    assert main(["evaluate", str(trained)]) == 2
+    assert error_line(capsys) == (
+        f"can't read {str(gone)!r}: No such file or directory (the model's own test data; name other by --test-lexicon)"
+    )
 
 
 def test_evaluate_on_other_words(trained: Path, capsys: Captured) -> None:
@@ -384,7 +472,7 @@ def test_pairs(tmp_path: Path, unit: str, capsys: Captured) -> None:
     asked = [gap.join(lines[5]), gap.join([*lines[7], "unheard"])]  # of pairs, what is unknown is no error
     assert main(["predict", str(out), *asked, "--alignment", str(picture)]) == 0
     for one, line in zip(asked, capsys.readouterr().out.splitlines(), strict=True):
-        assert line.startswith(f"{one}  ")
+        assert line.startswith(f"{one}\t")
         found = line.removeprefix(f"{one}  ")
         assert set(found.split() if unit == "words" else found) <= set(symbols)
     assert picture.read_bytes().startswith(PNG)
@@ -447,7 +535,8 @@ def test_configuration_file(tmp_path: Path, capsys: Captured) -> None:
     assert main(["train", "g2p", "--out", str(out), "--config", str(file), *options]) == 0
     fields = {"epochs": 1, "embedding_size": 6, "encoder_size": 7, "decoder_size": 9, "seed": 3}
     assert load(out).model.config == Config(**fields)  # type: ignore[arg-type]
-    assert main(["train", "g2p", "--out", str(out), "--config", str(file), "--decoder-size", "8"]) == 0
+    file.write_text(file.read_text(), encoding="utf-8-sig")  # as editors of one system write text
+    assert main(["train", "g2p", "--out", str(out), "--config", str(file), "--decoder-size", "8", "--overwrite"]) == 0
     config = load(out).model.config
     assert (config.cell, config.decoder_size, config.input_feeding) == ("lstm", 8, True)
     capsys.readouterr()
@@ -516,6 +605,10 @@ def test_sizes_that_an_attention_cannot_have(tmp_path: Path, capsys: Captured) -
         (["predict", "folder", "--length-power", "nan"], "argument --length-power: must be a finite number, got 'nan'"),
         (["demo", "--seconds", "soon"], "argument --seconds: must be a number above 0, got 'soon'"),
         (["info", "more"], "unrecognized arguments: more"),
+        (["train", "g2p", "--out", ""], "argument --out: must not be empty"),
+        (["train", "g2p", "--config", " "], "argument --config: must not be empty"),
+        (["evaluate", ""], "argument DIR: must not be empty"),
+        (["train", "g2p", "--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
     ],
 )
 def test_bad_usage(arguments: list[str], message: str, capsys: Captured) -> None:
@@ -540,15 +633,17 @@ def test_unwritable_folder_is_found_before_training(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([""], "a source must have at least one of characters, got ''"),
-        (["fine", "naïve"], "'naïve' has 'ï'; known are 'abcdefghijklmnopqrstuvwxyz"),
-        (["b2b", "x"], "'b2b' has '2'"),
-        (["two words"], "'two words' has ' '"),
+        (
+            ["fine", "naïve"],
+            "source 2: 'naïve' has 'ï'; known are: ' a b c d e f g h i j k l m n o p q r s t u v w x y z",
+        ),
+        (["b2b", "x"], "source 1: 'b2b' has '2'"),
+        (["two words"], "source 1: 'two words' has ' '"),
     ],
 )
 def test_bad_words(trained: Path, words: list[str], message: str, capsys: Captured) -> None:
     picture = trained.parent / "alignment.png"
-    assert main(["predict", str(trained), *words, "--alignment", str(picture)]) == 2
+    assert main(["predict", str(trained), *words, "--strict", "--alignment", str(picture)]) == 2
     assert error_line(capsys).startswith(message)
     assert not picture.exists()
 
@@ -567,12 +662,57 @@ def test_bad_checkpoints(trained: Path, arguments: list[str], capsys: Captured) 
 
 
 def test_bad_files_to_write(trained: Path, capsys: Captured) -> None:
+    folder = trained.parent / "folder.png"
+    folder.mkdir()
     for arguments in (["predict", "word", "--alignment"], ["evaluate", "--plot"], ["evaluate", "--json"]):
         name, *words, option = arguments
-        assert main([name, str(trained), *words, option, str(trained)]) == 2
+        assert main([name, str(trained), *words, option, str(folder)]) == 2
         assert error_line(capsys).startswith(f"{option} must be a file, got the folder")
-        assert main([name, str(trained), *words, option, str(trained / "checkpoint.json" / "a")]) == 2
+        assert main([name, str(trained), *words, option, str(trained / "checkpoint.json" / "a.png")]) == 2
         assert error_line(capsys).startswith("can't write to the folder")
+        if option != "--json":
+            assert main([name, str(trained), *words, option, str(trained.parent / "a.jpeg")]) == 2
+            assert error_line(capsys).startswith(f"{option} must end in .png, .svg or .pdf, got ")
+
+
+def test_predict_and_evaluate_join_nobody(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """In a pod, or below a job of torchrun, the environment tells of processes that will never come."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["predict", str(trained), "bado"]) == 0
+    assert main(["evaluate", str(trained)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("PER ")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "x"}, "the environment's RANK must be a number from 0 on, got 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "the environment's WORLD_SIZE must be a number from 0 on, got ''"),
+        ({"RANK": "0", "LOCAL_RANK": "-1"}, "the environment's LOCAL_RANK must be a number from 0 on, got '-1'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be less than WORLD_SIZE, 2, got 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set, where WORLD_SIZE is 2: start the processes by"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
+    ],
+)
+@pytest.mark.usefixtures("_small_dictionary")
+def test_an_environment_of_a_group_that_there_is_not(
+    variables: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "g2p", "--out", str(tmp_path / "run"), *SHORT]) == 2
+    assert error_line(capsys).startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("_small_dictionary")
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["train", "g2p", "--out", str(tmp_path / "run"), "--attention", "dot", *SHORT]) == 2
+    assert "attention 'dot' can't be of these sizes" in error_line(capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_backend_that_is_not_here(trained: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -669,22 +809,13 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured)
     assert commands_run == [
         " ".join(["verify --cases 20", *(f"--backend {name}" for name in native)]),
         "bench --quick --peers eager --cases forward,training,step",
-        f"train g2p --minutes {0.5 / 60:g} --out {folder}",
+        f"train g2p --minutes {0.5 / 60:g} --out {folder} --overwrite",
     ]
     shown = capsys.readouterr().out
     for text in ("forward + backward", "eager", "PER ", "dictionary", str(folder), "alignment.png"):
         assert text in shown
     assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
     assert load(folder).metrics["progress"]["pairs"] > 0
-
-
-def test_demo_begins_anew_after_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = tmp_path / "g2p" / "training.json"
-    left.parent.mkdir()
-    left.write_text(json.dumps({"format": FORMAT, "finished": False}))
-    monkeypatch.setattr(demo, "main", lambda arguments: int(left.exists()))
-    monkeypatch.setattr(demo, "_show_words", lambda *args: None)
-    assert main(["demo", "--out", str(tmp_path)]) == 0
 
 
 def test_demo_stops_where_a_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

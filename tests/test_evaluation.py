@@ -64,13 +64,13 @@ def test_errors_by_length() -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn, so that what is in them can be looked at; they are written all the same."""
     found: list[Any] = []
-    write = plots._write
+    write = plots.write_picture
 
-    def keep(figure: Any, path: Path) -> None:
+    def keep(path: Path, figure: Any) -> None:
         found.append(figure)
-        write(figure, path)
+        write(path, figure)
 
-    monkeypatch.setattr(plots, "_write", keep)
+    monkeypatch.setattr(plots, "write_picture", keep)
     return found
 
 

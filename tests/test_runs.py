@@ -188,8 +188,10 @@ def test_a_run_is_gone_on_with_where_it_was_saved(
         assert f"going on in {out} from epoch 1, step {made}\n" in capsys.readouterr().err
 
 
-def test_the_second_signal_ends_at_once() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
+@pytest.mark.parametrize("ignored", [False, True], ids=["at a terminal", "in the background"])
+def test_the_second_signal_ends_at_once(ignored: bool) -> None:
+    """Also where the shell has left SIGINT ignored, as it does for a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     try:
         with session._asked_to_stop() as asked:
             assert not asked()
@@ -197,8 +199,20 @@ def test_the_second_signal_ends_at_once() -> None:
             assert asked()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
+        assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == ignored
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["at a terminal", "under nohup"])
+def test_a_terminal_that_closes(ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with session._asked_to_stop() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked() != ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_folder_has_one_run_at_a_time(whole: Path, tmp_path: Path, words: list[str], capsys: Captured) -> None:
@@ -219,7 +233,7 @@ def test_a_limit_that_is_over_as_the_run_is_resumed(tmp_path: Path, words: list[
     for step, limit in ((4, ["--minutes", "1e-6"]), (8, ["--epochs", "1"])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(session, "_SAVE_SECONDS", 0.0)
-            stopped(out, words, "--cell", "gru", step=step + 1)
+            stopped(out, words, "--cell", "gru", "--overwrite", step=step + 1)
         assert main(train(out, words, "--resume", *limit)) == 0
         record, best = read_record(out, "training")[0], load(out)
         assert record["finished"]
@@ -335,9 +349,13 @@ def test_more_epochs_for_a_finished_run(whole: Path, tmp_path: Path, words: list
 def test_a_run_in_place_of_a_finished_one(whole: Path, tmp_path: Path, words: list[str], capsys: Captured) -> None:
     out = tmp_path / "run"
     assert main(train(out, words, *OPTIONS, "--seed", "1", "--epochs", "2")) == 0
-    old = tensors(out)
+    old, before = tensors(out), contents(out)
+    capsys.readouterr()
+    assert main(train(out, words, *OPTIONS)) == 2
+    assert "has a finished run: name another --out, or replace it by --overwrite\n" in capsys.readouterr().err
+    assert contents(out) == before
     # Until it has a checkpoint of its own, there is the other; but the other run is not gone on with.
-    stopped(out, words, step=1)
+    stopped(out, words, "--overwrite", step=1)
     assert equal(tensors(out), old)
     capsys.readouterr()
     assert main(train(out, words, *OPTIONS, "--resume")) == 0
@@ -623,7 +641,7 @@ def test_signals(forks: Forks, tmp_path: Path, words: list[str]) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert forks.run(train(whole, options)).code == 0
     file, steps = out / "training.json", [0]
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         process = subprocess.Popen(
             [sys.executable, "-m", "attnext", *train(out, options, "--resume")],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT,

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnext import info
-from attnext._support import InputError, writable_file, write_atomically
+from attnext._support import InputError, writable_file, writable_picture, write_atomically
 from attnext.bench import machine, plots, report
 from attnext.bench.cases import CASES, Case
 from attnext.bench.peers import OTHERS, Wrong, ours
 from attnext.bench.studies import STUDIES
 from attnext.bench.timing import Plan, measure, threads
-from attnext.cli import positive, require_backend
+from attnext.cli import path_argument, positive, require_backend
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive(int), metavar="N", help="of torch (default: its own choice)")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     add("--quick", action="store_true", help="few samples, no studies unless named, not every case compiled")
-    add("--json", type=Path, metavar="FILE", help="also write all samples, and what they were measured on")
-    add("--plot", type=Path, metavar="FILE", help="also draw a picture, .png or .svg")
+    add("--json", type=path_argument, metavar="FILE", help="also write all samples, and what they were measured on")
+    add("--plot", type=path_argument, metavar="FILE", help="also draw a picture: .png, .svg or .pdf")
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: what changed from A.json to B.json")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     listed = [f"  {case.name:<18}{case.kind}, {case}" for case in CASES]
@@ -93,14 +93,12 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here")
     require_backend(None, args.device)
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None:
-            writable_file(option, path)
+    if args.json is not None:
+        writable_file("--json", args.json)
     if args.plot is not None:
         import matplotlib  # noqa: F401  find out now, not after the measurements
 
-        if args.plot.suffix not in (".png", ".svg"):
-            raise InputError(f"--plot must end in .png or .svg, got {str(args.plot)!r}")
+        writable_picture("--plot", args.plot)
     try:
         with threads(args.threads):
             document = _measure(args, console)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnext._support import extra, write_atomically
+from attnext._support import extra, write_picture
 from attnext.bench.report import ratio
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ _COLOURS = {"attnext": "#0e86d4", "eager": "#d9730d", "compile": "#1f9e74", "jax
 
 
 def draw(path: Path, document: dict[str, Any]) -> None:
-    """Writes the picture on a transparent ground, as PNG or SVG by the file's name.
+    """Writes the picture on a transparent ground.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -39,10 +38,7 @@ def draw(path: Path, document: dict[str, Any]) -> None:
         rows = document["studies"].get("memory", [])
         _lines(time, rows, "seconds", 1e3, "time, ms")
         _lines(memory, rows, "bytes", 2.0**-20, "peak memory beside the inputs, MiB")
-        picture = io.BytesIO()
-        undated = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(picture, format=path.suffix[1:], dpi=150, transparent=True, metadata=undated)
-    write_atomically(path, picture.getvalue())
+        write_picture(path, figure, transparent=True)
 
 
 def _colour(peer: str) -> str:

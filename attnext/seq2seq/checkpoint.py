@@ -95,13 +95,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     write_record(folder, "checkpoint", tensors_of(checkpoint.model), checkpoint.description())
 
 
-def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint; its model is in evaluation mode.
+def load(folder: Path | str) -> Checkpoint:
+    """Reads the checkpoint of a folder; its model is in evaluation mode.
 
     Raises:
         InputError: there is none, it is damaged, or it was written by a release with another format.
         MissingExtra: safetensors is not installed.
     """
+    folder = Path(folder)
     record, tensors = read_record(folder, "checkpoint")
     try:
         checkpoint = Checkpoint.described(record)

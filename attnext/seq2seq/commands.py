@@ -6,19 +6,20 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import attnext
-from attnext._support import InputError, extra, only_writer, writable_file, write_atomically
-from attnext.cli import finite, positive, require_backend
+from attnext._support import InputError, extra, only_writer, writable_file, writable_picture, write_atomically
+from attnext.cli import finite, path_argument, positive, require_backend
 from attnext.seq2seq import config
 from attnext.seq2seq.checkpoint import Checkpoint, load
 from attnext.seq2seq.data import UNITS, Corpus, Entry
-from attnext.seq2seq.distributed import Group, joined
+from attnext.seq2seq.distributed import Group, alone, joined
 from attnext.seq2seq.evaluation import Errors, by_length, total
+from attnext.seq2seq.lines import FORMATS, batches_of_input, written
 from attnext.seq2seq.plots import alignment, errors_by_length
 from attnext.seq2seq.search import Output, translate
 from attnext.seq2seq.session import Interrupted, Session
@@ -36,10 +37,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "task", choices=["g2p", "pairs"], help="g2p: pronunciations of words; pairs: any lines of aligned text"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="folder of the run, in place of a finished one that is there (default: TASK-model)",
+        "--out", type=path_argument, metavar="DIR",
+        help="folder of the run (default: TASK-model)",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    begun = parser.add_mutually_exclusive_group()
+    begun.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    begun.add_argument("--overwrite", action="store_true", help="begin anew where --out has a run, which is lost")
     data = parser.add_argument_group(
         "data", "g2p takes lexicons: lines of WORD, tab, phonemes, more pronunciations behind further tabs or lines "
         "(without: the CMU dictionary). pairs takes a file of sources and one of targets, a line each. Of the training "
@@ -60,8 +63,12 @@ def train(args: argparse.Namespace) -> int:
     """Trains a model in a folder, keeps the one that does best on held-out data, and prints its errors on test data."""
     out = args.out or Path(f"{args.task}-model")
     corpus = _corpus(args)
-    with _computing(args) as group, only_writer(out) if group.rank == 0 else nullcontext():
-        session = Session(out, corpus, config.given(args), args.resume, group)
+    with (
+        joined(args.device) as group,
+        _backend(args, group),
+        only_writer(out) if group.rank == 0 else nullcontext(),
+    ):
+        session = Session(out, corpus, config.given(args), group, resume=args.resume, overwrite=args.overwrite)
         if args.resume and session.first:
             begun = session.trainer.progress
             where = (
@@ -83,28 +90,33 @@ def train(args: argparse.Namespace) -> int:
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnext evaluate``."""
     parser.add_argument(
-        "checkpoint", type=Path, nargs="+", metavar="DIR",
+        "checkpoint", type=path_argument, nargs="+", metavar="DIR",
         help="folder of the model; of several they decode together, by the mean of their probabilities",
     )  # fmt: skip
     parser.add_argument("--test-lexicon", metavar="FILE", help="of g2p: other data than the model's own test data")
     parser.add_argument("--test-source", metavar="FILE", help="of pairs: likewise")
     parser.add_argument("--test-target", metavar="FILE", help="of pairs: likewise")
     parser.add_argument(
-        "--beside", type=Path, action="append", default=[], metavar="DIR",
+        "--beside", type=path_argument, action="append", default=[], metavar="DIR",
         help="another model, one with --attention none for instance, to be set beside this one; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the errors by the length of the source")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the errors and all outputs")
+    parser.add_argument(
+        "--plot", type=path_argument, metavar="FILE",
+        help="draw the errors by the length of the source: .png, .svg or .pdf",
+    )  # fmt: skip
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the errors and all outputs")
     _add_search_arguments(parser)
     _add_device_arguments(parser)
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Prints a model's errors by the length of the source, and in all in the last line."""
-    for option, path in (("--plot", args.plot), ("--json", args.json)):
-        if path is not None:
-            writable_file(option, path)
-    with _computing(args) as group:
+    if args.plot is not None:
+        writable_picture("--plot", args.plot)
+    if args.json is not None:
+        writable_file("--json", args.json)
+    group = alone(args.device)
+    with _backend(args, group):
         first = together({folder: load(folder) for folder in args.checkpoint})
         models = {_label(args.checkpoint, first): first}
         for folder in args.beside:
@@ -134,51 +146,92 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attnext predict``."""
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="folder of the model")
+    parser.add_argument("checkpoint", type=path_argument, metavar="DIR", help="folder of the model")
     parser.add_argument("words", nargs="*", metavar="WORD", help="sources (default: the lines of standard input)")
     parser.add_argument("--nbest", type=positive(int), default=1, metavar="N", help="outputs for each, with scores")
-    parser.add_argument("--alignment", type=Path, metavar="PNG", help="also draw which symbols each output attends")
+    parser.add_argument(
+        "--format", choices=FORMATS, default=FORMATS[0],
+        help="tsv: source, tab and output, as a lexicon, with --nbest scores between; json: an object for each source "
+        "(default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a source with unknown letters: else it is left out"
+    )
+    parser.add_argument(
+        "--alignment", type=path_argument, metavar="FILE", help="also draw which symbols each output attends"
+    )
     _add_search_arguments(parser)
     _add_device_arguments(parser)
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Prints the outputs for sources, and draws their alignment if asked to."""
+    """Writes the outputs for sources as they come, and draws their alignment if asked to."""
     if args.alignment is not None:
-        writable_file("--alignment", args.alignment)
-    if args.nbest > args.beam:
-        args.beam = args.nbest
-    with _computing(args) as group:
+        writable_picture("--alignment", args.alignment)
+    args.beam = max(args.beam, args.nbest)
+    group = alone(args.device)
+    with _backend(args, group):
         checkpoint = load(args.checkpoint)
         checkpoint.model.to(group.device)
-        if args.alignment is not None and checkpoint.model.config.attention == "none":
-            raise InputError("--alignment: a model without attention has no weights to draw")
-        words = args.words or _words_of_input()
-        for word in words:
-            if checkpoint.corpus.task == "g2p" or not word.strip():
-                checkpoint.source.require(word)
-        if not words:
-            return 0
-        if args.alignment is not None and len(words) > _MOST_DRAWN:
-            raise InputError(f"--alignment: at most {_MOST_DRAWN} words can be drawn, got {len(words)}")
-        options = {"beam": args.beam, "length_power": args.length_power, "need_weights": args.alignment is not None}
-        outputs = translate(checkpoint, words, **options)
-    width = max(len(word) for word in words) if checkpoint.corpus.task == "g2p" else 0
-    for output in outputs:
-        for symbols, score in list(zip(output.symbols, output.scores, strict=True))[: args.nbest]:
-            shown = f"  {score:.3f}" if args.nbest > 1 else ""
-            print(f"{output.source:{width}}{shown}  {checkpoint.target.write(symbols)}")
-    if args.alignment is not None:
-        alignment(args.alignment, outputs, checkpoint.source.unit)
+        batches: Iterable[list[str]] = [args.words] if args.words else batches_of_input()
+        if args.alignment is not None:
+            batches = [_to_be_drawn(checkpoint, batches)]
+        answered, drawn = 0, []
+        for sources in batches:
+            known = _known(checkpoint, sources, args.strict, "source" if args.words else "line", answered + 1)
+            answered += len(sources)
+            for source, output in zip(sources, _answers(checkpoint, known, args), strict=True):
+                print(written(source, output, checkpoint.target, args.nbest, args.format))
+                drawn += [output] if args.alignment is not None and output is not None else []
+            sys.stdout.flush()
+    if drawn:
+        alignment(args.alignment, drawn, checkpoint.source.unit)
         print(f"alignment in {args.alignment}", file=sys.stderr)
     return 0
 
 
-def _words_of_input() -> list[str]:
+def _to_be_drawn(checkpoint: Checkpoint, batches: Iterable[list[str]]) -> list[str]:
+    """All sources, of which there may not be too many for a picture."""
+    if checkpoint.model.config.attention == "none":
+        raise InputError("--alignment: a model without attention has no weights to draw")
+    sources = [source for batch in batches for source in batch]
+    if len(sources) > _MOST_DRAWN:
+        raise InputError(f"--alignment: at most {_MOST_DRAWN} words can be drawn, got {len(sources)}")
+    return sources
+
+
+def _known(checkpoint: Checkpoint, sources: Sequence[str], strict: bool, what: str, first: int) -> list[str | None]:
+    """The sources that the model can answer, None in the place of the others: of empty ones, and of those with letters
+    that are unknown, which are noted."""
+    found: list[str | None] = []
+    for number, source in enumerate(sources, first):
+        unknown = _unknown(checkpoint, source)
+        if unknown and strict:
+            raise InputError(f"{what} {number}: {unknown}")
+        if unknown:
+            print(f"attnext: {what} {number} left out: {unknown}", file=sys.stderr)
+        found.append(source if source.strip() and not unknown else None)
+    return found
+
+
+def _unknown(checkpoint: Checkpoint, source: str) -> str:
+    """What a pronunciation can't be made of; lines of text may have symbols that their model doesn't know."""
+    if checkpoint.corpus.task != "g2p" or not source.strip():
+        return ""
     try:
-        return [line.strip() for line in sys.stdin if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not text: {error}") from error
+        checkpoint.source.require(source)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _answers(
+    checkpoint: Checkpoint, sources: Sequence[str | None], args: argparse.Namespace
+) -> Iterator[Output | None]:
+    there = [source for source in sources if source is not None]
+    options = {"beam": args.beam, "length_power": args.length_power, "need_weights": args.alignment is not None}
+    outputs = iter(translate(checkpoint, there, **options))
+    return (None if source is None else next(outputs) for source in sources)
 
 
 def _option(part: str, file: str) -> str:
@@ -217,7 +270,11 @@ def _corpus(args: argparse.Namespace) -> Corpus:
 def _test_entries(checkpoint: Checkpoint, args: argparse.Namespace) -> Sequence[Entry]:
     files = _files(args, checkpoint.corpus.task, "test")
     if not files:
-        return checkpoint.corpus.split().test
+        try:
+            return checkpoint.corpus.split().test
+        except InputError as error:
+            option = "--test-lexicon" if checkpoint.corpus.task == "g2p" else "--test-source and --test-target"
+            raise InputError(f"{error} (the model's own test data; name other by {option})") from error
     entries = checkpoint.corpus.entries(files)
     if not entries:  # no errors of none would read as a perfect model
         raise InputError("there is nothing in the test data")
@@ -285,12 +342,11 @@ def _write_json(path: Path, entries: Sequence[Entry], outputs: Sequence[Output],
 
 
 @contextmanager
-def _computing(args: argparse.Namespace) -> Iterator[Group]:
-    """The processes, with the backend that was asked for; one that can't serve there is the user's error."""
-    with joined(args.device) as group:
-        require_backend(args.backend, group.device.type)
-        with attnext.use_backend(args.backend) if args.backend else nullcontext():
-            yield group
+def _backend(args: argparse.Namespace, group: Group) -> Iterator[None]:
+    """Inside it the backend is the one that was asked for; one that can't serve there is the user's error."""
+    require_backend(args.backend, group.device.type)
+    with attnext.use_backend(args.backend) if args.backend else nullcontext():
+        yield
 
 
 def _add_search_arguments(parser: argparse.ArgumentParser) -> None:

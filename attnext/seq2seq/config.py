@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from attnext._support import InputError, extra
 from attnext.attention.family import STEPPED
+from attnext.cli import path_argument
 
 __all__ = ["ATTENTIONS", "Config", "add_arguments", "from_toml", "given"]
 
@@ -113,7 +114,7 @@ def from_toml(path: Path) -> dict[str, Any]:
         with extra("demo"):
             import tomli as tomllib
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"can't read the configuration {str(path)!r}: {error.strerror}") from error
     except ValueError as error:
@@ -130,7 +131,9 @@ def from_toml(path: Path) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for every field of the configuration; those not given leave no trace."""
     group = parser.add_argument_group("model and training", "also as fields of a TOML file, with _ for -")
-    group.add_argument("--config", type=Path, metavar="TOML", help="a file of these; options given beside it win")
+    group.add_argument(
+        "--config", type=path_argument, metavar="TOML", help="a file of these; options given beside it win"
+    )
     for one in fields(Config):
         kind: _Kind = one.metadata["kind"]
         name = "--" + one.name.replace("_", "-")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attnext._support import extra, write_atomically
+from attnext._support import extra, write_picture
 from attnext.seq2seq.evaluation import Errors
 from attnext.seq2seq.search import Output
 
@@ -18,10 +17,10 @@ __all__ = ["alignment", "curves", "errors_by_length"]
 
 
 def alignment(path: Path, outputs: Sequence[Output], unit: str = "characters") -> None:
-    """Writes a PNG with a heat map per source: which of its symbols (across) each symbol of the output (down) attends.
+    """Writes a picture with a heat map per source: which of its symbols (across) each of the output (down) attends.
 
     Args:
-        path: of the PNG.
+        path: its name says whether it is a PNG, an SVG or a PDF.
         outputs: with their weights.
         unit: of the sources.
 
@@ -55,11 +54,11 @@ def alignment(path: Path, outputs: Sequence[Output], unit: str = "characters") -
     figure.supxlabel("symbol of the source attended")
     figure.supylabel("symbol of the output, from first to last")
     figure.colorbar(colours, ax=grid, label="attention weight", fraction=0.05)
-    _write(figure, path)
+    write_picture(path, figure)
 
 
 def curves(path: Path, log: Path, task: str) -> None:
-    """Writes a PNG of a run's log: loss, errors on held-out data and learning rate against the time of training.
+    """Writes a picture of a run's log: loss, errors on held-out data and learning rate against the time of training.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -94,11 +93,11 @@ def curves(path: Path, log: Path, task: str) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
-    _write(figure, path)
+    write_picture(path, figure)
 
 
 def errors_by_length(path: Path, models: Mapping[str, Mapping[int, Errors]], task: str) -> None:
-    """Writes a PNG that sets models side by side: errors against the length of the source, and how many there are.
+    """Writes a picture that sets models side by side: errors against the length of the source, and how many there are.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -120,7 +119,7 @@ def errors_by_length(path: Path, models: Mapping[str, Mapping[int, Errors]], tas
         xlabel=f"length of the source ({'letters' if task == 'g2p' else 'symbols'}); errors where there are 10 or more",
     )  # fmt: skip
     bottom.locator_params(axis="x", integer=True)
-    _write(figure, path)
+    write_picture(path, figure)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -130,9 +129,3 @@ def _figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _write(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_atomically(path, picture.getvalue())

@@ -37,6 +37,9 @@ from attnext.seq2seq.training import Step, Trainer
 __all__ = ["Interrupted", "Session"]
 
 _SAVE_SECONDS, _LOG_STEPS = 300.0, 20
+_ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+"""Signals of people, of a machine that goes down, of a terminal that closes, and of a scheduler whose time is over."""
+_HANG_UP = getattr(signal, "SIGHUP", None)
 
 
 class Interrupted(Exception):
@@ -50,20 +53,24 @@ class Session:
         folder: of the run; there, and nobody else's (``only_writer``).
         corpus: its data.
         given: fields of the configuration that were set; the others are by default or, resumed, as they were.
-        resume: go on with the run in the folder, if there is one.
         group: the processes that train.
+        resume: go on with the run in the folder, if there is one.
+        overwrite: begin anew, whatever run there is.
 
     Raises:
-        InputError: the folder can't be read, holds an unfinished run that was not to be resumed, or one
-            of other data or another configuration; or the data can't be read.
+        InputError: the folder can't be read, holds a run that was neither to be resumed nor overwritten, or one to be
+            resumed of other data or another configuration; or the data can't be read.
     """
 
-    def __init__(self, folder: Path, corpus: Corpus, given: Mapping[str, Any], resume: bool, group: Group) -> None:
+    def __init__(
+        self, folder: Path, corpus: Corpus, given: Mapping[str, Any], group: Group, *, resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:  # fmt: skip
         self.folder, self.group, self.first = folder, group, group.rank == 0
         with extra("demo"):  # find out now, not after the training
             for package in ("matplotlib", "rapidfuzz", "rich", "safetensors.torch"):
                 import_module(package)
-        self.resumed = self._is_saved(resume) and resume
+        self.resumed = self._is_saved(resume or overwrite) and resume
         record, tensors = read_record(folder, "training") if self.resumed else ({}, {})
         try:
             config = _config(record.get("config", {}) if self.resumed else {}, given)
@@ -86,16 +93,17 @@ class Session:
         if self.resumed:
             self._go_on(record, tensors)
 
-    def _is_saved(self, resume: bool) -> bool:
-        """Whether the folder has a run, which must be finished if it is not to be resumed."""
+    def _is_saved(self, known: bool) -> bool:
+        """Whether the folder has a run, of which the user must know."""
         folder = self.folder
         saved = (folder / "training.json").exists()
         if self.group.of_first(float(saved)) != saved:
             raise InputError(f"every process must see the folder {str(folder)!r} of the first: put it on a shared disk")
-        if saved and not resume and not read_json(folder, "training").get("finished"):
+        if saved and not known:
+            finished = read_json(folder, "training").get("finished")
+            what, resume = ("a finished", "") if finished else ("an unfinished", "go on with it by --resume, ")
             raise InputError(
-                f"the folder {str(folder)!r} has an unfinished run: go on with it by --resume, name another --out, or "
-                "delete it"
+                f"the folder {str(folder)!r} has {what} run: {resume}name another --out, or replace it by --overwrite"
             )
         return saved
 
@@ -267,29 +275,30 @@ def _model(config: Config, source: Vocabulary, target: Vocabulary) -> Seq2Seq:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, or SIGTERM sent: the first asks, so that the step is ended and saved; the second ends
-    at once."""
+    """Whether Ctrl-C was pressed, or a signal sent that asks for an end: the first asks, so that the step is ended and
+    saved; the second ends at once. A terminal that closes is none to a run under nohup."""
     asked = False
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if threading.current_thread() is not threading.main_thread():  # where signals don't arrive
+        yield lambda: asked
+        return
+    before = {number: handler for number in _ENDS if (handler := signal.getsignal(number)) is not None}
+    if before.get(_HANG_UP) is signal.SIG_IGN:
+        del before[_HANG_UP]
 
     def handle(number: int, frame: Any) -> None:
         nonlocal asked
         asked = True
-        restore()
+        for one, handler in before.items():  # a job in the background has SIGINT ignored
+            by_default = signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL
+            signal.signal(one, by_default if handler is signal.SIG_IGN else handler)
 
-    if threading.current_thread() is not threading.main_thread():  # where signals don't arrive
-        yield lambda: asked
-        return
     for number in before:
         signal.signal(number, handle)
     try:
         yield lambda: asked
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Display:
