@@ -33,7 +33,8 @@ DEFINITIONS = [
     "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH),
 ]
 # No -march=native: the library must run on every machine of its architecture, the sources choose the vector
-# instructions at run time. No -ffast-math: it would delete the tests for NaN and infinity.
+# instructions at run time. No -ffast-math: it would delete the tests for NaN and infinity, and linked with it a library
+# takes small numbers for 0 in the whole process.
 COMPILE_FLAGS = [
     "-std=gnu++17",
     "-O3",
@@ -44,6 +45,11 @@ COMPILE_FLAGS = [
     "-Wall",
     *DEFINITIONS,
 ]
+# What of this kind site-wide settings bring along.
+INEXACT = re.compile(
+    "-Ofast|-ffp-model=.*|-m(no-)?daz-ftz|-f(fast-math|unsafe-math-optimizations|finite-math-only|associative-math|"
+    "reciprocal-math|approx-func|no-honor-nans|no-honor-infinities|no-signed-zeros|denormal-fp-math.*)"
+)
 # Python's symbols are found when the module is loaded; macOS wants to be told. --as-needed keeps the OpenMP
 # runtime out of the needed libraries where the code uses no more than `omp simd`.
 LINK_FLAGS = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--as-needed"]
@@ -167,7 +173,8 @@ def _build(extension: Path, record: dict[str, str]) -> None:
     except ImportError as error:
         raise CompileError("pybind11 is missing (with --no-build-isolation: pip install pybind11)") from error
 
-    flags = COMPILE_FLAGS + _openmp(compiler) + shlex.split(os.environ.get("CXXFLAGS", ""))
+    compiler = _exact(compiler, "CXX")
+    flags = COMPILE_FLAGS + _openmp(compiler) + _exact(shlex.split(os.environ.get("CXXFLAGS", "")), "CXXFLAGS")
     record["torch"] = torch.version
     record["compiler"] = _run([*compiler, "--version"]).partition("\n")[0]
     record["flags"] = " ".join(flags)
@@ -187,9 +194,18 @@ def _build(extension: Path, record: dict[str, str]) -> None:
         print(f"NOTE: attnext's extension is built without CUDA kernels: {error}", file=sys.stderr)
         objects = _compile(host, None, key)
     # No rpath: `import torch` has loaded the library by then, wherever torch lives.
-    links = [*LINK_FLAGS, f"-L{torch.root}/lib", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
+    links = [*LINK_FLAGS, f"-L{torch.root}/lib", "-ltorch_cpu"]
+    links += _exact(shlex.split(os.environ.get("LDFLAGS", "")), "LDFLAGS")
     _run([*compiler, "-shared", *flags, *objects, *(kernels.links if kernels else []), *links, "-o", str(extension)])
     record |= {"cuda": kernels.title if kernels else "", "cuda reason": reason}
+
+
+def _exact(words: list[str], variable: str) -> list[str]:
+    """The words of a variable of the environment, but for flags with which results would be wrong."""
+    if left_out := [word for word in words if INEXACT.fullmatch(word)]:
+        print(f"NOTE: attnext is built without {' '.join(left_out)} of {variable}: its results would be wrong",
+              file=sys.stderr)  # fmt: skip
+    return [word for word in words if not INEXACT.fullmatch(word)]
 
 
 def _kernels(compiler: list[str], flags: list[str], packages: Path) -> Kernels:

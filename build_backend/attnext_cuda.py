@@ -24,6 +24,7 @@ DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")
 # only; a library with such a symbol would not load beside another torch.
 # Code for several kinds of GPU, compressed, is a tenth of what it is without.
 COMPILE_FLAGS = ["-std=c++17", "-O3", "--compress-mode=size", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+INEXACT = re.compile(r"(^|\s)--?(use_fast_math|ftz[= ]true|prec-(div|sqrt)[= ]false)|-ffast-math|-Ofast")
 OLDEST = ".".join(map(str, OLDEST_CUDA))
 HOW = f"get {OLDEST} or later from https://developer.nvidia.com/cuda-downloads, or name its folder in CUDA_HOME"
 
@@ -60,6 +61,9 @@ def plan(host: list[str], flags: list[str], packages: Path | None = None) -> Ker
     options = [f"-Xcompiler={word}" for word in host if word.startswith("-")]
     gpus = dict.fromkeys(flag for arch in archs for flag in _code(arch))
     variables = sorted(item for item in os.environ.items() if re.fullmatch("NVCC_(PRE|AP)PEND_FLAGS", item[0]))
+    for name, value in variables:  # which nvcc reads by itself
+        if inexact := INEXACT.search(value):
+            raise NoCuda(f"{name} has {inexact[0].strip()}, with which results would be wrong: take it out")
     command = [toolkit.nvcc, "-ccbin", compiler, *options, *COMPILE_FLAGS, *gpus]
     threads = f"--threads={os.environ.get('MAX_JOBS') or os.cpu_count() or 1}"  # kinds of GPU at a time
     return Kernels(

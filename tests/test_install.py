@@ -231,6 +231,37 @@ def test_source_that_does_not_compile(checkout: Path, hook: Hook) -> None:
     assert "this file is wrong" in done.stderr
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+def test_flags_of_a_site_that_would_make_results_wrong(checkout: Path, hook: Hook) -> None:
+    """They are left out, in the link too: with them it would set the processor to take small numbers for 0."""
+    (checkout / "csrc" / "bindings.cpp").write_text(
+        "#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || OTHERS != 2\n#error wrong\n#endif\n"
+    )
+    environment = {"CXXFLAGS": "-O2 -ffast-math -DOTHERS=2 -Ofast -ffinite-math-only", "LDFLAGS": "-Ofast -Wl,-O1"}
+    done = hook("b.build_editable('dist')", compiler="yes", ATTNEXT_CPU="1", ATTNEXT_CUDA="0", **environment)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "NOTE: attnext is built without -ffast-math -Ofast -ffinite-math-only of CXXFLAGS: its results" in done.stderr
+    )
+    assert "NOTE: attnext is built without -Ofast of LDFLAGS" in done.stderr
+    (link,) = (line for line in done.stdout.splitlines() if " -shared " in line and " -o attnext/" in line)
+    assert {"-O2", "-DOTHERS=2", "-Wl,-O1"} <= set(link.split())
+    assert not {"-ffast-math", "-Ofast", "-ffinite-math-only"} & set(link.split())
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-ffinite-math-only"])
+def test_the_sources_refuse_such_flags(flag: str) -> None:
+    """Wherever they come from, a wrapper of the compiler say."""
+    command = [os.environ.get("CXX") or "c++", "-std=gnu++17", "-fsyntax-only", "-x", "c++"]
+    for flags, works in (([], True), ([flag], False)):
+        done = subprocess.run(
+            [*command, *flags, str(ROOT / "csrc/cpu/problem.h")], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode == 0) == works
+        assert ("attnext can't be built with -ffast-math" in done.stderr) != works
+
+
 @pytest.fixture
 def overlay(tmp_path: Path) -> Path:
     """A folder with setuptools and nothing else, as an installer's isolated build environment has it."""
@@ -382,6 +413,20 @@ def test_unusable_toolkit(
         cuda.find_toolkit()
     assert told in str(error.value)
     assert str(toolkit) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--use_fast_math", "-use_fast_math", "-ftz=true", "-prec-div=false", "-Xcompiler=-Ofast"]
+)
+def test_nvcc_flags_that_would_make_results_wrong(
+    cuda: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert cuda.plan(["g++"], []).title.startswith("12.8")
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", f"-lineinfo {flag}")
+    with pytest.raises(cuda.NoCuda, match=r"NVCC_APPEND_FLAGS has -.*, with which results would be wrong: take it out"):
+        cuda.plan(["g++"], [])
 
 
 @pytest.mark.parametrize(

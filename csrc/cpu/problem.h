@@ -4,6 +4,11 @@
 
 #include <cstdint>
 
+// However such a flag came here: tests for NaN and infinity would be deleted, sums reordered.
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "attnext can't be built with -ffast-math, -Ofast or -ffinite-math-only: its results would be wrong"
+#endif
+
 namespace attnext::cpu {
 
 enum class Type : int8_t { kFloat, kDouble, kHalf, kBFloat16 };
