@@ -131,8 +131,13 @@ def fits(query: object, size: int, like: Tensor) -> bool:
     )
 
 
+def _readable(x: Tensor) -> bool:
+    """Whether values may be looked at: on the CPU, outside compilation, and not of a batch that vmap goes over."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(x)
+
+
 def lengths(x: object, key: Tensor) -> Tensor | None:
-    """``lengths`` as int64 (B,), each from 0 to Tk. Their values are read on the CPU and outside compilation only."""
+    """``lengths`` as int64 (B,), each from 0 to Tk, where that can be read."""
     if x is None:
         return None
     x = tensor("lengths", x, 1)
@@ -142,7 +147,7 @@ def lengths(x: object, key: Tensor) -> Tensor | None:
     size("lengths", x, 0, batch, "the batch")
     if x.device != key.device:
         raise ValueError(f"lengths must be on the device of the keys, {key.device}, got {x.device}")
-    if not torch.compiler.is_compiling() and x.device.type == "cpu":
+    if _readable(x):
         values = x.tolist()
         if values and not 0 <= min(values) <= max(values) <= keys:
             bad = next(n for n in values if not 0 <= n <= keys)
@@ -206,13 +211,13 @@ def floating(name: str, x: object) -> torch.dtype:
 
 
 def indices(name: str, x: object, size: int, device: torch.device) -> Tensor:
-    """``x`` as int64 (N,), each from 0 to size - 1. Values are read on the CPU and outside compilation only."""
+    """``x`` as int64 (N,), each from 0 to size - 1, where that can be read."""
     x = tensor(name, x, 1)
     if x.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be a tensor of integers, got {x.dtype}")
     if x.device != device:
         raise ValueError(f"{name} must be on the memory's device {device}, got {x.device}")
-    if not torch.compiler.is_compiling() and x.device.type == "cpu":
+    if _readable(x):
         bad = [n for n in x.tolist() if not 0 <= n < size]
         if bad:
             raise ValueError(f"{name} must lie between 0 and {size - 1}, got {bad[0]}")

@@ -129,7 +129,7 @@ def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None 
     if transition is None:
         mix = before + moved
     else:
-        if transition.dim() == 0 or transition.shape[-1] != 1:
+        if isinstance(transition, Tensor) and transition.shape[-1:] != (1,):
             raise ValueError(f"transition must have shape (..., 1), got {tuple(transition.shape)}")
         move = _widened("transition", transition)
         mix = (1 - move) * before + move * moved
@@ -168,6 +168,10 @@ def coverage_loss(weights: Tensor, coverage: Tensor) -> Tensor:
 
 def _widened(name: str, x: Tensor) -> Tensor:
     """``x`` in the dtype that it is computed in."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have shape (..., Tk), got a tensor without dimensions")
     _checks.floating(name, x.dtype)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

@@ -162,12 +162,18 @@ class Memory:
             steps=self.steps and gathered(key, value, self.score_weight),
         )
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Memory:
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Memory:
         """The same memory on another device, in another floating dtype, or both; prepared anew where it was prepared.
 
+        As that of a tensor, it takes a dtype alone too.
+
         Raises:
-            TypeError: ``dtype`` is not float32, float64, float16 or bfloat16.
+            TypeError: ``dtype`` is not float32, float64, float16 or bfloat16, or is given twice.
         """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(f"device must be a device, got {device}")
+            device, dtype = None, device
         device = self.key.device if device is None else torch.device(device)
         dtype = self.key.dtype if dtype is None else _checks.floating("dtype", dtype)
         key = self.key.to(device, dtype)

@@ -416,6 +416,15 @@ ROW = torch.zeros(2, 3)
         (lambda: forward_weights(ROW, ROW, torch.tensor(0.5)), ValueError, r"transition must have shape .* got \(\)"),
         (lambda: coverage_loss(ROW, ROW[0]), ValueError, r"coverage must have the shape of weights, .* got \(3,\)"),
         (lambda: coverage_loss(ROW, ROW.int()), TypeError, "coverage must be float32"),
+        (lambda: normalize([[1.0]]), TypeError, "scores must be a torch.Tensor, got list"),  # type: ignore[arg-type]
+        (
+            lambda: normalize(torch.tensor(1.0)),
+            ValueError,
+            r"scores must have shape \(\.\.\., Tk\), got a tensor",
+        ),
+        (lambda: coverage_loss(1.0, 2.0), TypeError, "weights must be a torch.Tensor, got float"),  # type: ignore[arg-type]
+        (lambda: forward_weights(ROW, ROW, 0.5), TypeError, "transition must be a torch.Tensor, got float"),  # type: ignore[arg-type]
+        (lambda: monotonic_weights(ROW, None), TypeError, "previous must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_arguments_are_named(call: Callable[[], Tensor], error: type[Exception], message: str) -> None:

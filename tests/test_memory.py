@@ -235,3 +235,12 @@ def test_a_memory_shows_its_sizes(attn: BahdanauAttention) -> None:
     assert (
         repr(heads) == "Memory(batch=4, keys=6, key_size=4, value_size=4, heads=2, torch.float32, device='cpu', mask)"
     )
+
+
+def test_a_dtype_alone(attn: BahdanauAttention) -> None:
+    memory = memory_of(attn)
+    assert memory.to(torch.float64).key.dtype == memory.to(dtype=torch.float64).key.dtype == torch.float64
+    with pytest.raises(TypeError, match=r"device must be a device, got torch\.float64"):
+        memory.to(torch.float64, torch.float32)
+    with pytest.raises(TypeError, match=r"dtype must be float32, float64, float16 or bfloat16, got torch\.int64"):
+        memory.to(torch.int64)

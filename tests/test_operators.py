@@ -175,6 +175,27 @@ class TestTransforms:
             results.append((context, torch.autograd.grad(context.sin().sum(), queries)[0]))
         torch.testing.assert_close(*results)
 
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_vmap_of_lengths_and_masks(self, backend: str) -> None:
+        query, key, value, v = inputs(torch.float64)
+        batch, keys = key.shape[:2]
+        attn = attnext.BahdanauAttention(query.shape[-1], value.shape[-1], 4).double()
+        lengths, masks = torch.randint(0, keys + 1, (3, batch)), torch.rand(3, batch, keys) < 0.6
+        calls: tuple[Any, ...] = (
+            lambda n, mask: attnext.additive_attention(query, key, value, v, lengths=n, mask=mask, need_weights=True),
+            lambda n, mask: attnext.additive_scores(query, key, v, lengths=n, mask=mask),
+            lambda n, mask: attnext.dot_attention(query, key, value, lengths=n, mask=mask, need_weights=True),
+            lambda n, mask: attn(query, value, lengths=n, mask=mask, need_weights=True),
+        )
+        for call in calls:
+            with attnext.use_backend(backend):
+                found = torch.func.vmap(call)(lengths, masks)
+                each = [call(n, mask) for n, mask in zip(lengths, masks, strict=True)]
+            expected = (
+                torch.stack(each) if isinstance(each[0], Tensor) else tuple(map(torch.stack, zip(*each, strict=True)))
+            )
+            torch.testing.assert_close(found, expected)
+
     def test_derivatives_are_refused(self) -> None:
         attend, query = self.attend("cpu"), inputs(torch.float64)[0]
 
