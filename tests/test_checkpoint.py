@@ -257,6 +257,20 @@ def folder_for_json(folder: Path) -> None:
     (folder / "checkpoint.json").mkdir()
 
 
+def pipe_for_json(folder: Path) -> None:
+    (folder / "checkpoint.json").unlink()
+    os.mkfifo(folder / "checkpoint.json")
+
+
+def device_for_tensors(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+HEADER = b'{"x":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+ODD_TENSORS = len(HEADER).to_bytes(8, "little") + HEADER + b"\0"
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no json": (lambda folder: (folder / "checkpoint.json").unlink(), "no checkpoint in .*No such file"),
     "json is a folder": (folder_for_json, "no checkpoint in .*Is a directory"),
@@ -274,6 +288,36 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no format": (change_json(lambda record: record.pop("format")), "has format None"),
     "no checksum": (change_json(lambda record: record.pop("tensors_sha256")), "should name its tensors, got None"),
+    "odd checksum": (change_json(lambda record: record.update(tensors_sha256="../" * 30)), "should name its tensors"),
+    "a checksum of other letters": (
+        change_json(lambda record: record.update(tensors_sha256="\0*?\n" * 16)),
+        "should name its tensors",
+    ),
+    "json is a pipe": (pipe_for_json, "checkpoint.json' must be an ordinary file"),
+    "tensors are a device": (device_for_tensors, "safetensors' must be an ordinary file"),
+    "numbers without end": (write_json(b'{"format": 3, "tensors_sha256": 1e999}'), "should name its tensors, got inf"),
+    "an output without end": (
+        change_json(lambda record: record.update(longest=float("inf"))),
+        "damaged: OverflowError",
+    ),
+    "a size that is no number": (
+        change_json(lambda record: record["config"].update(encoder_size=float("nan"))),
+        "damaged: .*encoder_size",
+    ),
+    "numbers as symbols": (
+        change_json(lambda record: record["target"].update(symbols=list(range(len(PHONEMES))))),
+        "damaged: .*symbols",
+    ),
+    "integers for floats": (
+        change_tensors(lambda state: state.update({"decoder.output.bias": state["decoder.output.bias"].int()})),
+        "decoder.output.bias is of torch.int32",
+    ),
+    "a type that nobody knows": (lambda folder: put_tensors(folder, ODD_TENSORS), "safetensors' is damaged"),
+    "layers without end": (
+        change_json(lambda record: record["config"].update(encoder_layers=10**9)),
+        "damaged: .*more layers than",
+    ),
+    "a huge model": (change_json(lambda record: record["config"].update(decoder_size=10**6)), "should have shape"),
     "no config": (change_json(lambda record: record.pop("config")), "is damaged: KeyError.*config"),
     "no metrics": (change_json(lambda record: record.pop("metrics")), "is damaged: KeyError.*metrics"),
     "no vocabulary": (change_json(lambda record: record.pop("target")), "is damaged: KeyError.*target"),

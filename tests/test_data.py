@@ -79,6 +79,12 @@ def test_batches_hold_every_pair_once() -> None:
     assert sorted(seen) == sorted((entry.source, one) for entry in TEN for one in entry.targets)
 
 
+def test_the_longest_output_but_for_what_is_absurd() -> None:
+    for count, absurd, longest in ((1, 0, 4), (2, 1, 4), (500, 1, 4), (5000, 5, 4), (5000, 6, 100)):
+        outputs = [[6] * 99] * absurd + [[6] * 3] * (count - absurd)
+        assert Pairs([([5], output) for output in outputs]).longest == longest
+
+
 def test_batches_are_of_similar_length_and_shuffled() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 20, (1000,), generator=generator).tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "FORMAT",
     "Checkpoint",
     "fill",
+    "fit",
     "load",
     "read_json",
     "read_record",
@@ -37,6 +39,8 @@ __all__ = [
 
 FORMAT = 3
 """Raised when releases before can't read what this one writes; what this one reads of theirs is in ``formats``."""
+_NOT_SO = (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
+"""What may come of records and tensors that are not what they must be."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Checkpoint:
         target: the vocabulary of its outputs.
         corpus: the data it was made with.
         metrics: anything JSON can say of its training.
-        longest: symbols of the longest output it was trained on, the end mark included.
+        longest: symbols of the longest output it was trained on but for one in a thousand, the end mark included.
     """
 
     model: Seq2Seq
@@ -71,14 +75,19 @@ class Checkpoint:
         }
 
     @classmethod
-    def described(cls, record: Mapping[str, Any]) -> Checkpoint:
-        """A model with its parameters as drawn, of such a description.
+    def described(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Checkpoint:
+        """A model with its parameters as drawn, of such a description, once these tensors are seen to fit it.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: it is none.
+            AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError: it is none.
         """
         source, target = (Vocabulary(**_tuples(record[side])) for side in ("source", "target"))
-        model = Seq2Seq(Config(**record["config"]), len(source), len(target))
+        config = Config(**record["config"])
+        if config.encoder_layers + config.decoder_layers > len(tensors):
+            raise ValueError(f"it has more layers than there are tensors, {len(tensors)}")
+        with torch.device("meta"):  # without numbers: the sizes may be anything
+            fit(tensors_of(Seq2Seq(config, len(source), len(target))), tensors, folder)
+        model = Seq2Seq(config, len(source), len(target))
         corpus, longest = Corpus(**_tuples(record["corpus"])), int(record.get("longest", 0))
         return cls(model, source, target, corpus, dict(record["metrics"]), longest)
 
@@ -105,8 +114,10 @@ def load(folder: Path | str) -> Checkpoint:
     folder = Path(folder)
     record, tensors = read_record(folder, "checkpoint")
     try:
-        checkpoint = Checkpoint.described(record)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # Runtime: sizes beyond memory
+        checkpoint = Checkpoint.described(record, tensors, folder)
+    except InputError:
+        raise
+    except _NOT_SO as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise InputError(f"{str(folder / 'checkpoint.json')!r} is damaged: {reason}") from error
     if {x.dtype for x in tensors.values()} == {torch.float64}:
@@ -159,7 +170,7 @@ def read_record(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tens
     while True:
         record = read_json(folder, name)
         digest = record.get("tensors_sha256")
-        if not isinstance(digest, str):
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             file = str(folder / f"{name}.json")
             raise InputError(f"{file!r} is damaged: it should name its tensors, got {digest!r}")
         try:
@@ -174,15 +185,15 @@ def read_record(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tens
 def _renewed(tensors: Mapping[str, Tensor], record: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
     try:
         return formats.renewed(tensors, record["config"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except _NOT_SO as error:
         raise InputError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
 
 
-def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Copies tensors into those of the same names, once they are all there and have the right shapes.
+def fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Makes sure that tensors of the same names are all there, with the right shapes, and floats for floats.
 
     Raises:
-        InputError: they aren't, or haven't.
+        InputError: they aren't.
     """
     expected, got = ({name: tuple(x.shape) for name, x in some.items()} for some in (own, tensors))
     for name in sorted(expected.keys() | got.keys()):
@@ -191,6 +202,15 @@ def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path)
                 f"the tensors in {str(folder)!r} don't fit their configuration: {name} should have shape "
                 f"{expected.get(name, 'none')}, got {got.get(name, 'none')}"
             )
+        if tensors[name].is_floating_point() != own[name].is_floating_point():
+            raise InputError(
+                f"the tensors in {str(folder)!r} don't fit their configuration: {name} is of {tensors[name].dtype}"
+            )
+
+
+def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Copies tensors into those of the same names; see :func:`fit` for the errors."""
+    fit(own, tensors, folder)
     with torch.no_grad():
         for name, x in own.items():
             x.copy_(tensors[name])
@@ -207,6 +227,8 @@ def _tensor_file(folder: Path, name: str, digest: str) -> Path:
 
 def _read(file: Path) -> bytes:
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):  # which would never end, or wait for ever
+            raise InputError(f"{str(file)!r} must be an ordinary file")
         return file.read_bytes()
     except OSError as error:
         raise InputError(f"no checkpoint in {str(file.parent)!r}: {file.name}: {error.strerror}") from error
@@ -232,5 +254,5 @@ def _read_tensors(file: Path, digest: str) -> dict[str, Tensor]:
         raise InputError(f"{str(file)!r} is damaged: its checksum is not the one in the JSON file")
     try:
         return deserialize(content)
-    except SafetensorError as error:
+    except (SafetensorError, *_NOT_SO) as error:  # a KeyError: of a type that it doesn't know
         raise InputError(f"{str(file)!r} is damaged: {error}") from error

@@ -74,6 +74,8 @@ class Vocabulary:
     lower: bool = False
 
     def __post_init__(self) -> None:
+        if not all(isinstance(symbol, str) and symbol for symbol in self.symbols):
+            raise TypeError("symbols must be texts, none of them empty")
         if len(set(self.symbols)) != len(self.symbols):
             raise ValueError("a vocabulary must not name a symbol twice")
         if self.unit not in UNITS:
@@ -258,6 +260,13 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    @property
+    def longest(self) -> int:
+        """Symbols of the longest output but for one in a thousand, the end mark included: what is absurdly long in the
+        data is no measure of others."""
+        beyond = -(-len(self) // 1000)
+        return int(self.output_lengths.sort().values[max(0, len(self) - 1 - beyond)])
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """These pairs, padded to the longest of them."""

@@ -64,7 +64,7 @@ def search(
         need_weights: also return the attention weights.
         max_steps: cuts outputs that have not ended by then; by default twice their source's length and ten, or
             ``longest`` and ten if that is more.
-        longest: symbols of the longest output the model was trained on.
+        longest: symbols of the longest output the model was trained on, but for a few.
         opened: what ``model.decoder.opened()`` gave, for many searches with the same parameters.
 
     Raises:

@@ -83,9 +83,7 @@ class Session:
         data = (source.symbols, target.symbols, pairs.sources, pairs.outputs, self.data.dev)
         self.digest = hashlib.sha256(repr(data).encode()).hexdigest()
         self.trainer = Trainer(model, pairs, group)
-        self.checkpoint = Checkpoint(
-            self.trainer.evaluated, source, target, corpus, longest=int(pairs.output_lengths.max())
-        )
+        self.checkpoint = Checkpoint(self.trainer.evaluated, source, target, corpus, longest=pairs.longest)
         self.best: dict[str, Any] = {}
         self.finished = bool(record.get("finished"))
         self.interval: list[Step] = []
