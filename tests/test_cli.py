@@ -737,7 +737,7 @@ def test_backend_is_the_one_asked_for(trained: Path, monkeypatch: pytest.MonkeyP
         used.append(choose(None, "cpu"))
         raise InputError("seen")
 
-    monkeypatch.setattr(commands, "translate", stop)
+    monkeypatch.setattr(commands, "Translator", stop)
     with attnext.use_backend("reference"):
         for options in (["--backend", "cpu"], ["--backend", "reference"], []):
             assert main(["predict", str(trained), "word", *options]) == 2

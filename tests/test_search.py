@@ -280,8 +280,9 @@ def test_translate_gives_every_text_its_place(beam: int) -> None:
     assert batches == [3, 3, 3, 2]
     assert [output.source for output in found] == texts
     assert found[10].symbols == found[2].symbols
+    translator = Translator(checkpoint)
     for one, text in zip(found, texts, strict=True):
-        (alone,) = translate(checkpoint, [text], beam=beam)
+        (alone,) = translator([text], beam=beam)
         assert (alone.symbols, alone.weights) == (one.symbols, None)
         assert one.best == one.symbols[0]
         assert len(one.symbols) == len(one.scores) == beam

@@ -9,6 +9,8 @@ from attnext._support import InputError, MissingExtra
 from attnext.seq2seq.checkpoint import Checkpoint, load
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.model import Seq2Seq
-from attnext.seq2seq.search import search, translate
+from attnext.seq2seq.search import Translator, search, translate
 
-__all__ = ["Checkpoint", "Config", "InputError", "MissingExtra", "Seq2Seq", "load", "search", "translate"]
+__all__ = [
+    "Checkpoint", "Config", "InputError", "MissingExtra", "Seq2Seq", "Translator", "load", "search", "translate",
+]  # fmt: skip

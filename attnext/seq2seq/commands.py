@@ -21,7 +21,7 @@ from attnext.seq2seq.distributed import Group, alone, joined
 from attnext.seq2seq.evaluation import Errors, by_length, total
 from attnext.seq2seq.lines import FORMATS, batches_of_input, written
 from attnext.seq2seq.plots import alignment, errors_by_length
-from attnext.seq2seq.search import Output, translate
+from attnext.seq2seq.search import Output, Translator, translate
 from attnext.seq2seq.session import Interrupted, Session
 from attnext.seq2seq.together import together
 
@@ -176,11 +176,11 @@ def predict(args: argparse.Namespace) -> int:
         batches: Iterable[list[str]] = [args.words] if args.words else batches_of_input()
         if args.alignment is not None:
             batches = [_to_be_drawn(checkpoint, batches)]
-        answered, drawn = 0, []
+        translator, answered, drawn = Translator(checkpoint), 0, []
         for sources in batches:
             known = _known(checkpoint, sources, args.strict, "source" if args.words else "line", answered + 1)
             answered += len(sources)
-            for source, output in zip(sources, _answers(checkpoint, known, args), strict=True):
+            for source, output in zip(sources, _answers(translator, known, args), strict=True):
                 print(written(source, output, checkpoint.target, args.nbest, args.format))
                 drawn += [output] if args.alignment is not None and output is not None else []
             sys.stdout.flush()
@@ -226,11 +226,11 @@ def _unknown(checkpoint: Checkpoint, source: str) -> str:
 
 
 def _answers(
-    checkpoint: Checkpoint, sources: Sequence[str | None], args: argparse.Namespace
+    translator: Translator, sources: Sequence[str | None], args: argparse.Namespace
 ) -> Iterator[Output | None]:
     there = [source for source in sources if source is not None]
     options = {"beam": args.beam, "length_power": args.length_power, "need_weights": args.alignment is not None}
-    outputs = iter(translate(checkpoint, there, **options))
+    outputs = iter(translator(there, **options))
     return (None if source is None else next(outputs) for source in sources)
 
 

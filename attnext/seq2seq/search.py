@@ -15,7 +15,7 @@ from attnext.seq2seq.checkpoint import Checkpoint
 from attnext.seq2seq.data import END, START, pad
 from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["Hypothesis", "Output", "search", "translate"]
+__all__ = ["Hypothesis", "Output", "Translator", "search", "translate"]
 
 
 _MOST_POWER = 16
@@ -256,48 +256,64 @@ class Output(NamedTuple):
         return self.symbols[0]
 
 
-def translate(
-    checkpoint: Checkpoint,
-    texts: Sequence[str],
-    *,
-    beam: int = 1,
-    length_power: float = 1.0,
-    need_weights: bool = False,
-    batch_size: int = 512,
-    advance: Callable[[int], object] = lambda count: None,
-) -> list[Output]:
-    """Outputs of source texts, in their order. Puts the model into evaluation mode.
+class Translator:
+    """A trained model that answers one call after another: its matrices are read and packed once.
 
     Args:
-        checkpoint: a model with its vocabularies.
-        texts: with at least one symbol each; what is not in the vocabulary is unknown to the model.
-        beam, length_power, need_weights: those of :func:`search`.
-        batch_size: sources that are searched together.
-        advance: called after each batch with the number of its sources, to show how far the search is.
-
-    Raises:
-        ValueError: a text has no symbol, or one of the options is not what :func:`search` takes.
+        checkpoint: a model with its vocabularies, put into evaluation mode; its parameters must stay as they are.
     """
-    model = checkpoint.model.eval()
-    device = next(model.parameters()).device
-    numbers = [checkpoint.source.read(text) for text in texts]
-    if not all(numbers):
-        raise ValueError(f"texts must have a symbol each, got none in text {[not one for one in numbers].index(True)}")
-    order = sorted(range(len(texts)), key=lambda index: len(numbers[index]))
-    with torch.inference_mode():
-        opened = model.decoder.opened()
-    outputs: dict[int, Output] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        source, lengths = (x.to(device) for x in pad([numbers[row] for row in rows]))
-        found = search(
-            model, source, lengths, beam=beam, length_power=length_power, need_weights=need_weights,
-            longest=checkpoint.longest, opened=opened,
-        )  # fmt: skip
-        for row, hypotheses in zip(rows, found, strict=True):
-            weights = [one.weights[:, : len(numbers[row])].cpu() for one in hypotheses if one.weights is not None]
-            symbols = [checkpoint.target.decode(one.symbols) for one in hypotheses]
-            scores = [one.score for one in hypotheses]
-            outputs[row] = Output(texts[row], symbols, scores, weights if need_weights else None)
-        advance(len(rows))
-    return [outputs[row] for row in range(len(texts))]
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        model = checkpoint.model.eval()
+        self._device = next(model.parameters()).device
+        with torch.inference_mode():
+            self._opened = model.decoder.opened()
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        *,
+        beam: int = 1,
+        length_power: float = 1.0,
+        need_weights: bool = False,
+        batch_size: int = 512,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> list[Output]:
+        """Outputs of source texts, in their order.
+
+        Args:
+            texts: with at least one symbol each; what is not in the vocabulary is unknown to the model.
+            beam, length_power, need_weights: those of :func:`search`.
+            batch_size: sources that are searched together.
+            advance: called after each batch with the number of its sources, to show how far the search is.
+
+        Raises:
+            ValueError: a text has no symbol, or one of the options is not what :func:`search` takes.
+        """
+        checkpoint = self.checkpoint
+        numbers = [checkpoint.source.read(text) for text in texts]
+        if not all(numbers):
+            empty = [not one for one in numbers].index(True)
+            raise ValueError(f"texts must have a symbol each, got none in text {empty}")
+        order = sorted(range(len(texts)), key=lambda index: len(numbers[index]))
+        outputs: dict[int, Output] = {}
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            source, lengths = (x.to(self._device) for x in pad([numbers[row] for row in rows]))
+            found = search(
+                checkpoint.model, source, lengths, beam=beam, length_power=length_power, need_weights=need_weights,
+                longest=checkpoint.longest, opened=self._opened,
+            )  # fmt: skip
+            for row, hypotheses in zip(rows, found, strict=True):
+                weights = [one.weights[:, : len(numbers[row])].cpu() for one in hypotheses if one.weights is not None]
+                symbols = [checkpoint.target.decode(one.symbols) for one in hypotheses]
+                scores = [one.score for one in hypotheses]
+                outputs[row] = Output(texts[row], symbols, scores, weights if need_weights else None)
+            advance(len(rows))
+        return [outputs[row] for row in range(len(texts))]
+
+
+def translate(checkpoint: Checkpoint, texts: Sequence[str], **options: Any) -> list[Output]:
+    """Outputs of source texts by a model, in one call; options and errors are those of :class:`Translator`'s."""
+    return Translator(checkpoint)(texts, **options)
