@@ -194,8 +194,7 @@ def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: s
     family = choose(backend, key.device.type, key.dtype)
     if family not in operators:
         return None
-    with torch.no_grad():
-        return Prepared(family, *operators[family].prepare(key.detach(), lengths, mask))
+    return Prepared(family, *operators[family].prepare(key.detach(), lengths, mask))
 
 
 def prepared_memory(memory: object) -> Memory:

@@ -473,7 +473,7 @@ def test_pairs(tmp_path: Path, unit: str, capsys: Captured) -> None:
     assert main(["predict", str(out), *asked, "--alignment", str(picture)]) == 0
     for one, line in zip(asked, capsys.readouterr().out.splitlines(), strict=True):
         assert line.startswith(f"{one}\t")
-        found = line.removeprefix(f"{one}  ")
+        found = line.removeprefix(f"{one}\t")
         assert set(found.split() if unit == "words" else found) <= set(symbols)
     assert picture.read_bytes().startswith(PNG)
 

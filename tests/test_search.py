@@ -36,7 +36,7 @@ from attnext.seq2seq.data import (
     pad,
 )
 from attnext.seq2seq.model import Opened
-from attnext.seq2seq.search import search, translate
+from attnext.seq2seq.search import Translator, search, translate
 from attnext.seq2seq.training import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -129,8 +129,9 @@ class Attention(nn.Module, ABC):
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
         memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
-        key, additive = memory.key, memory.score_weight is not None
-        prepared = prepare(key, memory.lengths, memory.mask, None) if additive else None
+        key = memory.key
+        attends = memory.score_weight is not None and not self._multiplies_values  # by a kernel that takes exponentials
+        prepared = prepare(key, memory.lengths, memory.mask, None) if attends else None
         steps = gathered(key, memory.value, memory.score_weight)
         return replace(memory, prepared=prepared, steps=steps, slots=(memory.lengths, memory.mask))
 
