@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from family import Recorded
 from torch import Tensor
+from torch.nn.utils import parametrizations, prune
 
 import attnext
 from attnext import BahdanauAttention, use_backend
@@ -499,3 +500,52 @@ def test_a_module_compiled_in_place_is_compiled_in_its_steps() -> None:
     attn.compile(backend=counted)
     close(attn.step(query[:, 0], memory)[0], expected)
     assert len(graphs) == 1
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "pruned": lambda attn: prune.l1_unstructured(attn, "score_weight", 4),
+    "pruned projections": lambda attn: [
+        prune.l1_unstructured(layer, "weight", 9) for layer in (attn.query_projection, attn.memory_projection)
+    ],
+    "weight norm by hooks": lambda attn: torch.nn.utils.weight_norm(attn, "score_weight", None),
+    "spectral norm by hooks": lambda attn: torch.nn.utils.spectral_norm(attn.memory_projection).train(False),
+    "weight norm": lambda attn: parametrizations.weight_norm(attn, "score_weight", None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("kind", [BahdanauAttention, attnext.CoverageAttention])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_parameters_that_are_made_of_others(change: Callable[[Any], Any], kind: Any, backend: str) -> None:
+    """Trained by steps, in which the module itself is not always called, as by calls."""
+    attn, called = (kind(QUERY, MEMORY, SIZE).double() for _ in range(2))
+    for one in (attn, called):
+        change(one)
+    called.load_state_dict(attn.state_dict())
+    queries, states = inputs()
+    for _ in range(3):
+        memory, state, total = attn.prepare(states.detach(), LENGTHS), None, torch.zeros(())
+        for query in queries.detach().unbind(1):
+            context, _, state = attn.step(query, memory, state)
+            total = total + context.square().sum()
+        expected = called(queries.detach(), states.detach(), lengths=LENGTHS)[0].square().sum()
+        torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-12, check_dtype=False)
+        for module_, loss in ((attn, total), (called, expected)):
+            parameters = [x for x in module_.parameters() if x.requires_grad]
+            grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            with torch.no_grad():
+                torch._foreach_sub_(parameters, grads, alpha=0.1)
+
+
+def test_quantised_projections(backend: str) -> None:
+    """Dynamically, to 8 bits: what torch then calls is called, by steps too."""
+    attn = module(torch.float32).eval()
+    query, states = (x.detach() for x in inputs(torch.float32))
+    expected = attn(query, states, lengths=LENGTHS)[0]
+    low = torch.ao.quantization.quantize_dynamic(copy.deepcopy(attn), {torch.nn.Linear})
+    found = low(query, states, lengths=LENGTHS)[0]
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.2)
+    memory = low.prepare(states, LENGTHS)
+    for k in range(QUERIES):
+        torch.testing.assert_close(low.step(query[:, k], memory)[0], found[:, k], rtol=0.05, atol=0.05)

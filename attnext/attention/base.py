@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _of_modules
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from attnext import _checks, functional, reference
 from attnext.memory import Memory, prepare, prepared_memory
@@ -22,6 +25,7 @@ __all__ = [
     "has_own_hooks",
     "linear",
     "plain_layer",
+    "renew",
     "weight_of",
 ]
 
@@ -128,6 +132,7 @@ class Attention(nn.Module, ABC):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
+        renew(self)
         memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
         key = memory.key
         attends = memory.score_weight is not None and not self._multiplies_values  # by a kernel that takes exponentials
@@ -317,6 +322,14 @@ def _is_only(layer: nn.Module, cls: type[nn.Module]) -> bool:
 def has_own_hooks(layer: nn.Module) -> bool:
     """Whether the call of a module runs more than its forward."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def renew(module: nn.Module) -> None:
+    """Has hooks that make parameters of others at each call (of pruning, weight and spectral norm) make them now, where
+    the module is not called but asked to prepare."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
+            hook(module, ())
 
 
 def has_global_hooks() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnext import _checks, functional
 from attnext.alignments import normalize
 from attnext.attention.bahdanau import BahdanauAttention
-from attnext.attention.base import context_of
+from attnext.attention.base import context_of, renew
 from attnext.memory import Memory, prepared_memory
 from attnext.ops import RULES, accumulator
 from attnext.steps import gathered
@@ -217,6 +217,7 @@ class PastAttention(BahdanauAttention):
 
     def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
         """Projects encoder states once, for many steps; see :meth:`attnext.BahdanauAttention.prepare`."""
+        renew(self)
         memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
         return replace(memory, slots=(memory.lengths, memory.mask))
 
