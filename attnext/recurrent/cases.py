@@ -141,7 +141,7 @@ def compare(case: RecurrentCase, backend: str, seed: int, device: str = "cpu") -
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         module = case.module().to(case.dtype)
-        given = [x.to(case.dtype) for x in _draw(case, module)]
+        given = [x.to(case.dtype) for x in _draw(case)]
         longest = case.keys if case.attention else case.steps
         lengths = torch.randint(1, longest + 1, (case.batch,)) if case.lengths else None
     expected = _run(case, copy.deepcopy(module).double(), [x.double() for x in given], lengths, "reference")
@@ -161,7 +161,7 @@ def _error(x: Tensor, exact: Tensor, case: RecurrentCase) -> float:
     return float(off.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
-def _draw(case: RecurrentCase, module: Any) -> list[Tensor]:
+def _draw(case: RecurrentCase) -> list[Tensor]:
     """Inputs, first states, and the memory of a decoder."""
     directions = 2 if case.both_ways else 1
     hidden = (case.layers * directions, case.batch, case.size)

@@ -158,8 +158,9 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="stop at a source with unknown letters: else it is left out"
     )
     parser.add_argument(
-        "--alignment", type=path_argument, metavar="FILE", help="also draw which symbols each output attends"
-    )
+        "--alignment", type=path_argument, metavar="FILE",
+        help="also draw which symbols each output attends: .png, .svg or .pdf",
+    )  # fmt: skip
     _add_search_arguments(parser)
     _add_device_arguments(parser)
 

@@ -55,5 +55,5 @@ def written(source: str, output: Output | None, target: Vocabulary, count: int, 
     if form == "json":
         outputs = [{"output": target.write(symbols), "symbols": symbols, "score": score} for symbols, score in pairs]
         return json.dumps({"source": source, "outputs": outputs}, ensure_ascii=False)
-    scored = count > 1
+    scored, source = count > 1, source.replace("\t", " ")  # a column is a column
     return "\n".join("\t".join([source, *[f"{score:.4f}"] * scored, target.write(symbols)]) for symbols, score in pairs)
