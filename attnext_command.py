@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a broken pipe is caught
         return code
     except UnicodeEncodeError as error:
-        text = error.object[error.start : error.end]
-        return _complain(f"{error.encoding} has no {text!a}: set PYTHONIOENCODING=utf-8", 1)
+        advice = "" if error.encoding.startswith("utf") else ": set PYTHONIOENCODING=utf-8"
+        return _complain(f"{error.encoding} has no {error.object[error.start : error.end]!a}{advice}", 1)
     except (ValueError, ImportError) as error:
         from attnext._support import InputError, MissingExtra  # what raises these has imported the package
 

@@ -122,9 +122,12 @@ def writable_picture(option: str, path: Path) -> None:
 
 def write_picture(path: Path, figure: Figure, **options: Any) -> None:
     """Writes a figure as its file's name says, whole or not at all; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
     kind, picture = path.suffix[1:].lower(), io.BytesIO()
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    figure.savefig(picture, format=kind, dpi=150, metadata=dates.get(kind, {}), **options)
+    with rc_context({"svg.hashsalt": "attnext"}):
+        figure.savefig(picture, format=kind, dpi=150, metadata=dates.get(kind, {}), **options)
     write_atomically(path, picture.getvalue())
 
 

@@ -12,7 +12,7 @@ from attnext.cli import path_argument, positive
 from attnext.seq2seq.checkpoint import load
 from attnext.seq2seq.data import Entry, load_cmudict, split
 from attnext.seq2seq.plots import alignment
-from attnext.seq2seq.search import translate
+from attnext.seq2seq.search import Translator
 from attnext_command import main
 
 __all__ = ["add_arguments", "run"]
@@ -61,7 +61,7 @@ def _show_words(folder: Path, picture: Path, *, count: int = 12, drawn: int = 6)
     # Not names' plurals and abbreviations, which tell little.
     words = [entry for entry in split(load_cmudict()).test if entry.source.isalpha() and 6 <= len(entry.source) <= 12]
     entries = random.Random(2015).sample(words, count)
-    outputs = translate(load(folder), [entry.source for entry in entries], need_weights=True)
+    outputs = Translator(load(folder))([entry.source for entry in entries], need_weights=True)
     table = Table("", "word", "model", "dictionary", title="words the model has never seen")
     for entry, output in zip(entries, outputs, strict=True):
         table.add_row(*_compare(entry, output.best))

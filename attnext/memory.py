@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,10 @@ class Memory:
                 "memory.with_lengths(lengths) hide more slots"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no steps: its tensors are others."""
+        return self.__dict__ | {"steps": None}
+
     def __repr__(self) -> str:
         batch, keys, size = self.key.shape
         sizes = {"batch": batch // self.heads, "keys": keys, "key_size": size, "value_size": self.value.shape[2]}
@@ -122,7 +126,7 @@ class Memory:
         return replace(self, lengths=lengths, mask=mask, slots=(lengths, mask), cleared=False)
 
     def detach(self) -> Memory:
-        """The same memory without the history of its tensors: gradients end here, as between stretches of steps."""
+        """The same memory without the history of its tensors: gradients end here, those of its score weight too."""
         key = self.key.detach()
         score_weight = None if self.score_weight is None else self.score_weight.detach()
         value = key if self.shared else self.value.detach()

@@ -33,7 +33,8 @@ def _flattened(memory: Memory) -> tuple[list[Tensor], list[Any]]:
 
 
 def _with_keys(memory: Memory) -> tuple[list[tuple[Any, Tensor]], list[Any]]:
-    names = [*_TENSORS, "exponentials", "limits"]  # none may begin with another: torch replaces them in texts
+    # Words for people, of which none may begin with another: torch replaces them in texts.
+    names = [*_TENSORS, "exponentials", "limits"]
     found, context = _flattened(memory)
     there = [name for name, is_there in zip(names, context[-1], strict=True) if is_there]
     return [(pytree.GetAttrKey(name), x) for name, x in zip(there, found, strict=True)], context

@@ -321,10 +321,6 @@ class Steps:
         key, *others = self._sources
         return self._collected.of(lambda: _Collected(key, *others))
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A copy of a memory has none: its tensors are others."""
-        return type(None), ()
-
 
 def gathered(key: Tensor, value: Tensor, score_weight: Tensor | None = None) -> Steps | None:
     """The key (B, Tk, D), value (B, Tk, H) and score weight of a memory for its steps; None where no gradient is asked

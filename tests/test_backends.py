@@ -193,7 +193,8 @@ class TestUseBackend:
         thread.start()
         with use_backend("reference"):
             begun.set()
-            while len(found) < 2:
+            deadline = time.monotonic() + 60
+            while len(found) < 2 and time.monotonic() < deadline:
                 time.sleep(0.001)
         ended.set()
         thread.join(60)

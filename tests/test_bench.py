@@ -286,7 +286,7 @@ class TestCommand:
     def test_a_backend_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
         for name, reason in (("cuda", "is not available"), ("cdua", "must be None or one of")):
             with monkeypatch.context() as patch:
-                patch.setattr(importlib.import_module("attnext.backends"), "_forced", name)
+                patch.setattr(importlib.import_module("attnext.backends")._setting, "forced", name)
                 assert bench() == 2
             error = capsys.readouterr().err
             assert error.startswith("attnext: error: ")
@@ -754,6 +754,13 @@ class TestCompare:
 
 
 class TestPicture:
+    @pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
+    def test_the_same_picture_is_the_same_file(self, name: str, tmp_path: Path) -> None:
+        for folder in ("one", "two"):
+            (tmp_path / folder).mkdir()
+            plots.draw(tmp_path / folder / name, document(attnext=[1.0, 1.1], eager=[2.0, 2.1]))
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
     @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.PDF", b"%PDF")])
     def test_is_written(self, tmp_path: Path, name: str, start: bytes) -> None:
         plots.draw(tmp_path / name, document(attnext=[1.0, 1.1], eager=[2.0, 2.1], sdpa=[0.5, 0.4]))

@@ -210,7 +210,9 @@ def test_lexicons_of_other_tools(tmp_path: Path, content: str) -> None:
         ("a\tAH0\nb\tB IY1\n", [Entry("a", (("AH0",),)), Entry("b", (("B", "IY1"),))]),
         ("ma\tm a 3\n", [Entry("ma", (("m", "a", "3"),))]),
         ("a\t5 7\nb\t5\t6\n", [Entry("a", (("5", "7"),)), Entry("b", (("5",), ("6",)))]),
-        ("windows 3.1\tW\nbox\tB\n", [Entry("windows 3.1", (("W",),)), Entry("box", (("B",),))]),
+        ("windows 1.0\tW\nbox\tB\n", [Entry("windows 1.0", (("W",),)), Entry("box", (("B",),))]),
+        ("windows 3.1\tW\n", [Entry("windows 3.1", (("W",),))]),
+        ("a\t5\t6\n", [Entry("a", (("5",), ("6",)))]),
         ("(2)\tT UW\n", [Entry("(2)", (("T", "UW"),))]),
         ("word\tW ER D\n", [Entry("word", (("W", "ER", "D"),))]),
     ],
@@ -224,7 +226,8 @@ def test_lexicons_are_read_as_they_stand(tmp_path: Path, content: str, entries: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"box\t0.5\n", "words.tsv, line 1: expected WORD, a tab and phonemes, got"),
+        (b"box\t0.5\n", "words.tsv, line 1: expected phonemes in place of a number"),
+        (b"box\t0.5\t1\n", "words.tsv, line 1: expected phonemes in place of a number"),
         (b"box\tB\nthe\t0.5\tDH AH\n", "words.tsv, line 2: expected phonemes in place of a number"),
         (b"box\t7\tB AA\nthe\tDH AH\n", "words.tsv, line 1: expected phonemes in place of a number"),
         (b"box\t0.5 B AA\n", "words.tsv, line 1: expected phonemes in place of a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -221,6 +222,7 @@ def test_a_detached_memory(attn: BahdanauAttention) -> None:
     ended.sum().backward()
     assert states.grad is attn.memory_projection.weight.grad is None
     assert query.grad is not None
+    assert attn.score_weight.grad is None
     dot = LuongAttention(STATES, STATES, score="dot").prepare(states).detach()
     assert dot.shared
 
@@ -244,3 +246,14 @@ def test_a_dtype_alone(attn: BahdanauAttention) -> None:
         memory.to(torch.float64, torch.float32)
     with pytest.raises(TypeError, match=r"dtype must be float32, float64, float16 or bfloat16, got torch\.int64"):
         memory.to(torch.int64)
+
+
+def test_a_memory_with_gradients_is_saved(attn: BahdanauAttention) -> None:
+    """And read without the arbitrary code of pickles."""
+    memory, query, file = memory_of(attn), torch.randn(BATCH, QUERY), io.BytesIO()
+    assert memory.steps is not None
+    torch.save(memory, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded.steps is None
+    assert torch.equal(attn(query, loaded)[0], attn(query, memory)[0])

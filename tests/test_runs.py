@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import resource
 import shutil
@@ -360,6 +362,42 @@ def test_a_run_in_place_of_a_finished_one(whole: Path, tmp_path: Path, words: li
     capsys.readouterr()
     assert main(train(out, words, *OPTIONS, "--resume")) == 0
     assert "from the start: no run there" in capsys.readouterr().err
+    assert_same_run(out, whole)
+
+
+def test_a_model_without_its_run_is_not_replaced(
+    whole: Path, tmp_path: Path, words: list[str], capsys: Captured
+) -> None:
+    out = tmp_path / "model"
+    out.mkdir()
+    for file in whole.glob("checkpoint*"):
+        shutil.copy(file, out)
+    before = contents(out)
+    capsys.readouterr()
+    assert main(train(out, words, *OPTIONS)) == 2
+    assert "has a model: name another --out, or replace it by --overwrite\n" in capsys.readouterr().err
+    assert contents(out) == before
+    assert main(train(out, words, *OPTIONS, "--overwrite")) == 0
+    assert_same_run(out, whole)
+
+
+def test_a_terminal_that_is_closed_loses_nothing(whole: Path, forks: Forks, tmp_path: Path, words: list[str]) -> None:
+    """It takes no more output then, and sends the signal of a hang-up."""
+    out = tmp_path / "run"
+    options = [*words, *OPTIONS]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(ENVIRONMENT)
+        os.execv(sys.executable, [sys.executable, "-m", "attnext", *train(out, options)])
+    deadline = time.monotonic() + 60
+    while not (out / "training.json").exists() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            os.read(terminal, 1 << 16)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert not read_record(out, "training")[0]["finished"]
+    assert forks.run(train(out, options, "--resume")).code == 0
     assert_same_run(out, whole)
 
 

@@ -36,7 +36,7 @@ from attnext.seq2seq.data import (
     pad,
 )
 from attnext.seq2seq.model import Opened
-from attnext.seq2seq.search import Translator, search, translate
+from attnext.seq2seq.search import Translator, search
 from attnext.seq2seq.training import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,7 +201,7 @@ def test_outputs_may_be_as_long_as_those_of_training(tmp_path: Path) -> None:
     for longest, cut in ((0, 16), (6, 16), (40, 50)):
         save(tmp_path, dataclasses.replace(checkpoint_of(model), longest=longest))
         assert load(tmp_path).longest == longest
-        assert len(translate(load(tmp_path), ["box"])[0].best) == cut
+        assert len(Translator(load(tmp_path))(["box"])[0].best) == cut
 
 
 def test_search_says_when_a_model_is_damaged() -> None:
@@ -270,17 +270,28 @@ def test_bad_searches() -> None:
         search(tiny(attention="none"), *one, need_weights=True)
 
 
+def test_a_translator_packs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, packed = half_trained("gru"), []
+    opened = type(model.decoder).opened
+    monkeypatch.setattr(type(model.decoder), "opened", lambda decoder: packed.append(decoder) or opened(decoder))
+    translator = Translator(checkpoint_of(model))
+    for _ in range(3):
+        translator(["box"])
+        translator(["box", "night"], beam=2)
+    assert len(packed) == 1
+
+
 @pytest.mark.parametrize("beam", [1, 3])
 def test_translate_gives_every_text_its_place(beam: int) -> None:
     model = copy.deepcopy(half_trained("gru", dropout=0.1)).train()  # who translates wants no dropout
     checkpoint = checkpoint_of(model)
     texts = [entry.source for entry in TEN] + ["TOMATO"]
     batches: list[int] = []
-    found = translate(checkpoint, texts, beam=beam, need_weights=True, batch_size=3, advance=batches.append)
+    translator = Translator(checkpoint)
+    found = translator(texts, beam=beam, need_weights=True, batch_size=3, advance=batches.append)
     assert batches == [3, 3, 3, 2]
     assert [output.source for output in found] == texts
     assert found[10].symbols == found[2].symbols
-    translator = Translator(checkpoint)
     for one, text in zip(found, texts, strict=True):
         (alone,) = translator([text], beam=beam)
         assert (alone.symbols, alone.weights) == (one.symbols, None)
@@ -291,8 +302,8 @@ def test_translate_gives_every_text_its_place(beam: int) -> None:
         (hypotheses,) = search(model, *pad([LETTERS.read(text)]), beam=beam)
         assert [PHONEMES.decode(hypothesis.symbols) for hypothesis in hypotheses] == one.symbols
         assert [hypothesis.score for hypothesis in hypotheses] == pytest.approx(one.scores, rel=1e-5)
-    assert translate(checkpoint, []) == []
-    (unknown,) = translate(checkpoint, ["a!"])
+    assert translator([]) == []
+    (unknown,) = translator(["a!"])
     assert unknown.source == "a!"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnext.seq2seq import InputError, Seq2Seq
 from attnext.seq2seq.data import END, START, Vocabulary, pad
-from attnext.seq2seq.search import search, translate
+from attnext.seq2seq.search import Translator, search
 from attnext.seq2seq.together import Together, together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,7 +78,7 @@ def test_texts_and_vocabularies() -> None:
     first, *others = (checkpoint_of(model) for model in models())
     both = together({Path("a"): first, Path("b"): dataclasses.replace(others[0], longest=31)})
     assert both.longest == 31
-    assert len(translate(both, ["box", "night"])[1].best) > 0
+    assert len(Translator(both)(["box", "night"])[1].best) > 0
     assert together({Path("a"): first}) is first
     other = dataclasses.replace(others[1], source=Vocabulary(LETTERS.symbols[1:], "characters", lower=True))
     with pytest.raises(InputError, match="the models in 'a' and 'b' have other symbols"):

@@ -39,7 +39,7 @@ from attnext.seq2seq.data import (
     Pairs,
 )
 from attnext.seq2seq.evaluation import Errors, count_errors, evaluate
-from attnext.seq2seq.search import translate
+from attnext.seq2seq.search import Translator
 from attnext.seq2seq.training import Step, Trainer, loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,7 +118,7 @@ def test_overfits_ten_words(fields: dict[str, Any]) -> None:
 
 def test_evaluation_counts_every_entry() -> None:
     checkpoint = checkpoint_of(half_trained("gru"))
-    outputs = translate(checkpoint, [entry.source for entry in TEN])
+    outputs = Translator(checkpoint)([entry.source for entry in TEN])
     each = [count_errors(output.best, entry.targets) for output, entry in zip(outputs, TEN, strict=True)]
     errors = evaluate(checkpoint, TEN)
     assert errors == Errors(*map(sum, zip(*each, strict=True)))

@@ -58,7 +58,8 @@ def kernel_devices() -> dict[str, str]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Makes ``name`` the backend of every call inside that names none; None means automatic choice again.
 
-    The setting is the thread's: others, and those that are started inside, are not touched. The ``ATTNEXT_BACKEND``
+    The setting is the thread's: others, and those that are started inside, are not touched, nor is what autograd's own
+    threads run again for a GPU (checkpointing): name ``backend=`` there, or set the variable. The ``ATTNEXT_BACKEND``
     environment variable, read when attnext is imported and held to the same rules at the first call, sets it for all
     threads of the run.
 

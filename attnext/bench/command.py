@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="few samples, no studies unless named, not every case compiled")
     add("--json", type=path_argument, metavar="FILE", help="also write all samples, and what they were measured on")
     add("--plot", type=path_argument, metavar="FILE", help="also draw a picture: .png, .svg or .pdf")
-    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: what changed from A.json to B.json")
+    add(
+        "--compare",
+        type=path_argument,
+        nargs=2,
+        metavar=("A", "B"),
+        help="measure nothing: what changed from A.json to B.json",
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     listed = [f"  {case.name:<18}{case.kind}, {case}" for case in CASES]
     studies = [f"  {name:<18}{(study.__doc__ or '').partition('.')[0]}" for name, study in STUDIES.items()]

@@ -29,7 +29,7 @@ def draw(path: Path, document: dict[str, Any]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     words = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style: Any = dict.fromkeys(words, _GREY) | {"font.size": 9, "svg.hashsalt": "attnext"}
+    style: Any = dict.fromkeys(words, _GREY) | {"font.size": 9}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(12.5, 5.2), layout="constrained")
         FigureCanvasAgg(figure)

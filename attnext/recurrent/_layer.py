@@ -134,7 +134,7 @@ def layer(
         batch_sizes: (T,) int64 on the CPU, how many sequences reach each step; B first, and none growing.
         hidden, cell: (directions, B, S), before the first step; without a cell they are gated units (GRU).
         directions: forward, and backward where there is a second.
-        half: of float32, round the factors of products over all steps to bfloat16.
+        half: of float32, round products over all steps, and their factors, to bfloat16.
 
     Returns:
         output (rows, directions S), last hidden states (directions, B, S) and of an LSTM the last cells.

@@ -9,8 +9,8 @@ from attnext._support import InputError, MissingExtra
 from attnext.seq2seq.checkpoint import Checkpoint, load
 from attnext.seq2seq.config import Config
 from attnext.seq2seq.model import Seq2Seq
-from attnext.seq2seq.search import Translator, search, translate
+from attnext.seq2seq.search import Translator, search
 
 __all__ = [
-    "Checkpoint", "Config", "InputError", "MissingExtra", "Seq2Seq", "Translator", "load", "search", "translate",
+    "Checkpoint", "Config", "InputError", "MissingExtra", "Seq2Seq", "Translator", "load", "search",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from attnext.seq2seq.distributed import Group, alone, joined
 from attnext.seq2seq.evaluation import Errors, by_length, total
 from attnext.seq2seq.lines import FORMATS, batches_of_input, written
 from attnext.seq2seq.plots import alignment, errors_by_length
-from attnext.seq2seq.search import Output, Translator, translate
+from attnext.seq2seq.search import Output, Translator
 from attnext.seq2seq.session import Interrupted, Session
 from attnext.seq2seq.together import together
 
@@ -79,7 +79,8 @@ def train(args: argparse.Namespace) -> int:
             errors = session.run()
         except Interrupted:
             if session.first:
-                print(f"\nsaved in {out}; go on with the same command and --resume", file=sys.stderr)
+                with suppress(OSError):  # the terminal may be what has ended it
+                    print(f"\nsaved in {out}; go on with the same command and --resume", file=sys.stderr)
             return 130
     if errors is not None:
         print(f"run in {out}: checkpoint.json, log.jsonl, curves.png")
@@ -291,7 +292,7 @@ def _outputs(checkpoint: Checkpoint, sources: Sequence[str], args: argparse.Name
     console, started = Console(stderr=True), time.perf_counter()
     with Progress(console=console, transient=True) as bar:
         advance = partial(bar.advance, bar.add_task(escape(name), total=len(sources)))
-        outputs = translate(checkpoint, sources, beam=args.beam, length_power=args.length_power, advance=advance)
+        outputs = Translator(checkpoint)(sources, beam=args.beam, length_power=args.length_power, advance=advance)
     seconds = time.perf_counter() - started
     console.print(
         f"{name}: beam of {args.beam}, {len(sources)} sources in {seconds:.1f} s", highlight=False, markup=False

@@ -263,8 +263,8 @@ class Pairs:
 
     @property
     def longest(self) -> int:
-        """Symbols of the longest output but for one in a thousand, the end mark included: what is absurdly long in the
-        data is no measure of others."""
+        """Symbols of the longest output but for one in a thousand, and one at least, the end mark included: what is
+        absurdly long in the data is no measure of others."""
         beyond = -(-len(self) // 1000)
         return int(self.output_lengths.sort().values[max(0, len(self) - 1 - beyond)])
 

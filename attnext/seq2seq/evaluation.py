@@ -9,7 +9,7 @@ from typing import NamedTuple
 from attnext._support import extra
 from attnext.seq2seq.checkpoint import Checkpoint
 from attnext.seq2seq.data import Entry
-from attnext.seq2seq.search import translate
+from attnext.seq2seq.search import Translator
 
 __all__ = ["Errors", "by_length", "count_errors", "evaluate", "total"]
 
@@ -87,6 +87,6 @@ def total(parts: Mapping[int, Errors]) -> Errors:
 
 def evaluate(checkpoint: Checkpoint, entries: Sequence[Entry]) -> Errors:
     """The model's errors on these entries, by greedy search."""
-    outputs = translate(checkpoint, [entry.source for entry in entries])
+    outputs = Translator(checkpoint)([entry.source for entry in entries])
     counts = (count_errors(output.best, entry.targets) for output, entry in zip(outputs, entries, strict=True))
     return reduce(Errors.plus, counts, Errors())

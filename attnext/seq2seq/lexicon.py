@@ -89,15 +89,14 @@ def _is_header(columns: Sequence[str]) -> bool:
 
 def _leading_numbers(line: _Line) -> int:
     """How many columns behind the word are numbers, before one that is none."""
-    count = 0
-    while count + 1 < len(line.columns) and _is_number(line.columns[1 + count]):
-        count += 1
-    return count
+    after = line.columns[1:]
+    return next((count for count, column in enumerate(after) if not _is_number(column)), 0)
 
 
 def _weighted(word: str) -> bool:
     """Whether a probability stands behind it, in its column."""
-    return " " in word and _is_probability(word.rpartition(" ")[2])
+    last = word.rpartition(" ")[2]
+    return last != word and _is_probability(last) and 0.0 <= float(last) <= 1.0
 
 
 def _is_number(text: str) -> bool:

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from attnext.attention.base import has_own_hooks, plain_layer
 from attnext.attention.family import STEPPED
-from attnext.backends.cpu import multiplies_bfloat16
+from attnext.backends.cpu import rounds_products
 from attnext.recurrent import GRU, LSTM, AttentiveGRU, AttentiveLSTM, DecoderState
 from attnext.recurrent.opened import likeliest
 from attnext.seq2seq.config import Config
@@ -81,7 +81,8 @@ class _Encoder(nn.Module):
         embedded = self.dropout(self.embedding(source))
         # Elsewhere autocast gives these layers types that a processor may lack, or float16 without a scaled loss.
         kind = source.device.type
-        with torch.autocast(kind, enabled=kind == "cpu" and multiplies_bfloat16() and torch.is_autocast_enabled(kind)):
+        rounds = kind == "cpu" and torch.is_autocast_enabled(kind) and rounds_products(embedded.dtype)
+        with torch.autocast(kind, enabled=rounds):
             if bool((lengths == source.shape[1]).all()):  # nothing to leave out: the library's fast path
                 states, last = self.recurrent(embedded)
             else:

@@ -29,7 +29,7 @@ def alignment(path: Path, outputs: Sequence[Output], unit: str = "characters") -
         MissingExtra: matplotlib is not installed.
     """
     if not outputs or any(output.weights is None for output in outputs):
-        raise ValueError("outputs must have attention weights: ask translate() for them")
+        raise ValueError("outputs must have attention weights: ask for them by need_weights")
     with extra("demo"):
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize

@@ -15,7 +15,7 @@ from attnext.seq2seq.checkpoint import Checkpoint
 from attnext.seq2seq.data import END, START, pad
 from attnext.seq2seq.model import Seq2Seq
 
-__all__ = ["Hypothesis", "Output", "Translator", "search", "translate"]
+__all__ = ["Hypothesis", "Output", "Translator", "search"]
 
 
 _MOST_POWER = 16
@@ -312,8 +312,3 @@ class Translator:
                 outputs[row] = Output(texts[row], symbols, scores, weights if need_weights else None)
             advance(len(rows))
         return [outputs[row] for row in range(len(texts))]
-
-
-def translate(checkpoint: Checkpoint, texts: Sequence[str], **options: Any) -> list[Output]:
-    """Outputs of source texts by a model, in one call; options and errors are those of :class:`Translator`'s."""
-    return Translator(checkpoint)(texts, **options)

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -92,17 +92,17 @@ class Session:
             self._go_on(record, tensors)
 
     def _is_saved(self, known: bool) -> bool:
-        """Whether the folder has a run, of which the user must know."""
+        """Whether the folder has a run, of which the user must know, as of a model without one."""
         folder = self.folder
         saved = (folder / "training.json").exists()
         if self.group.of_first(float(saved)) != saved:
             raise InputError(f"every process must see the folder {str(folder)!r} of the first: put it on a shared disk")
         if saved and not known:
             finished = read_json(folder, "training").get("finished")
-            what, resume = ("a finished", "") if finished else ("an unfinished", "go on with it by --resume, ")
-            raise InputError(
-                f"the folder {str(folder)!r} has {what} run: {resume}name another --out, or replace it by --overwrite"
-            )
+            what, resume = ("a finished run", "") if finished else ("an unfinished run", "go on with it by --resume, ")
+            raise _occupied(folder, what, resume)
+        if not saved and not known and (folder / "checkpoint.json").exists():
+            raise _occupied(folder, "a model")
         return saved
 
     def _go_on(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -126,7 +126,7 @@ class Session:
         """Trains to the end; the best model's errors on the test data, in process 0 alone.
 
         Raises:
-            Interrupted: the run was stopped by Ctrl-C, and saved.
+            Interrupted: the run was stopped by a signal (``_ENDS``), and saved.
             InputError: training diverged.
             OSError: a file can't be written; what was saved before is still there.
         """
@@ -245,6 +245,12 @@ class Session:
         return errors
 
 
+def _occupied(folder: Path, what: str, resume: str = "") -> InputError:
+    return InputError(
+        f"the folder {str(folder)!r} has {what}: {resume}name another --out, or replace it by --overwrite"
+    )
+
+
 def _config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     """The configuration of a run, new or resumed: of a resumed one only the limits may change.
 
@@ -300,7 +306,10 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 class _Display:
-    """A progress bar on stderr with a line above it for every epoch; in processes but the first, nothing."""
+    """A progress bar on stderr with a line above it for every epoch; in processes but the first, nothing.
+
+    A terminal that has closed takes no more of it, which is no reason to lose a run.
+    """
 
     def __init__(self, session: Session) -> None:
         from rich.console import Console
@@ -318,7 +327,8 @@ class _Display:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        with suppress(OSError):
+            self.bar.stop()
 
     def step(self, line: Mapping[str, Any]) -> None:
         self.loss, self.speed = line["loss"], line["words_per_second"]
@@ -330,7 +340,8 @@ class _Display:
         best = ", the best so far" if line["best"] else ""
         if self.session.first:
             text = f"epoch {line['epoch']}: loss {self.loss:.3f}, held-out {line['text']}{best}"
-            self.bar.console.print(text, highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self.bar.console.print(text, highlight=False, soft_wrap=True)
 
     def _update(self) -> None:
         text = f"loss {self.loss:.3f}  {self.speed:,.0f} words/s{self.error}"

@@ -137,7 +137,7 @@ void multiply_doubles(const View& out, const View& a, const View& b, bool adds) 
   });
 }
 
-// Of factors in bfloat16, by the processor's instructions for it; out is of float32.
+// Of factors in bfloat16, by the processor's instructions for it, which round the product too; out is of float32.
 void multiply_bfloat16(const View& out, const View& a, const View& b, bool adds) {
   const Tensor product = empty({out.rows, out.columns}, kBFloat16Dtype), x = a.tensor(), y = b.tensor();
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), x.get(), y.get()));
