@@ -79,6 +79,20 @@ def test_half_types(gated: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_weights_are_dropped_in_training_alone(gated: bool, backend: str) -> None:
+    pool, states = AttentionPooling(MEMORY, SIZE, gated=gated, dropout=0.5), torch.randn(BATCH, 100, MEMORY)
+    with use_backend(backend):
+        trained = pool(states, need_weights=True)[1]
+        asked = pool.eval()(states, need_weights=True)[1]
+    assert trained is not None
+    assert asked is not None
+    assert 0.3 < float((trained == 0).double().mean()) < 0.7
+    assert not (asked == 0).any()
+    torch.testing.assert_close(asked.sum(1), torch.ones(BATCH))
+
+
+@pytest.mark.parametrize("gated", [False, True])
 def test_compiled_whole(gated: bool) -> None:
     pool, states = module(gated), torch.randn(BATCH, KEYS, MEMORY, dtype=torch.float64)
     torch._dynamo.reset()

@@ -111,6 +111,16 @@ def test_gradients_are_those_of_the_reference(attn: Attention, calls: Calls) -> 
     assert found[0][1, 3:].abs().max() == 0
 
 
+def test_steps_beside_a_call_of_many_queries(attn: Attention, calls: Calls) -> None:
+    """Which makes its gradients with its own: what has been gathered is added to them."""
+    states, queries = encoder_states(), queries_of(attn)
+    queries.append(torch.randn(BATCH, 20, attn.query_size, dtype=torch.float64, requires_grad=True))
+    inputs = [states, *queries, *attn.parameters()]
+    found = torch.autograd.grad(outcome(attn, attn.prepare(states, LENGTHS), queries), inputs)
+    assert calls.part == STEPS
+    assert_equal(found, plainly(attn, states, queries, inputs))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
     """The sum of 300 thirds is rounded to the type once: rounded at each, it would be off by several per cent."""
