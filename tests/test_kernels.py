@@ -5,10 +5,14 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import attnext
 from attnext import _extension, reference
@@ -202,6 +206,28 @@ def test_weights_of_backward_are_those_of_forward(scale: float) -> None:
     torch.testing.assert_close(grad[..., 0].sum(), torch.tensor(37.0), rtol=min(rounding, 0.1), atol=0.0)
 
 
+@pytest.mark.usefixtures("instruction_set", "one_thread")
+@pytest.mark.parametrize("size", [40.0, 100.0, 300.0])
+def test_gradients_of_large_weights_are_as_near_as_plain_ones(size: float) -> None:
+    """Beside the same formulas in float32, whose scores have as many roundings: no tolerance grows with the size."""
+    off = torch.zeros(4)
+    for seed in range(6):
+        rng = torch.Generator().manual_seed(seed)
+        shapes = ((2, 9, 64), (2, 50, 64), (2, 50, 16), (64,), (2, 9, 16))
+        *x, grad = (torch.randn(shape, generator=rng) for shape in shapes)
+        x[3] *= size / x[3].abs().sum()
+
+        def gradients(call: Callable[..., Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+            leaves = [y.to(dtype).requires_grad_() for y in x]  # noqa: B023  called here
+            return torch.autograd.grad(call(*leaves)[0], leaves, grad.to(dtype))  # noqa: B023
+
+        found = gradients(partial(attnext.additive_attention, backend="cpu"), torch.float32)
+        exact, plain = (gradients(reference.additive_attention, dtype) for dtype in (torch.float64, torch.float32))
+        errors = [[float((y - right).norm()) for y, right in zip(one, exact, strict=True)] for one in (found, plain)]
+        off = off.maximum(torch.tensor(errors[0]) / torch.tensor(errors[1]))
+    assert off.max() < 4.0
+
+
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("mask", ["keys", "slots"])
 def test_a_nan_query_reaches_no_hidden_slot(mask: str) -> None:
@@ -264,3 +290,44 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     # Queries are 4 MiB: with their gradient, exponentials and five partial sums, 31 MiB were measured, and 139 with as
     # many partial sums as there are tasks.
     assert grew < 40
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_results_halfway_between_two_numbers_are_rounded_to_even(dtype: torch.dtype) -> None:
+    """The mean of two values that are neighbours, by two weights of a half."""
+    lower = torch.arange(64, dtype=torch.int16).add(torch.ones((), dtype=dtype).view(torch.int16)).view(dtype)
+    upper = (lower.view(torch.int16) + 1).view(dtype)
+    values = torch.stack((lower, upper)).unsqueeze(0)
+    values = torch.cat((values, -values), 2)
+    query, key, v = torch.zeros(1, 3, 8, dtype=dtype), torch.zeros(1, 2, 8, dtype=dtype), torch.zeros(8, dtype=dtype)
+    exact = values.double().mean(1)
+    for context in (
+        attnext.additive_attention(query, key, values, v, backend="cpu")[0],
+        attnext.dot_attention(query, key, values, backend="cpu")[0],
+    ):
+        assert torch.equal(context, exact.to(dtype).expand(1, 3, -1))
+        assert not torch.equal(context.double(), exact.expand(1, 3, -1))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("queries", [0, 1, 5])
+@pytest.mark.parametrize("hidden", ["lengths", "mask"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_comes_in_for_weights_of_hidden_slots_reaches_nothing(bad: float, hidden: str, queries: int) -> None:
+    """Those weights are constants: by steps of one query, and by calls of several."""
+    query = torch.randn(2, *[queries] * (queries > 0), 8, requires_grad=True)
+    key, value, v = (torch.randn(size, requires_grad=True) for size in ((2, 9, 8), (2, 9, 5), (8,)))
+    visible = torch.arange(9) < torch.tensor([[4], [7]])
+    slots: dict[str, Any] = {"lengths": torch.tensor([4, 7])} if hidden == "lengths" else {"mask": visible}
+    for call, inputs in (
+        (attnext.additive_attention, (query, key, value, v)),
+        (attnext.dot_attention, (query, key, value)),
+    ):
+        _, weights = call(*inputs, **slots, need_weights=True, backend="cpu")
+        shown = visible if queries == 0 else visible.unsqueeze(1)
+        grads = torch.randn(weights.shape).masked_fill(~shown, bad)
+        found = torch.autograd.grad(weights, inputs, grads, retain_graph=True, materialize_grads=True)
+        expected = torch.autograd.grad(weights, inputs, grads.masked_fill(~shown, 0.0), materialize_grads=True)
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)

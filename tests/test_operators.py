@@ -239,6 +239,7 @@ class TestDirectCalls:
             {3: torch.randn(7)},
             {4: torch.randn(2, 5, 8), 5: torch.randn(2, 5)},
             {6: torch.tensor([6, 1])},
+            {6: torch.tensor([-1, 1])},
             {6: torch.tensor([1, 1], dtype=torch.int32)},
             {7: torch.ones(2, 5)},
             {7: torch.ones(2, 4, dtype=torch.bool)},
