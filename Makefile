@@ -14,7 +14,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(filter csrc/%,$(CXX_FILES))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test peers demo bench lint format clean
+.PHONY: help install test mutants peers demo bench lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -34,6 +34,9 @@ install: .venv/installed  ## make .venv with the package and all its tools
 # with whole files: what these build for their tests takes minutes. Threads that wait sleep, for other processes' sake.
 test: .venv/installed peers  ## run the tests
 	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
+
+mutants: .venv/installed peers  ## plant single changes in the code and see whether the tests notice (an hour)
+	$(BIN)/python tests/mutants.py
 
 # Attention modules of other code bases, without their dependencies (120 MB): what accelerate is tested with.
 peers: .venv/installed  ## install the code bases that are tested and timed against

@@ -215,6 +215,7 @@ def test_lexicons_of_other_tools(tmp_path: Path, content: str) -> None:
         ("a\t5\t6\n", [Entry("a", (("5",), ("6",)))]),
         ("(2)\tT UW\n", [Entry("(2)", (("T", "UW"),))]),
         ("word\tW ER D\n", [Entry("word", (("W", "ER", "D"),))]),
+        ("box\tB\nword\tphones\n", [Entry("box", (("B",),)), Entry("word", (("phones",),))]),
     ],
 )
 def test_lexicons_are_read_as_they_stand(tmp_path: Path, content: str, entries: list[Entry]) -> None:

@@ -186,6 +186,21 @@ def test_what_stands_in_slots_hidden_later_reaches_nothing(attn: BahdanauAttenti
     assert states.grad[MASKS[0]].isfinite().all()
 
 
+def test_values_of_slots_hidden_later_are_not_taken_for_cleared() -> None:
+    """Of an attention that multiplies them with weights of 0."""
+    attn, states = BahdanauAttention(QUERY, STATES, SIZE, normalizer="sparsemax"), torch.randn(BATCH, KEYS, STATES)
+    states[:, 4] = torch.nan
+    mask = torch.ones(BATCH, KEYS, dtype=torch.bool)
+    mask[:, 4] = False
+    with torch.no_grad():
+        context, weights = attn(
+            torch.randn(BATCH, QUERY), attn.prepare(states, LENGTHS).with_mask(mask), need_weights=True
+        )
+    assert context.isfinite().all()
+    assert weights is not None
+    assert (weights[:, 4] == 0).all()
+
+
 @pytest.mark.parametrize("make", ATTENTIONS.values(), ids=ATTENTIONS)
 def test_slots_are_not_replaced(make: Callable[[], nn.Module]) -> None:
     attn: Any = make().requires_grad_(False)
