@@ -100,8 +100,8 @@ StepResultsInto additive_step_backward_into(std::optional<Tensor> grad_context, 
                                             double dropout_p, int64_t rule, Tensor weights, Tensor sum_key);
 
 // A layer of gated units, or of LSTM units where there is a cell; `half` rounds products over all steps, and their
-// factors, to bfloat16. Output, last hidden states and cells, and what the backward pass needs: the gates of each direction, and
-// the inner states.
+// factors, to bfloat16. Output, last hidden states and cells, and what the backward pass needs: the gates of each
+// direction, and the inner states.
 using LayerResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // The gradients of x, of the first hidden states and cells, and of the parameters; those that are not wanted are empty.
 using LayerBackward =
