@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _of_modules
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -327,8 +327,12 @@ def has_own_hooks(layer: nn.Module) -> bool:
 def renew(module: nn.Module) -> None:
     """Has hooks that make parameters of others at each call (of pruning, weight and spectral norm) make them now, where
     the module is not called but asked to prepare."""
+    if not module._forward_pre_hooks:
+        return
+    pruning = sys.modules.get("torch.nn.utils.prune")  # imported by whoever prunes
+    kinds = (WeightNorm, SpectralNorm, *((pruning.BasePruningMethod,) if pruning else ()))
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, (BasePruningMethod, WeightNorm, SpectralNorm)):
+        if isinstance(hook, kinds):
             hook(module, ())
 
 
