@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import attnext.pytrees  # noqa: F401  registers what modules hand from step to step
+from attnext import pytrees
 from attnext.acceleration import accelerate, restore
 from attnext.alignments import coverage_loss, forward_weights, monotonic_weights, normalize
 from attnext.attention import (
@@ -58,3 +58,5 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+pytrees.register()

@@ -82,6 +82,12 @@ class Memory:
         return f"Memory({', '.join(parts)})"
 
     @property
+    def shape(self) -> torch.Size:
+        """(B, Tk, H): sentences, slots, and the size of a value, of all heads together."""
+        rows, keys, size = self.value.shape
+        return torch.Size((rows // self.heads, keys, size * self.heads))
+
+    @property
     def shared(self) -> bool:
         """Whether the keys are the values."""
         return self.value is self.key

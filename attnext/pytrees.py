@@ -14,7 +14,7 @@ from attnext.attention.past import Past
 from attnext.memory import Memory, Prepared
 from attnext.recurrent.state import DecoderState
 
-__all__: list[str] = []
+__all__ = ["register"]
 
 _TENSORS = ("key", "value", "lengths", "mask", "score_weight")
 
@@ -52,11 +52,13 @@ def _memory_of(tensors: Any, context: Sequence[Any]) -> Memory:
     )  # fmt: skip
 
 
-pytree.register_pytree_node(
-    Memory, _flattened, _memory_of, serialized_type_name="attnext.Memory", to_dumpable_context=list,
-    from_dumpable_context=list, flatten_with_keys_fn=_with_keys,
-)  # fmt: skip
-for _cls in (Past, DecoderState):
-    pytree._register_namedtuple(_cls, serialized_type_name=f"attnext.{_cls.__name__}")
-# A saved program has the inputs that it was made with.
-torch.serialization.add_safe_globals([Memory, Prepared, Past, DecoderState])
+def register() -> None:
+    """Tells PyTorch of them, once for a process."""
+    pytree.register_pytree_node(
+        Memory, _flattened, _memory_of, serialized_type_name="attnext.Memory", to_dumpable_context=list,
+        from_dumpable_context=list, flatten_with_keys_fn=_with_keys,
+    )  # fmt: skip
+    for cls in (Past, DecoderState):
+        pytree._register_namedtuple(cls, serialized_type_name=f"attnext.{cls.__name__}")
+    # A saved program has the inputs that it was made with.
+    torch.serialization.add_safe_globals([Memory, Prepared, Past, DecoderState])

@@ -141,7 +141,8 @@ def _work(backend: str, seed: int, count: int, dtypes: list[str]) -> Iterator[Ca
 
 def _recurrent_work(backend: str, seed: int, count: int, dtypes: list[str]) -> Iterator[Call]:
     """Layers where they have kernels, which is the CPU; decoders on each backend."""
-    wanted = [x for x in recurrent.DTYPES if serves(backend, x) and (not dtypes or str(x)[6:] in dtypes)]
+    asked = [getattr(torch, name) for name in dtypes] or recurrent.DTYPES
+    wanted = [dtype for dtype in recurrent.DTYPES if dtype in asked and serves(backend, dtype)]
     table = [replace(case, dtype=dtype) for case in RECURRENT_CASES for dtype in wanted]
     drawn = [case for case in recurrent.random_cases(count, seed) if case.dtype in wanted]
     for number, case in enumerate((*table, *drawn)):

@@ -125,12 +125,15 @@ def prepared_memory(backend: str) -> None:
         memory = attention.prepare(states, lengths=LENGTHS)
         assert memory.prepared is not None
         assert memory.prepared.backend == backend
+        mask = torch.rand(2, 21) < 0.6
         a, _ = attention(query, memory)
-        (of_step,) = torch.autograd.grad(a.sum(), attention.score_weight)
+        narrower, weights = attention(query, memory.with_mask(mask), need_weights=True)
+        found = [a, narrower, weights, *torch.autograd.grad(a.sum() + narrower.sum(), attention.score_weight)]
     with attnext.use_backend("reference"):
         b, _ = attention(query, states, lengths=LENGTHS)
-        (expected,) = torch.autograd.grad(b.sum(), attention.score_weight)
-    close([a, of_step], [b, expected])
+        c, of_c = attention(query, states, lengths=LENGTHS, mask=mask, need_weights=True)
+        expected = [b, c, of_c, *torch.autograd.grad(b.sum() + c.sum(), attention.score_weight)]
+    close(found, expected)
 
 
 def direct_calls(backend: str) -> None:

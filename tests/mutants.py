@@ -62,7 +62,7 @@ MUTANTS = [
     Mutant("attnext/alignments.py", "mix <= limits.tiny / limits.eps", "mix <= 0.0", "test_alignments.py"),
     Mutant("attnext/alignments.py", "stop, go_on = wide.sigmoid(), (-wide).sigmoid()",
            "stop, go_on = wide.sigmoid(), 1 - wide.sigmoid()", "test_alignments.py"),
-    Mutant("attnext/attention/base.py", "        renew(self)\n", "", "test_modules.py"),
+    Mutant("attnext/attention/base.py", "        _renew(self)\n", "", "test_modules.py"),
     Mutant("attnext/attention/pooling.py", "self.dropout if self.training else 0.0", "self.dropout", "test_pooling.py"),
     Mutant("attnext/attention/local.py", "position + (reach + 1)", "position + reach", "test_past_attention.py"),
     Mutant("attnext/attention/local.py", "torch.minimum(past.position, lengths - 1)", "past.position",

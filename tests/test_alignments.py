@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -399,6 +400,7 @@ def test_no_key_at_all() -> None:
 
 
 ROW = torch.zeros(2, 3)
+NO_TENSOR: Any = 0.5
 
 
 @pytest.mark.parametrize(
@@ -416,15 +418,15 @@ ROW = torch.zeros(2, 3)
         (lambda: forward_weights(ROW, ROW, torch.tensor(0.5)), ValueError, r"transition must have shape .* got \(\)"),
         (lambda: coverage_loss(ROW, ROW[0]), ValueError, r"coverage must have the shape of weights, .* got \(3,\)"),
         (lambda: coverage_loss(ROW, ROW.int()), TypeError, "coverage must be float32"),
-        (lambda: normalize([[1.0]]), TypeError, "scores must be a torch.Tensor, got list"),  # type: ignore[arg-type]
+        (lambda: normalize(NO_TENSOR), TypeError, "scores must be a torch.Tensor, got float"),
         (
             lambda: normalize(torch.tensor(1.0)),
             ValueError,
             r"scores must have shape \(\.\.\., Tk\), got a tensor",
         ),
-        (lambda: coverage_loss(1.0, 2.0), TypeError, "weights must be a torch.Tensor, got float"),  # type: ignore[arg-type]
-        (lambda: forward_weights(ROW, ROW, 0.5), TypeError, "transition must be a torch.Tensor, got float"),  # type: ignore[arg-type]
-        (lambda: monotonic_weights(ROW, None), TypeError, "previous must be a torch.Tensor, got NoneType"),  # type: ignore[arg-type]
+        (lambda: coverage_loss(NO_TENSOR, NO_TENSOR), TypeError, "weights must be a torch.Tensor, got float"),
+        (lambda: forward_weights(ROW, ROW, NO_TENSOR), TypeError, "transition must be a torch.Tensor, got float"),
+        (lambda: monotonic_weights(ROW, NO_TENSOR), TypeError, "previous must be a torch.Tensor, got float"),
     ],
 )
 def test_wrong_arguments_are_named(call: Callable[[], Tensor], error: type[Exception], message: str) -> None:

@@ -249,6 +249,7 @@ def test_a_memory_shows_its_sizes(attn: BahdanauAttention) -> None:
         "Memory(batch=4, keys=6, key_size=8, value_size=7, torch.float32, device='cpu', lengths, prepared by cpu)"
     )
     heads = MultiHeadAttention(QUERY, STATES, SIZE, heads=2).prepare(torch.randn(BATCH, KEYS, STATES), mask=MASKS[0])
+    assert (memory_of(attn).shape, heads.shape) == ((BATCH, KEYS, STATES), (BATCH, KEYS, SIZE))
     assert (
         repr(heads) == "Memory(batch=4, keys=6, key_size=4, value_size=4, heads=2, torch.float32, device='cpu', mask)"
     )

@@ -376,6 +376,12 @@ def test_a_run_in_place_of_a_finished_one(whole: Path, tmp_path: Path, words: li
     assert_same_run(out, whole)
 
 
+def test_a_run_in_place_of_an_unfinished_one(whole: Path, tmp_path: Path, words: list[str]) -> None:
+    out = stopped(tmp_path / "run", words, "--seed", "1", step=8)
+    assert main(train(out, words, *OPTIONS, "--overwrite")) == 0
+    assert_same_run(out, whole)
+
+
 def test_a_model_without_its_run_is_not_replaced(
     whole: Path, tmp_path: Path, words: list[str], capsys: Captured
 ) -> None:
@@ -394,8 +400,9 @@ def test_a_model_without_its_run_is_not_replaced(
 
 def test_a_terminal_that_is_closed_loses_nothing(forks: Forks, tmp_path: Path, words: list[str]) -> None:
     """It takes no more output then, and sends the signal of a hang-up."""
-    out = tmp_path / "run"
+    whole, out = tmp_path / "whole", tmp_path / "run"
     options = [*words, *OPTIONS, "--epochs", "25", "--patience", "25"]
+    assert forks.run(train(whole, options)).code == 0
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update(ENVIRONMENT)
@@ -409,6 +416,7 @@ def test_a_terminal_that_is_closed_loses_nothing(forks: Forks, tmp_path: Path, w
     assert os.waitstatus_to_exitcode(status) == 130
     assert not read_record(out, "training")[0]["finished"]
     assert forks.run(train(out, options, "--resume")).code == 0
+    assert_same_run(out, whole)
 
 
 def test_the_best_is_kept_and_patience_ends(

@@ -25,7 +25,6 @@ __all__ = [
     "has_own_hooks",
     "linear",
     "plain_layer",
-    "renew",
     "weight_of",
 ]
 
@@ -132,13 +131,16 @@ class Attention(nn.Module, ABC):
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
-        renew(self)
-        memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
+        _renew(self)
+        memory = self._ahead(self._project("encoder_states", encoder_states, lengths, mask, queries=None))
+        return replace(memory, slots=(memory.lengths, memory.mask))
+
+    def _ahead(self, memory: Memory) -> Memory:
+        """The memory with what can be made ahead of all steps."""
         key = memory.key
         attends = memory.score_weight is not None and not self._multiplies_values  # by a kernel that takes exponentials
         prepared = prepare(key, memory.lengths, memory.mask, None) if attends else None
-        steps = gathered(key, memory.value, memory.score_weight)
-        return replace(memory, prepared=prepared, steps=steps, slots=(memory.lengths, memory.mask))
+        return replace(memory, prepared=prepared, steps=gathered(key, memory.value, memory.score_weight))
 
     def forward(
         self,
@@ -324,7 +326,7 @@ def has_own_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def renew(module: nn.Module) -> None:
+def _renew(module: nn.Module) -> None:
     """Has hooks that make parameters of others at each call (of pruning, weight and spectral norm) make them now, where
     the module is not called but asked to prepare."""
     if not module._forward_pre_hooks:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attnext import _checks, functional
 from attnext.alignments import normalize
 from attnext.attention.bahdanau import BahdanauAttention
-from attnext.attention.base import context_of, renew
+from attnext.attention.base import context_of
 from attnext.memory import Memory, prepared_memory
 from attnext.ops import RULES, accumulator
 from attnext.steps import gathered
@@ -215,11 +215,8 @@ class PastAttention(BahdanauAttention):
             return memory
         return replace(memory, steps=gathered(memory.key, memory.value, memory.score_weight))
 
-    def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
-        """Projects encoder states once, for many steps; see :meth:`attnext.BahdanauAttention.prepare`."""
-        renew(self)
-        memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
-        return replace(memory, slots=(memory.lengths, memory.mask))
+    def _ahead(self, memory: Memory) -> Memory:
+        return memory
 
 
 def at_the_first_key(past: Past, memory: Memory) -> Past:

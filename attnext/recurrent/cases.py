@@ -64,8 +64,8 @@ class RecurrentCase:
         sizes = [self.batch, self.steps, self.inputs, self.size, self.layers]
         sizes += [self.vector, self.keys, self.memory, self.space] if self.attention else []
         flags = [name for name in ("lengths", "both_ways", "after", "feeds") if getattr(self, name)]
-        named = [self.attention] if self.attention else []
-        return " ".join([kind, f"({', '.join(map(str, sizes))})", str(self.dtype)[6:], *named, *flags])
+        named = [str(self.dtype).removeprefix("torch."), *([self.attention] if self.attention else [])]
+        return " ".join([kind, f"({', '.join(map(str, sizes))})", *named, *flags])
 
     @property
     def memory_size(self) -> int:

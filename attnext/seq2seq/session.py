@@ -92,7 +92,7 @@ class Session:
             self._go_on(record, tensors)
 
     def _is_saved(self, known: bool) -> bool:
-        """Whether the folder has a run, of which the user must know, as of a model without one."""
+        """Whether the folder has a run. One that the user did not know of, or a model without its run, is refused."""
         folder = self.folder
         saved = (folder / "training.json").exists()
         if self.group.of_first(float(saved)) != saved:
