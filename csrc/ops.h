@@ -136,9 +136,9 @@ Tensors attentive_decoder(Tensor gates, std::optional<Tensor> feeds, Tensors w_h
                           std::optional<Tensor> past, std::optional<Tensor> cumulative, std::optional<Tensor> seeds,
                           std::optional<Tensor> packed, std::optional<Tensor> w_output, std::optional<Tensor> b_output,
                           std::optional<Tensor> table_gates, std::optional<Tensor> table_feeds,
-                          std::optional<Tensor> previous, int64_t first_choice, double scale, double dropout_p,
-                          int64_t score, int64_t rule, bool after, bool feeds_vector, bool projected, bool need_weights,
-                          bool keep);
+                          std::optional<Tensor> previous, int64_t first_choice, int64_t end_choice, double scale,
+                          double dropout_p, int64_t score, int64_t rule, bool after, bool feeds_vector, bool projected,
+                          bool need_weights, bool keep);
 
 Tensors attentive_decoder_backward(
     std::optional<Tensor> grad_output, std::optional<Tensor> grad_contexts, std::optional<Tensor> grad_weights,

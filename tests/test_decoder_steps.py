@@ -354,7 +354,7 @@ def test_opened_matrices_are_packed_once(kind: type[Decoder], form: Case, monkey
     assert len({one[FIELD].data_ptr() for one in calls}) == 1
 
 
-FIELD = -16
+FIELD = -17
 """Of the packed matrices, among the operator's arguments."""
 
 
@@ -426,6 +426,55 @@ def test_greedy_steps_take_the_likeliest(of: type[Decoder], form: Case, symbols:
     assert both[3] is None
 
 
+@pytest.mark.parametrize("symbols", [9, 300])
+@pytest.mark.parametrize("form", FORMS_OF_GREEDY, ids=str)
+def test_greedy_steps_stop_at_the_end(form: Case, symbols: int) -> None:
+    """Any symbol may be the one that ends an output: up to there all is as without one."""
+    decoder, given = made(AttentiveGRU, form)
+    size, steps = decoder.hidden_size if decoder.vector_size is None else decoder.vector_size, 8
+    layer = nn.Linear(size, symbols).double()
+    memory = decoder.eval().prepare(given.states, given.lengths)
+    opened = decoder.opened(torch.randn(symbols, 5).double(), layer.weight, layer.bias)
+    state, symbol = decoder.first_state(3), torch.tensor([0, 3, 1])
+    free, scores, last, weights = opened.greedy(symbol, memory, state, steps, need_weights=True)
+    for end in {*free.flatten().tolist(), symbols - 1}:
+        made_of = opened.greedy(symbol, memory, state, steps, end=end, need_weights=True)
+        ended = (free == end).long().cumsum(1) > 0
+        after = torch.cat((torch.zeros_like(ended[:, :1]), ended[:, :-1]), 1)
+        assert torch.equal(made_of[0], free.masked_fill(after, end))
+        assert torch.equal(made_of[1], scores.masked_fill(after, 0.0))
+        assert torch.equal(made_of[3][~after], weights[~after])
+        assert not made_of[3][:, after.all(0)].any()
+        assert (made_of[2] is None) == bool(ended[:, -1].all())
+        if made_of[2] is not None:
+            assert torch.equal(made_of[2].hidden[:, ~ended[:, -1]], last.hidden[:, ~ended[:, -1]])
+
+
+def test_greedy_steps_stop_together_on_threads() -> None:
+    torch.manual_seed(3)
+    attention = attnext.BahdanauAttention(320, 8, 16)
+    decoder = AttentiveGRU(8, 320, attention).eval()
+    memory, table, layer = decoder.prepare(torch.randn(12, 5, 8)), 4 * torch.randn(20, 8), nn.Linear(320, 20)
+    opened = decoder.opened(table, layer.weight, layer.bias)
+    symbol, state = torch.arange(12), decoder.first_state(12)
+    free = opened.greedy(symbol, memory, state, 30)[0]
+    often = free.flatten().bincount().argmax().item()
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(opened.greedy(symbol, memory, state, 30, end=often))
+    finally:
+        torch.set_num_threads(threads)
+    after = ((free == often).long().cumsum(1) - (free == often).long()) > 0
+    assert bool((free == often).any(1).all())
+    for symbols, scores, last, _ in found:
+        assert torch.equal(symbols, free.masked_fill(after, often))
+        assert torch.equal(scores, found[0][1])
+        assert last is None
+
+
 def test_greedy_steps_of_damaged_parameters() -> None:
     decoder, given = made(AttentiveGRU, Case())
     layer = nn.Linear(decoder.hidden_size, 9).double()
@@ -448,6 +497,9 @@ def test_what_greedy_steps_refuse() -> None:
         opened.greedy(symbol, memory, state, 0)
     with pytest.raises(ValueError, match="first must be the number of a symbol, got 9"):
         opened.greedy(symbol, memory, state, 2, first=9)
+    for end in (3, 9, True):
+        with pytest.raises(ValueError, match="end must be None or the number of a symbol from first=4 on"):
+            opened.greedy(symbol, memory, state, 2, first=4, end=end)
     with pytest.raises(ValueError, match="previous must have 1 dimension"):
         opened.greedy(symbol.view(3, 1), memory, state, 2)
     for bad in (9, -1):

@@ -144,10 +144,10 @@ class _Opened:
         return self._model._logits(embedded, state.hidden, context), state, weights if need_weights else None
 
     def greedy(
-        self, previous: Tensor, state: _State, memory: _Memory, steps: int, first: int, need_weights: bool
-    ) -> tuple[Tensor, Tensor, _State, Tensor | None]:
+        self, previous: Tensor, state: _State, memory: _Memory, steps: int, end: int, need_weights: bool
+    ) -> tuple[Tensor, Tensor, _State | None, Tensor | None]:
         step = partial(self, memory=memory, need_weights=need_weights)
-        return likeliest(step, previous, state, steps, first)
+        return likeliest(step, previous, state, steps, end, end)
 
 
 def _with_torchs_layers(encoder: nn.Module) -> nn.Module:

@@ -142,4 +142,6 @@ def layer(
     parameters = [parameter for one in directions for parameter in one]
     inputs = (x, hidden, cell, batch_sizes, *parameters, *(None,) * (8 - len(parameters)))
     keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in inputs)
+    if not keep:
+        return _forward(*inputs, half, keep)[: 2 if cell is None else 3]
     return _applied(half, keep, *inputs)

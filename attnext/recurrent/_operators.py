@@ -56,8 +56,10 @@ _INPUTS = (
 )
 _ORDER = "bool after, bool feeds_vector"
 _OPTIONS = f"float scale, float dropout_p, int score, int rule, {_ORDER}"
-_CHOOSING = "Tensor? w_output, Tensor? b_output, Tensor? table_gates, Tensor? table_feeds, Tensor? previous, int first"
-NO_CHOICE = (None, None, None, 0)
+_CHOOSING = (
+    "Tensor? w_output, Tensor? b_output, Tensor? table_gates, Tensor? table_feeds, Tensor? previous, int first, int end"
+)
+NO_CHOICE = (None, None, None, 0, -1)
 SCHEMA = (
     f"(Tensor(a!) gates, Tensor(b!)? feeds, {_INPUTS}, Tensor? packed, {_CHOOSING}, {_OPTIONS}, bool projected, "
     "bool need_weights, bool keep) -> Tensor[]"

@@ -74,6 +74,9 @@ class Ready:
             weights.feeds_vector,
         )
         self._options = options_of(parts, weights.after, weights.feeds_vector)
+        of_context = [lowest.w_input[:, features : features + values]]
+        of_context += [] if readout is None else [readout[:, -values:]]
+        self._of_context = None if weights.after else torch.cat(of_context)
 
     def step(self, x: Ahead, start: Start, memory: Memory, need_weights: bool) -> Results:
         """One step, of what its inputs add; results are (1, N, ...)."""
@@ -81,18 +84,21 @@ class Ready:
         return self._run(gates, feeds, start, memory, need_weights, NO_CHOICE)[0]
 
     def choose(
-        self, table: Ahead, previous: Tensor, steps: int, first: int, start: Start, memory: Memory, need_weights: bool
-    ) -> Chosen:
+        self, table: Ahead, previous: Tensor, steps: int, first: int, end: int, start: Start, memory: Memory,
+        need_weights: bool,
+    ) -> Chosen:  # fmt: skip
         """Steps each of which takes the most likely symbol of the one before, numbers from ``first`` on.
 
         Args:
             table: (V, ...), what each symbol adds as an input.
             previous: (N,) int64, of the first step.
+            end: what a row that has chosen it has from then on; -1 for none. When all have, no step follows, and of the
+                results only weights are there.
         """
         rows = previous.shape[0]
         gates = table.gates.new_empty(steps, rows, table.gates.shape[1])
         feeds = None if table.feeds is None else table.feeds.new_empty(steps, rows, table.feeds.shape[1])
-        choosing = (table.gates, table.feeds, previous, first)
+        choosing = (table.gates, table.feeds, previous, first, end)
         results, found = self._run(gates, feeds, start, memory, need_weights, choosing)
         return Chosen(found.symbols, found.scores, results)
 
@@ -127,11 +133,8 @@ class Ready:
         rows, (batch, keys, _), size = start.hidden.shape[1], memory.key.shape, memory.value.shape[2]
         call = Call(memory, weights.parts, [], None, weights.after, weights.feeds_vector, False, False, False)
         inputs = inputs_of(start.hidden.new_empty(0, 0, self._features), start, memory, weights)
-        if not weights.after and rows <= _FEW_ROWS and 2 * batch * keys <= size:
-            lowest, readout = weights.layers[0].w_input, weights.w_readout
-            matrices = [lowest[:, self._features : self._features + size]]
-            matrices += [] if readout is None else [readout[:, -size:]]
-            value = torch.cat([F.linear(memory.value, matrix) for matrix in matrices] + [memory.value], -1)
+        if self._of_context is not None and rows <= _FEW_ROWS and 2 * batch * keys <= size:
+            value = torch.cat((F.linear(memory.value, self._of_context), memory.value), -1)
             inputs, projected = inputs._replace(value=value), value.shape[2] - size
         return _Taken(memory, inputs.of_operator(call), projected)
 

@@ -46,7 +46,9 @@ class _Layers(nn.RNNBase):
         Returns:
             output, as ``input`` with directions S features, and the last states, as ``hx``.
         """
-        self._update_flat_weights()
+        of_names, known = self._parameters, zip(self._flat_weights_names, self._flat_weights, strict=True)
+        if not all(of_names.get(name) is weight for name, weight in known):  # else that call does nothing, at length
+            self._update_flat_weights()
         packed = isinstance(input, PackedSequence)
         data: Any = input.data if packed else input
         state = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
@@ -97,7 +99,7 @@ class _Layers(nn.RNNBase):
             and dtype in _SERVED
             and all(fits)
             and all(x.dtype == dtype for x in weights)
-            and all(x.device.type == "cpu" for x in (data, *state, *weights))
+            and all(x.is_cpu for x in (data, *state, *weights))
             and len(state) in (0, self._tensors)
             and all(tuple(x.shape) == sizes for x in state)
             and choose(None, "cpu", dtype) == "cpu"

@@ -60,21 +60,24 @@ class OpenedDecoder:
     @torch.no_grad()
     def greedy(
         self, previous: Tensor, memory: Any, state: DecoderState | None, steps: int, *, first: int = 0,
-        need_weights: bool = False,
-    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:  # fmt: skip
+        end: int | None = None, need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor, DecoderState | None, Tensor | None]:  # fmt: skip
         """So many steps, each of which takes the most likely symbol of the one before.
 
         Args:
             previous: (B,) integers, the symbols that the first step takes.
             memory: what :meth:`AttentiveGRU.prepare` returned.
             state: before these steps; None is zeros.
-            steps: how many, at least one.
+            steps: how many at most, at least one.
             first: the least number that is chosen; those below, as padding and marks, have no part in probabilities.
+            end: the symbol that ends an output. A row that has chosen it has it from then on, with log-probability 0;
+                when all have, the steps that are left are not made.
             need_weights: also return the attention's weights.
 
         Returns:
-            symbols (B, steps) and their log-probabilities, the state after the last step, and weights (B, steps, Tk) or
-            None. Where a step is one operator and the symbols are at most 256, all steps are one call.
+            symbols (B, steps) and their log-probabilities, the state after the last step, None where all have ended,
+            and weights (B, steps, Tk) or None; those after a row's end have no meaning. Where a step is one operator
+            and the symbols are at most 256, all steps are one call.
 
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
@@ -85,29 +88,36 @@ class OpenedDecoder:
         _checks.at_least_one("steps", steps)
         if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < len(output.weight):
             raise ValueError(f"first must be the number of a symbol, got {first!r}")
+        if end is not None and (
+            isinstance(end, bool) or not isinstance(end, int) or not first <= end < len(output.weight)
+        ):
+            raise ValueError(f"end must be None or the number of a symbol from first={first} on, got {end!r}")
         previous = _checks.indices("previous", previous, len(table), table.device)
         if state is None:
             state = self._decoder.first_state(len(previous))
         if self._serves(previous, memory, state) and self._known is not None:
-            return self._choose(previous, memory, state, steps, first, need_weights)
+            return self._choose(previous, memory, state, steps, first, end, need_weights)
 
         def step(previous: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState, Tensor | None]:
             vector, _, state, *weights = self(previous, memory, state, need_weights=need_weights)
             return F.linear(vector, *output), state, weights[0] if weights else None
 
-        return likeliest(step, previous, state, steps, first)
+        return likeliest(step, previous, state, steps, first, end)
 
     def _choose(
-        self, previous: Tensor, memory: Memory, state: DecoderState, steps: int, first: int, need_weights: bool
-    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
+        self, previous: Tensor, memory: Memory, state: DecoderState, steps: int, first: int, end: int | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor, DecoderState | None, Tensor | None]:  # fmt: skip
         decoder, ready, known = self._decoder, self._ready, self._known
         assert ready is not None
         assert known is not None
         past, start = decoder._start(state, memory, ready.parts)
-        found = ready.choose(known, previous.contiguous(), steps, first, start, memory, need_weights)
+        last_symbol = -1 if end is None else end
+        found = ready.choose(known, previous.contiguous(), steps, first, last_symbol, start, memory, need_weights)
         weights = found.results.weights
         shown = weights.transpose(0, 1) if need_weights and weights is not None else None
-        return found.symbols.t(), found.scores.t(), decoder._last(found.results, state, past), shown
+        last = None if _ended(found.symbols[-1], end) else decoder._last(found.results, state, past)
+        return found.symbols.t(), found.scores.t(), last, shown
 
     def _vectors(self, numbers: Tensor) -> Tensor:
         """Those of the table."""
@@ -126,7 +136,7 @@ class OpenedDecoder:
         like, (seen, seen_like, served) = _looks(input, state), self._seen
         if memory is seen and like == seen_like:
             return served
-        vectors = input if self._table is None else self._vectors(input)
+        vectors = input if self._table is None else self._table.new_empty(*input.shape, decoder.input_size)
         _checks.tensor("input", vectors, 2, 3)
         decoder._checked(vectors, state, "input")
         served = decoder._parts(vectors, memory, state) is not None and not decoder.training
@@ -172,6 +182,7 @@ def likeliest(
     state: Any,
     steps: int,
     first: int,
+    end: int | None,
 ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
     """Steps one by one, each taking the most likely symbol of the one before, numbers from ``first`` on.
 
@@ -181,16 +192,33 @@ def likeliest(
     Returns:
         As :meth:`OpenedDecoder.greedy`.
     """
-    symbols, scores, shown = [], [], []
+    symbols: list[Tensor] = []
+    scores: list[Tensor] = []
+    shown: list[Tensor] = []
     for _ in range(steps):
         logits, state, weights = step(previous, state)
         wide = torch.promote_types(logits.dtype, torch.float32)
         score, choice = logits[:, first:].to(wide).log_softmax(-1).max(-1)
         previous = choice + first
+        if end is not None and symbols:
+            before = symbols[-1] == end
+            previous, score = previous.masked_fill(before, end), score.masked_fill(before, 0.0)
         symbols.append(previous)
         scores.append(score)
         shown += [] if weights is None else [weights]
+        if previous.device.type == "cpu" and _ended(previous, end):  # elsewhere a look at it takes longer than a step
+            break
+    left = steps - len(symbols)  # of steps that are not made
+    symbols += left * symbols[-1:]
+    scores += left * [torch.zeros_like(scores[-1])]
+    shown += left * [torch.zeros_like(one) for one in shown[-1:]]
+    state = None if _ended(previous, end) else state
     return torch.stack(symbols, 1), torch.stack(scores, 1), state, torch.stack(shown, 1) if shown else None
+
+
+def _ended(symbols: Tensor, end: int | None) -> bool:
+    """Whether all rows (B,) have."""
+    return end is not None and all(one == end for one in symbols.tolist())
 
 
 _FEW_INPUTS = 256

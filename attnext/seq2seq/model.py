@@ -12,6 +12,7 @@ answers.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,9 +82,10 @@ class _Encoder(nn.Module):
         embedded = self.dropout(self.embedding(source))
         # Elsewhere autocast gives these layers types that a processor may lack, or float16 without a scaled loss.
         kind = source.device.type
-        rounds = kind == "cpu" and torch.is_autocast_enabled(kind) and rounds_products(embedded.dtype)
-        with torch.autocast(kind, enabled=rounds):
-            if bool((lengths == source.shape[1]).all()):  # nothing to leave out: the library's fast path
+        casts = torch.is_autocast_enabled(kind)
+        keeps = not casts or (kind == "cpu" and rounds_products(embedded.dtype))
+        with nullcontext() if keeps else torch.autocast(kind, enabled=False):
+            if int(lengths.min()) == source.shape[1]:  # nothing to leave out: the library's fast path
                 states, last = self.recurrent(embedded)
             else:
                 packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
@@ -205,10 +207,10 @@ class Opened:
         return self._decoder.logits(vector), state, weights[0] if weights else None
 
     def greedy(
-        self, previous: Tensor, state: DecoderState, memory: Any, steps: int, first: int, need_weights: bool
-    ) -> tuple[Tensor, Tensor, DecoderState, Tensor | None]:
-        """So many steps (B, steps), each taking the most likely output from number ``first`` on: numbers, their
-        log-probabilities, the next state and weights."""
+        self, previous: Tensor, state: DecoderState, memory: Any, steps: int, end: int, need_weights: bool
+    ) -> tuple[Tensor, Tensor, DecoderState | None, Tensor | None]:
+        """So many steps (B, steps), each taking the most likely output from number ``end`` on: numbers, their
+        log-probabilities, the next state and weights; see :meth:`OpenedDecoder.greedy`."""
         if self._chooses:
-            return self._steps.greedy(previous, memory, state, steps, first=first, need_weights=need_weights)
-        return likeliest(partial(self, memory=memory, need_weights=need_weights), previous, state, steps, first)
+            return self._steps.greedy(previous, memory, state, steps, first=end, end=end, need_weights=need_weights)
+        return likeliest(partial(self, memory=memory, need_weights=need_weights), previous, state, steps, end, end)

@@ -103,10 +103,8 @@ def _greedy(
     previous, rows = source.new_full((len(source),), START), list(range(len(source)))
     found = [_Path([], [], 0.0, limit) for limit in limits]
     while rows:
-        # Of a few sources, several steps before what has ended is looked for.
-        steps = min(
-            _STEPS_OF_FEW if len(rows) <= _FEW else 1, max(found[row].limit - len(found[row].symbols) for row in rows)
-        )
+        # Of a few sources, several steps before what has ended is looked for; they stop by themselves where all have.
+        steps = min(_STEPS_OF_FEW // len(rows) or 1, max(found[row].limit - len(found[row].symbols) for row in rows))
         # Padding and the start mark, numbered below the end mark, are no outputs.
         symbols, scores, state, weights = opened.greedy(previous, state, memory, steps, END, need_weights)
         for place, (row, *path) in enumerate(zip(rows, symbols.tolist(), scores.tolist(), strict=True)):
@@ -122,7 +120,8 @@ def _greedy(
     return [[path.hypothesis(length_power, nothing if need_weights else None)] for path in found]
 
 
-_FEW, _STEPS_OF_FEW = 8, 4
+_STEPS_OF_FEW = 32
+"""Of all sources together."""
 
 
 @dataclass

@@ -97,6 +97,6 @@ class _Opened:
         return mean, _Several(states), torch.stack(weights).mean(0) if need_weights else None
 
     def greedy(
-        self, previous: Tensor, state: _Several, memory: _Several, steps: int, first: int, need_weights: bool
+        self, previous: Tensor, state: _Several, memory: _Several, steps: int, end: int, need_weights: bool
     ) -> tuple[Tensor, Tensor, Any, Tensor | None]:
-        return likeliest(partial(self, memory=memory, need_weights=need_weights), previous, state, steps, first)
+        return likeliest(partial(self, memory=memory, need_weights=need_weights), previous, state, steps, end, end)

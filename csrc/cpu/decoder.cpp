@@ -60,7 +60,7 @@ class ForwardPass {
     if (x_.matrices.after) attend();
     if (d_.matrices.readout) read_out();
     if (chooses()) choose();
-    team.go(d_.steps, false, phases_);
+    team.go(d_.steps, false, phases_, chooses() ? &open_ : nullptr);
     return results_;
   }
 
@@ -116,6 +116,12 @@ class ForwardPass {
       STD_TORCH_CHECK(previous_[b] >= 0 && previous_[b] < V, "attnext: previous must be numbers of symbols");
     table_gates_ = d_.data(*c.gates), logits_ = d_.scratch.template take<T>(d_.rows * V);
     symbols_ = static_cast<int64_t*>(results_[kSymbols].data_ptr());
+    open_ = d_.rows;
+    if (c.end < 0) return;
+    // What a row has after its end, and of steps that are not made.
+    std::fill_n(symbols_, results_[kSymbols].numel(), c.end);
+    for (int64_t k : {kScores, kWeights, kWide})
+      if (T* to = at(k)) std::fill_n(to, results_[size_t(k)].numel(), T(0));
   }
 
   // What the symbols of the step before add.
@@ -143,8 +149,9 @@ class ForwardPass {
   }
 
   // The first of the largest logits, and its log-probability among those that may be chosen.
-  void choose_symbol(int64_t at_row, int64_t b) const {
-    const int64_t V = d_.matrices.output.columns;
+  void choose_symbol(int64_t at_row, int64_t b) {
+    const int64_t V = d_.matrices.output.columns, last = x_.choosing.end;
+    if (last >= 0 && at_row >= d_.rows && symbols_[at_row - d_.rows] == last) return;
     const T* logits = logits_ + b * V;
     int64_t best = x_.choosing.first;
     for (int64_t k = best + 1; k < V; ++k)
@@ -152,6 +159,7 @@ class ForwardPass {
     double sum = 0;
     for (int64_t k = x_.choosing.first; k < V; ++k) sum += std::exp(double(logits[k]) - double(logits[best]));
     symbols_[at_row] = best, at(kScores)[at_row] = T(-std::log(sum));
+    if (best == last) open_.fetch_sub(1, std::memory_order_relaxed);
   }
 
   Of query(int64_t t) const {
@@ -241,6 +249,7 @@ class ForwardPass {
   const T *b_query_ = nullptr, *b_output_ = nullptr, *table_gates_ = nullptr, *table_feeds_ = nullptr;
   const int64_t* previous_ = nullptr;
   int64_t* symbols_ = nullptr;
+  std::atomic<int64_t> open_{0};  // rows that have not ended
   T *below_ = nullptr, *memories_ = nullptr, *logits_ = nullptr;
 };
 
@@ -562,13 +571,13 @@ Tensors attentive_decoder(Tensor gates, Optional feeds, Tensors w_hidden, Tensor
                           Optional value, Optional score_weight, Optional exp_key, Optional key_limit, Optional lengths,
                           Optional mask, Optional filters, Optional projection, Optional past, Optional cumulative,
                           Optional seeds, Optional packed, Optional w_output, Optional b_output, Optional table_gates,
-                          Optional table_feeds, Optional previous, int64_t first_choice, double scale, double dropout_p,
-                          int64_t score, int64_t rule, bool after, bool feeds_vector, bool projected, bool need_weights,
-                          bool keep) {
+                          Optional table_feeds, Optional previous, int64_t first_choice, int64_t end_choice,
+                          double scale, double dropout_p, int64_t score, int64_t rule, bool after, bool feeds_vector,
+                          bool projected, bool need_weights, bool keep) {
   const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, w_output, after, feeds_vector};
   const Attended attended{key,        value, score_weight, exp_key, key_limit, lengths,   mask,  filters,
                           projection, past,  cumulative,   seeds,   scale,     dropout_p, score, rule};
-  const Choosing choosing{table_gates, table_feeds, b_output, previous, first_choice};
+  const Choosing choosing{table_gates, table_feeds, b_output, previous, first_choice, end_choice};
   const DecoderInputs x{gates, feeds,   b_input, b_hidden, masks,  b_query,  matrices, hidden,
                         cell,  context, feed,    attended, packed, choosing, projected};
   check_decoder(x);
@@ -590,7 +599,7 @@ Tensors attentive_decoder_backward(Optional grad_output, Optional grad_contexts,
   const Matrices matrices{w_hidden, w_below, w_outer, w_query, w_readout, none, after, feeds_vector};
   const Attended attended{key,        value, score_weight, exp_key, key_limit, lengths,   mask,  filters,
                           projection, past,  cumulative,   seeds,   scale,     dropout_p, score, rule};
-  const Choosing choosing{none, none, none, none, 0};
+  const Choosing choosing{none, none, none, none, 0, -1};
   const DecoderInputs x{gates, feeds,   b_input, b_hidden, masks, b_query,  matrices, hidden,
                         cell,  context, feed,    attended, none,  choosing, false};
   const Incoming incoming{grad_output, grad_contexts, grad_weights, grad_hidden, grad_cell, grad_feeds};

@@ -25,12 +25,13 @@ struct Matrices {
   bool after, feeds;  // whether a step attends with its own state; whether its output vector enters the next
 };
 
-// How each step chooses the next one's input: the most likely of V symbols from number `first` on.
+// How each step chooses the next one's input: the most likely of V symbols from number `first` on. A row that has
+// chosen `end`, where that is not negative, has it from then on; when all have, the steps that are left are not made.
 struct Choosing {
   const Optional &gates, &feeds;  // (V, G S), (V, R): what each symbol adds as an input
   const Optional& bias;           // (V,), of the logits
   const Optional& previous;       // (N,): of the first step
-  int64_t first;
+  int64_t first, end;
 };
 
 struct DecoderInputs {
@@ -63,14 +64,17 @@ struct Team {
       : threads(std::clamp<int64_t>(work / kDecoderStepPerThread, 1, torch::stable::get_num_threads())),
         parts(threads == 1 ? 1 : std::min(kPartsPerThread * threads, kMostParts)) {}
 
-  // Goes through the phases of so many steps, in this order; t is 0, 1, ..., or backward.
-  void go(int64_t steps, bool backward, const std::vector<Phase>& phases) const {
+  // Goes through the phases of so many steps, in this order; t is 0, 1, ..., or backward. Does nothing once `open` is
+  // 0.
+  void go(int64_t steps, bool backward, const std::vector<Phase>& phases,
+          const std::atomic<int64_t>* open = nullptr) const {
     const int64_t each = int64_t(phases.size());
     Chain chain(steps * each, parts);
     const auto work = [&](int64_t number, int64_t part) {
       const Phase& phase = phases[size_t(number % each)];
       const int64_t t = backward ? steps - 1 - number / each : number / each;
       const int64_t begin = phase.count * part / parts, end = phase.count * (part + 1) / parts;
+      if (open && open->load(std::memory_order_relaxed) == 0) return;
       if (begin < end) phase.work(t, part, begin, end);
     };
     if (threads == 1) return chain.run(0, 1, work);

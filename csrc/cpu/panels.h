@@ -127,24 +127,61 @@ inline void panel_product(const PanelProduct<T>& p, int64_t row, int64_t end, co
   }
 }
 
+// ------------------------------------------------------------------------------------------------------- packing
+
+// x[a] and x[b] exchange the quarters of a square of 2 H rows and lanes that do not lie on its diagonal.
+template <class T, int H, int... L>
+inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> x = a, y = b;
+  a = __builtin_shufflevector(x, y, (L & H ? W + L - H : L)...);
+  b = __builtin_shufflevector(x, y, (L & H ? W + L : L + H)...);
+}
+
+// Lane l of x[k] becomes lane k of x[l].
+template <class T, int H = kLanes<T> / 2>
+[[gnu::always_inline]] inline void transpose(Vec<T>* x) {
+  constexpr int W = kLanes<T>;
+  UNROLL for (int k = 0; k < W; ++k) if (!(k & H)) exchange<T, H>(x[k], x[k + H], std::make_integer_sequence<int, W>{});
+  if constexpr (H > 1) transpose<T, H / 2>(x);
+}
+
+// A line of `out` for each of n <= kLanes places of kLanes rows: lane l of line k is row l's place k, and 0 from row
+// `rows` on.
+template <class T>
+inline void pack_lines(const T* from, int64_t row, int64_t rows, int64_t n, T* out, int64_t line) {
+  constexpr int W = kLanes<T>;
+  if (rows >= W && n == W) {
+    Vec<T> x[W];
+    UNROLL for (int l = 0; l < W; ++l) x[l] = load(from + l * row);
+    transpose<T>(x);
+    UNROLL for (int k = 0; k < W; ++k) store<T>(out + k * line, x[k]);
+    return;
+  }
+  for (int l = 0; l < W; ++l)
+    for (int64_t k = 0; k < n; ++k) out[k * line + l] = l < rows ? from[l * row + k] : T(0);
+}
+
 // ---------------------------------------------------------------------------------------------------- whole matrices
 
-// Panels [begin, end) of a matrix. A few lines at a time where a column is what lies in one piece, so that those that
-// are written stay in the cache.
+// Panels [begin, end) of a matrix.
 template <class T>
 void pack_dense(const Dense<T>& m, int64_t begin, int64_t end) {
-  constexpr int64_t width = kPanelVectors * kLanes<T>, lines = 16;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * width, n = m.columns - first < width ? m.columns - first : width;
-    for (int64_t k0 = 0; k0 < m.depth; k0 += lines) {
-      const int64_t k1 = m.depth - k0 < lines ? m.depth : k0 + lines;
-      T* out = m.packed + block * m.depth * width;
-      for (int64_t c = 0; c < width; ++c) {
-        const T* from = m.data + (first + c) * m.column;
-        for (int64_t k = k0; k < k1; ++k) out[k * width + c] = c < n ? from[k * m.row] : T(0);
+  constexpr int64_t W = kLanes<T>, width = kPanelVectors * W;
+  for (int64_t block = begin; block < end; ++block)
+    for (int64_t k = 0; k < m.depth; k += W)
+      for (int64_t column = block * width; column < (block + 1) * width; column += W) {
+        T* out = m.packed + (block * m.depth + k) * width + column - block * width;
+        const T* from = m.data + column * m.column + k * m.row;
+        const int64_t n = m.depth - k < W ? m.depth - k : W, columns = m.columns - column;
+        if (m.row == 1) {
+          pack_lines(from, m.column, columns, n, out, width);
+        } else {
+          for (int64_t line = 0; line < n; ++line)
+            for (int64_t c = 0; c < W; ++c)
+              out[line * width + c] = c < columns ? from[line * m.row + c * m.column] : T(0);
+        }
       }
-    }
-  }
 }
 
 // Panels [begin, end) of a product with it, every other time from the end.

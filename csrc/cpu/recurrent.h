@@ -9,22 +9,15 @@ constexpr int kGates = U == Unit::kGru ? 3 : 4;
 
 // ------------------------------------------------------------------------------------------------ the matrix
 
-// Blocks [begin, end) of the matrix (G S, S): for each a line for each state, a vector a gate. Few columns at a time,
-// so that the lines that are written stay in the cache.
+// Blocks [begin, end) of the matrix (G S, S): for each a line for each state, a vector a gate.
 template <class T, Unit U>
 inline void pack_forward(const Recurrence<T>& r, int64_t begin, int64_t end) {
-  constexpr int W = kLanes<T>, G = kGates<U>, columns = 16;
+  constexpr int W = kLanes<T>, G = kGates<U>;
   for (int64_t block = begin; block < end; ++block)
-    for (int64_t k0 = 0; k0 < r.size; k0 += columns) {
-      const int64_t n = r.size - k0 < columns ? r.size - k0 : columns;
-      T* out = r.packed + (block * r.size + k0) * G * W;
-      for (int g = 0; g < G; ++g)
-        for (int lane = 0; lane < W; ++lane, ++out) {
-          const int64_t unit = block * W + lane;
-          const T* row = r.weight + (g * r.size + unit) * r.size + k0;
-          for (int64_t k = 0; k < n; ++k) out[k * G * W] = unit < r.size ? row[k] : T(0);
-        }
-    }
+    for (int64_t k = 0; k < r.size; k += W)
+      for (int64_t g = 0, unit = block * W; g < G; ++g)
+        pack_lines(r.weight + (g * r.size + unit) * r.size + k, r.size, r.size - unit, r.size - k < W ? r.size - k : W,
+                   r.packed + ((block * r.size + k) * G + g) * W, G * W);
 }
 
 // The same for the backward pass: columns of the matrix, a line for each of its rows. The rows of a gated unit come in
