@@ -31,5 +31,5 @@ template <class T>
 inline Vec<T> tanh(Vec<T> x) {
   const Exponential<T> e(within<T>(2 * x, Limits<T>::flat));
   const Vec<T> less_one = e.power * e.less_one + (e.power - 1);
-  return less_one * reciprocal<T>(less_one + 2);
+  return quotient<T>(less_one, less_one + 2);
 }

@@ -42,8 +42,35 @@ void delta(const Backward<T>& g, const Rows& context, const Rows& grad_context, 
   }
 }
 
-// Pairs whose r are kept between the score and the gradients: 16 KiB of float at 256 features.
-constexpr int kKeptQueries = 2;
+// Queries whose r are kept between the score and the gradients, with a vector of keys: 16 KiB at 256 features.
+constexpr int kKeptQueries = kVectorBytes > 32 ? 1 : 2;
+
+// r of two vectors of features, to kept; adds w r to a sum.
+template <class T, bool Capped>
+inline void keep_pair(const Vec<T> (&e)[2], const T* f, const Vec<T> (&w)[2], T* kept, Vec<T>& sum) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> x0 = one_plus<T, Capped>(e[0], load(f)), x1 = one_plus<T, Capped>(e[1], load(f + W));
+  const Vec<T> inverse = reciprocal<T>(x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
+  store<T>(kept, r0);
+  store<T>(kept + W, r1);
+  sum = (sum + w[0] * r0) + w[1] * r1;
+}
+
+// Scores of a query and a whole vector of keys, of which 32 registers hold all sums; their r to kept, as below.
+template <class T, bool Capped>
+inline void keep_line(const Problem<T>& p, const Tile<T>& t, T* scores, T* kept) {
+  constexpr int W = kLanes<T>;
+  const int64_t padded = p.padded;
+  const T *weight = p.v.weight, *query = t.e, *key = t.f;
+  Vec<T> sum[W];
+  UNROLL for (int j = 0; j < W; ++j) sum[j] = Vec<T>{};
+  for (int64_t d = 0; d < padded; d += 2 * W, kept += 2 * W * W) {
+    Vec<T> e[2], w[2];
+    load_some(query + d, e), load_some(weight + d, w);
+    UNROLL for (int j = 0; j < W; ++j) keep_pair<T, Capped>(e, key + j * padded + d, w, kept + 2 * W * j, sum[j]);
+  }
+  store<T>(scores, lane_sums<T>(sum));
+}
 
 // Scores of I queries and up to a vector of keys; their r, two vectors of features at a time, to kept.
 template <class T, int I, bool Capped>
@@ -52,22 +79,17 @@ inline void keep_r(const Problem<T>& p, const Tile<T>& t, T* scores, T* kept) {
   // In variables of their own: a store to kept could change what a reference refers to, for all the compiler knows.
   const int64_t padded = p.padded, row = row_of(padded), nj = t.nj;
   const T* weight = p.v.weight;
+  if constexpr (I == 1 && kRegisters > 16)
+    if (nj == W) return keep_line<T, Capped>(p, t, scores, kept);
   Vec<T> sum[I * W];
   for (int k = 0; k < I * W; ++k) sum[k] = Vec<T>{};
   for (int64_t d = 0; d < padded; d += 2 * W) {
-    const Vec<T> w0 = load(weight + d), w1 = load(weight + d + W);
+    Vec<T> w[2], e[I][2];
+    load_some(weight + d, w);
+    for (int i = 0; i < I; ++i) load_some(t.e + i * row + d, e[i]);
     const T* f = t.f + d;
-    for (int64_t j = 0; j < nj; ++j, f += padded) {
-      const Vec<T> f0 = load(f), f1 = load(f + W);
-      const T* e = t.e + d;
-      for (int i = 0; i < I; ++i, kept += 2 * W, e += row) {
-        const Vec<T> x0 = one_plus<T, Capped>(load(e), f0), x1 = one_plus<T, Capped>(load(e + W), f1);
-        const Vec<T> inverse = T(1) / (x0 * x1), r0 = inverse * x1, r1 = inverse * x0;
-        store<T>(kept, r0);
-        store<T>(kept + W, r1);
-        sum[i * W + j] = (sum[i * W + j] + w0 * r0) + w1 * r1;
-      }
-    }
+    for (int64_t j = 0; j < nj; ++j, f += padded)
+      for (int i = 0; i < I; ++i, kept += 2 * W) keep_pair<T, Capped>(e[i], f, w, kept, sum[i * W + j]);
   }
   for (int i = 0; i < I; ++i) store<T>(scores + i * kGradKeyTile, lane_sums<T>(sum + i * W));
 }
@@ -117,11 +139,11 @@ inline void near_gradients(const Tile<T>& t, int64_t padded, const T* ds, T* gra
       const T *e = t.e + d, *ds_ij = ds + j;
       T* query = grad_query + d;
       Vec<T> x0 = one_plus<T, Capped>(load(e), f0), x1 = one_plus<T, Capped>(load(e + W), f1);
-      Vec<T> inverse = T(1) / (x0 * x1);
+      Vec<T> inverse = reciprocal<T>(x0 * x1);
       for (int64_t i = 0; i < ni; ++i, query += row, ds_ij += kGradKeyTile) {
         e += row;
         const Vec<T> next0 = one_plus<T, Capped>(load(e), f0), next1 = one_plus<T, Capped>(load(e + W), f1);
-        const Vec<T> next_inverse = T(1) / (next0 * next1);
+        const Vec<T> next_inverse = reciprocal<T>(next0 * next1);
         const Vec<T> r0 = inverse * x1, r1 = inverse * x0;
         const Vec<T> t0 = *ds_ij * r0, t1 = *ds_ij * r1;
         const Vec<T> u0 = t0 - t0 * r0, u1 = t1 - t1 * r1;

@@ -99,41 +99,73 @@ constexpr int kBlockQueries = 8;
 template <class T>
 constexpr int kBlockKeys = kLanes<T> > 8 ? kLanes<T> : 8;
 
-// Adds w_d r_ijd of all features to sum[i][j]: with y = c x, 1/y is w r in units of unit max |w|, so that the sum of
-// four takes additions and products alone, and one division: (1/y0 + 1/y1) + (1/y2 + 1/y3) = ((y0 + y1) y2 y3 + (y2 +
-// y3) y0 y1) / (y0 y1 y2 y3).
+// The sum of w r over four vectors of features: with y = c x, 1/y is w r in units of unit max |w|, so that it takes
+// additions and products alone, and one division: (1/y0 + 1/y1) + (1/y2 + 1/y3) = ((y0 + y1) y2 y3 + (y2 + y3) y0 y1) /
+// (y0 y1 y2 y3).
+template <class T>
+inline Vec<T> folded_sum(const T* ce, const Vec<T> (&f)[4], const Vec<T> (&c)[4]) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> y0 = load(ce) * f[0] + c[0], y1 = load(ce + W) * f[1] + c[1];
+  const Vec<T> y2 = load(ce + 2 * W) * f[2] + c[2], y3 = load(ce + 3 * W) * f[3] + c[3];
+  const Vec<T> y01 = y0 * y1, y23 = y2 * y3;
+  return quotient<T>((y0 + y1) * y23 + (y2 + y3) * y01, y01 * y23);
+}
+template <class T>
+inline Vec<T> folded_sum(const T* ce, const Vec<T> (&f)[2], const Vec<T> (&c)[2]) {
+  const Vec<T> y0 = load(ce) * f[0] + c[0], y1 = load(ce + kLanes<T>) * f[1] + c[1];
+  return quotient<T>(y0 + y1, y0 * y1);
+}
+template <class T, int N>
+inline void load_some(const T* p, Vec<T> (&x)[N]) {
+  UNROLL for (int n = 0; n < N; ++n) x[n] = load(p + n * kLanes<T>);
+}
+
+// Adds w_d r_ijd of N vectors of features from d on to sum[i][j].
+template <class T, int N>
+inline void folded_features(const Problem<T>& p, const T* ce, int64_t ni, const T* f, int64_t nj, int64_t d,
+                            Vec<T>* sum) {
+  // In variables of their own: a store to sum could change what p refers to, for all the compiler knows.
+  const int64_t padded = p.padded, row = row_of(padded);
+  Vec<T> c[N], fj[N];
+  load_some(p.v.offset + d, c);
+  for (int64_t j = 0; j < nj; ++j) {
+    load_some(f + j * padded + d, fj);
+    for (int64_t i = 0; i < ni; ++i) sum[i * kBlockKeys<T> + j] += folded_sum<T>(ce + i * row + d, fj, c);
+  }
+}
+
+// All features.
 template <class T>
 inline void folded_block(const Problem<T>& p, const T* ce, int64_t ni, const T* f, int64_t nj, Vec<T>* sum) {
   constexpr int W = kLanes<T>;
-  // In variables of their own: a store to sum could change what p refers to, for all the compiler knows.
-  const int64_t padded = p.padded, row = row_of(padded);
-  const T* offset = p.v.offset;
+  const int64_t padded = p.padded;
   int64_t d = 0;
-  for (; d + 4 * W <= padded; d += 4 * W) {
-    const T* c = offset + d;
-    const Vec<T> c0 = load(c), c1 = load(c + W), c2 = load(c + 2 * W), c3 = load(c + 3 * W);
-    for (int64_t j = 0; j < nj; ++j) {
-      const T* fj = f + j * padded + d;
-      const Vec<T> f0 = load(fj), f1 = load(fj + W), f2 = load(fj + 2 * W), f3 = load(fj + 3 * W);
-      for (int64_t i = 0; i < ni; ++i) {
-        const T* ei = ce + i * row + d;
-        const Vec<T> y0 = load(ei) * f0 + c0, y1 = load(ei + W) * f1 + c1;
-        const Vec<T> y2 = load(ei + 2 * W) * f2 + c2, y3 = load(ei + 3 * W) * f3 + c3;
-        const Vec<T> y01 = y0 * y1, y23 = y2 * y3;
-        sum[i * kBlockKeys<T> + j] += ((y0 + y1) * y23 + (y2 + y3) * y01) / (y01 * y23);
-      }
-    }
+  for (; d + 4 * W <= padded; d += 4 * W) folded_features<T, 4>(p, ce, ni, f, nj, d, sum);
+  for (; d < padded; d += 2 * W) folded_features<T, 2>(p, ce, ni, f, nj, d, sum);
+}
+
+// Where there are 32 registers: the same of two keys and as many queries as fill a vector with sums, which stay in
+// registers. Lane 2 i + j of the result is that of query i and key j.
+template <class T, int N, int I>
+inline void folded_pair_features(const T* offset, const T* ce, int64_t row, const T* const (&f)[2], int64_t d,
+                                 Vec<T> (&sum)[2 * I]) {
+  Vec<T> c[N], fj[N];
+  load_some(offset + d, c);
+  UNROLL for (int j = 0; j < 2; ++j) {
+    load_some(f[j] + d, fj);
+    UNROLL for (int i = 0; i < I; ++i) sum[2 * i + j] += folded_sum<T>(ce + i * row + d, fj, c);
   }
-  for (; d < padded; d += 2 * W) {
-    const Vec<T> c0 = load(offset + d), c1 = load(offset + d + W);
-    for (int64_t j = 0; j < nj; ++j) {
-      const Vec<T> f0 = load(f + j * padded + d), f1 = load(f + j * padded + d + W);
-      for (int64_t i = 0; i < ni; ++i) {
-        const Vec<T> y0 = load(ce + i * row + d) * f0 + c0, y1 = load(ce + i * row + d + W) * f1 + c1;
-        sum[i * kBlockKeys<T> + j] += (y0 + y1) / (y0 * y1);
-      }
-    }
-  }
+}
+template <class T>
+inline Vec<T> folded_pairs(const Problem<T>& p, const T* ce, const T* const (&f)[2]) {
+  constexpr int W = kLanes<T>;
+  const int64_t padded = p.padded, row = row_of(padded);
+  Vec<T> sum[W];
+  UNROLL for (int k = 0; k < W; ++k) sum[k] = Vec<T>{};
+  int64_t d = 0;
+  for (; d + 4 * W <= padded; d += 4 * W) folded_pair_features<T, 4, W / 2>(p.v.offset, ce, row, f, d, sum);
+  for (; d < padded; d += 2 * W) folded_pair_features<T, 2, W / 2>(p.v.offset, ce, row, f, d, sum);
+  return lane_sums<T>(sum);
 }
 
 // The same with the cap, two features to a division.
@@ -147,7 +179,7 @@ inline void capped_block(const Problem<T>& p, const T* e, int64_t ni, const T* f
       for (int64_t i = 0; i < ni; ++i) {
         const T* ei = e + i * row_of(p.padded) + d;
         const Vec<T> x0 = one_plus<T, true>(load(ei), f0), x1 = one_plus<T, true>(load(ei + W), f1);
-        sum[i * kBlockKeys<T> + j] += (w0 * x1 + w1 * x0) / (x0 * x1);
+        sum[i * kBlockKeys<T> + j] += quotient<T>(w0 * x1 + w1 * x0, x0 * x1);
       }
     }
   }
@@ -179,30 +211,62 @@ struct Tile : Slots {
   T* row;     // scratch for Range::kFar: a query and a key as they are, and in backward a sum
 };
 
+// What sums of w r are times, for scores: in two steps, as their product may be too small for a number.
+template <class T>
+struct Size {
+  T unit, limit;
+  Vec<T> of(Vec<T> sums) const { return sums * unit * limit; }
+};
+
+// The scores of a block by sums in registers: kLanes / 2 queries and any number of keys.
+template <class T>
+inline void pair_scores(const Problem<T>& p, const T* ce, const T* f, int64_t nj, Size<T> size, T* out,
+                        int64_t out_row) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < nj; j += 2) {
+    alignas(kVectorBytes) T lanes[W];  // an odd key is taken twice: rows of out have room for whole blocks
+    store<T>(lanes, size.of(folded_pairs(p, ce, {f + j * p.padded, f + (j + (j + 1 < nj)) * p.padded})));
+    UNROLL for (int l = 0; l < W; ++l) out[l / 2 * out_row + j + l % 2] = lanes[l];
+  }
+}
+
+// The scores of a block by sums in memory: as many queries and keys as it may have, or fewer.
+template <class T, bool Capped>
+inline void block_scores(const Problem<T>& p, const T* e, int64_t ni, const T* f, int64_t nj, Size<T> size, T* out,
+                         int64_t out_row) {
+  constexpr int W = kLanes<T>, J = kBlockKeys<T>;
+  Vec<T> sum[kBlockQueries * J];
+  for (int64_t k = 0; k < ni * J; ++k) sum[k] = Vec<T>{};
+  if constexpr (Capped) {
+    capped_block(p, e, ni, f, nj, sum);
+  } else if (ni > 1) {
+    folded_block(p, e, ni, f, nj, sum);
+  } else {  // key by key: a step waits for memory, which is fastest in the order of its addresses
+    for (int64_t k = 0; k < nj; ++k) folded_block(p, e, 1, f + k * p.padded, 1, sum + k);
+  }
+  for (int64_t k = 0; k < ni; ++k)
+    for (int64_t l = 0; l < J; l += W) store<T>(out + k * out_row + l, size.of(lane_sums<T>(sum + k * J + l)));
+}
+
 // Block by block. Rows of out have room for whole blocks; what lies beyond nj is not a score.
 template <class T, bool Capped>
 inline void near_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t out_row) {
-  constexpr int W = kLanes<T>, I = kBlockQueries, J = kBlockKeys<T>;
+  constexpr bool in_registers = kRegisters > 16 && !Capped;
+  constexpr int J = kBlockKeys<T>, I = in_registers ? kLanes<T> / 2 : kBlockQueries;
   const int64_t row = row_of(p.padded);
   const T* e = Capped ? t.e : t.folded;
-  // In two steps, as their product may be too small for a number.
-  const T unit = Capped ? T(1) : Limits<T>::unit, size = Capped ? T(1) : p.v.limit;
+  const Size<T> size = Capped ? Size<T>{T(1), T(1)} : Size<T>{Limits<T>::unit, p.v.limit};
   for (int64_t j = 0; j < t.nj; j += J) {
     const int64_t nj = t.nj - j < J ? t.nj - j : J;
     for (int64_t i = 0; i < t.ni; i += I) {
       const int64_t ni = t.ni - i < I ? t.ni - i : I;
-      Vec<T> sum[I * J];
-      for (int64_t k = 0; k < ni * J; ++k) sum[k] = Vec<T>{};
-      if constexpr (Capped) {
-        capped_block(p, e + i * row, ni, t.f + j * p.padded, nj, sum);
-      } else if (ni > 1) {
-        folded_block(p, e + i * row, ni, t.f + j * p.padded, nj, sum);
-      } else {  // key by key: a step waits for memory, which is fastest in the order of its addresses
-        for (int64_t k = 0; k < nj; ++k) folded_block(p, e + i * row, 1, t.f + (j + k) * p.padded, 1, sum + k);
-      }
-      for (int64_t k = 0; k < ni; ++k)
-        for (int64_t l = 0; l < J; l += W)
-          store<T>(out + (i + k) * out_row + j + l, lane_sums<T>(sum + k * J + l) * unit * size);
+      T* at = out + i * out_row + j;
+      if constexpr (in_registers)
+        if (ni == I) {
+          pair_scores(p, e + i * row, t.f + j * p.padded, nj, size, at, out_row);
+          continue;
+        }
+      block_scores<T, Capped>(p, e + i * row, ni, t.f + j * p.padded, nj, size, at, out_row);
     }
   }
 }

@@ -129,7 +129,7 @@ inline void sum_tile(const Step<T>& s, const StepTile<T>& m, const StepQuery<T>&
 // w0 r0 + w1 r1 of a pair of vectors of features, by one division where weights are not too large for that.
 template <class T, bool Paired>
 inline Vec<T> weighted_r(Vec<T> w0, Vec<T> w1, Vec<T> x0, Vec<T> x1) {
-  if constexpr (Paired) return (w0 * x1 + w1 * x0) * reciprocal<T>(x0 * x1);
+  if constexpr (Paired) return quotient<T>(w0 * x1 + w1 * x0, x0 * x1);
   return w0 / x0 + w1 / x1;
 }
 

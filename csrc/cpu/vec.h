@@ -75,6 +75,13 @@ inline Vec<T> reciprocal(Vec<T> x) {
   return T(1) / x;
 }
 
+// n / x of such an x.
+template <class T>
+inline Vec<T> quotient(Vec<T> n, Vec<T> x) {
+  if constexpr (kVectorBytes == 64 && sizeof(T) == 4) return n * reciprocal<T>(x);
+  return n / x;
+}
+
 // Constants of the arithmetic. A folded feature y = c (1 + E F) is at least unit in size, so that a product of four is
 // normal, and finite while y <= 2^31.75 (2^255.75 in double); plain_bits is the binary logarithm that c / unit and E F
 // may share. A product of two x = 1 + E F is finite while x <= cap, also times a weight up to max_weight. Exponentials
