@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnext import _checks, reference
+from attnext import _checks, dot, reference
 from attnext.backends import choose, chosen_freely
 from attnext.memory import Memory, prepared_memory
 from attnext.memory import prepare as ahead
@@ -461,11 +461,10 @@ def attend_by_dot(
     """Dot-product attention of checked arguments; dropout draws its own seed for None."""
     key, lengths, mask = memory.key, memory.lengths, memory.mask
     family = choose(backend, query.device.type, query.dtype)
-    extras = need_weights or dropout_p > 0.0 or lengths is not None or mask is not None
-    if not extras and chosen_freely(backend) and _sdpa_is_faster(query, memory):
-        # With an axis of one head, which its kernels want.
-        q, k, v = (x.unsqueeze(1) for x in (query, key, memory.value))
-        return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1), None
+    if chosen_freely(backend):
+        found = dot.attend(query, memory, scale, dropout_p, need_weights)
+        if found is not None:
+            return found
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
     inputs = (query, key) if memory.shared else (query, key, memory.value)
@@ -493,25 +492,6 @@ def attend_by_dot(
         steps=memory.steps,
     )
     return context, weights if need_weights else None
-
-
-_MANY_QUERIES = 128
-
-
-def _sdpa_is_faster(query: Tensor, memory: Memory) -> bool:
-    """Whether PyTorch's own attention is the faster one for a call without lengths, mask, weights and dropout.
-
-    That is where a call is two large matrix products (the table is in ``benchmarks/NOTES.md``) and it has a kernel:
-    values as large as keys. Not in half types: it rounds the weights to them. Not in an exported program, whose sizes
-    are open, and not under ``torch.func``, of which this project's operators take what they can.
-    """
-    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and _checks.in_transforms()):
-        return False
-    key, device_type = memory.key, query.device.type
-    products = query.dim() == 3 and query.shape[1] >= _MANY_QUERIES and key.shape[1] >= _MANY_QUERIES
-    of_float64 = query.dtype == torch.float64 and device_type == "cpu"
-    exact = (query.dtype == torch.float32 or of_float64) and not _checks.autocasts(device_type)
-    return products and exact and memory.value.shape[2] == key.shape[2]
 
 
 def dot_scores(

@@ -18,11 +18,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from attnext import dot
 from attnext.attention.family import FAMILY
 from attnext.bench import (
     calls,
     command,
     decoding,
+    dot_grid,
     eager,
     kept,
     loops,
@@ -323,6 +325,31 @@ class TestCommand:
         assert f"{growth[0]['exponent']:.2f}" in shown
         assert bench("--cases", "threads", "--threads", "1") == 0
         assert "the study of threads was left out" in capsys.readouterr().out
+
+
+class TestDotGrid:
+    @pytest.fixture(autouse=True)
+    def _few_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dot_grid, "_sizes", lambda quick: iter([(2, 3, 5, 4), (1, 130, 140, 4)]))
+
+    def test_study(self, tmp_path: Path, capsys: Captured) -> None:
+        path = tmp_path / "run.json"
+        assert bench("--cases", "dot-grid", "--threads", "1", "--json", str(path)) == 0
+        rows = json.loads(path.read_text())["studies"]["dot-grid"]
+        assert [(row["sizes"], row["kind"]) for row in rows] == [
+            (sizes, kind) for sizes in ("2, 3, 5, 4", "1, 130, 140, 4") for kind in ("forward", "both")
+        ]
+        for row in rows:
+            assert list(row["seconds"]) == ["attnext", "kernel", "products", "attention", "eager"]
+        assert rows[0]["chosen"] == "kernel"
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        assert " of 4; slower than eager by more: " in shown
+
+    def test_a_way_that_gives_something_else(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setitem(dot.WAYS, "products", lambda query, memory, scale: (1.01 * query, None))
+        assert bench("--cases", "dot-grid", "--threads", "1") == 1
+        assert "the ways to dot products differ at 2, 3, 5, 4" in capsys.readouterr().out
 
 
 class TestRecurrent:

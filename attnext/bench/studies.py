@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnext import AttentionPooling
 from attnext.attention.family import FAMILY, Member
 from attnext.backends import use_backend
-from attnext.bench import accelerated, decoding, memory, model, recurrent, steps
+from attnext.bench import accelerated, decoding, dot_grid, memory, model, recurrent, steps
 from attnext.bench.cases import CASES, Case
 from attnext.bench.peers import OTHERS, Peer, Unavailable, Wrong, off
 from attnext.bench.timing import Plan, interleaved, measure, threads
@@ -165,6 +165,7 @@ STUDIES: dict[str, Study] = {
     "model": model.study,
     "recurrent": recurrent.study,
     "decoding": decoding.study,
+    "dot-grid": dot_grid.study,
     "steps": steps.study,
     "peers": accelerated.study,
 }

@@ -95,6 +95,21 @@ def _show_decoding(console: Console, rows: Sequence[Document]) -> None:
     console.print(table)
 
 
+def _show_dot_grid(console: Console, rows: Sequence[Document]) -> None:
+    write(console, "\ndot-grid: dot products, keys that are the values; how many times longer the other ways take")
+    others = [name for name in rows[0]["seconds"] if name != "attnext"]
+    widths = (18, 7, 9, 7, 6, 8, 9, 6)
+    table = new_table("B, Tq, Tk, D", "kind", "chosen", "attnext", *others, widths=widths)
+    near, slower = 0, 0
+    for row in rows:
+        ours, *rest = (median(row["seconds"][name]) for name in ("attnext", *others))
+        near, slower = near + (ours <= 1.1 * min(rest)), slower + (ours > 1.1 * rest[others.index("eager")])
+        cells = (f"{seconds / ours:.2f}x" for seconds in rest)
+        table.add_row(row["sizes"], row["kind"], row["chosen"], duration(ours), *cells)
+    console.print(table)
+    write(console, f"within 10% of the fastest way: {near} of {len(rows)}; slower than eager by more: {slower}")
+
+
 def _show_code_bases(console: Console, rows: Sequence[Document]) -> None:
     write(console, "\npeers: how many times longer a code base takes with its own attention; quartiles of the rounds")
     sizes = list(dict.fromkeys(row["sizes"] for row in rows))
@@ -116,6 +131,7 @@ STUDIES: dict[str, Callable[[Console, Sequence[Document]], None]] = {
     "model": _show_model,
     "recurrent": _show_recurrent,
     "decoding": _show_decoding,
+    "dot-grid": _show_dot_grid,
     "steps": show_steps,
     "peers": _show_code_bases,
 }
