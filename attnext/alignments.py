@@ -2,8 +2,10 @@
 
 Plain PyTorch, on scores (..., Tk) of any leading shape, minus infinity in masked slots, as
 :func:`attnext.additive_scores` gives them. Half types are computed in float32 and cast back. For finite scores no
-result and no gradient is NaN; a row without a visible slot has weights 0 and passes no gradient to its scores. Nothing
-here branches on a tensor's values, so that ``torch.compile(fullgraph=True)`` takes every function whole.
+result and no gradient is NaN; a row without a visible slot has weights 0 and passes no gradient to its scores. A NaN
+score makes the weights of its row NaN, those of masked slots excepted; so does plus infinity, but by the sigmoid, which
+has an answer. Nothing here branches on a tensor's values, so that ``torch.compile(fullgraph=True)`` takes every
+function whole.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def monotonic_weights(energies: Tensor, previous: Tensor, mode: str = "parallel"
         previous: (..., Tk) the last step's weights; at the first step, 1 at key 0 and 0 elsewhere.
         mode: "recursive" goes through the keys one by one. "parallel" gives the same in log2(Tk) steps. Both are
             differentiable. "hard" is for inference: from the first key where ``previous`` is above 0, the first with p
-            above 1/2 has weight 1; it passes no gradient.
+            above 1/2 has weight 1; it passes no gradient. A NaN that the reader meets before is where it stops, with a
+            weight of NaN.
 
     Returns:
         The weights, (..., Tk), of the dtype of ``energies``. They sum to less than 1 where the reader may run past the
@@ -90,8 +93,10 @@ def monotonic_weights(energies: Tensor, previous: Tensor, mode: str = "parallel"
     _same_shape("previous", previous, "energies", energies)
     if mode == "hard":
         # The first of several: where the running count has just become 1. Energy above 0 is p above 1/2.
-        stops = (wide > 0) & ((before > 0).cumsum(-1) > 0)
-        return (stops & (stops.cumsum(-1) == 1)).to(energies.dtype)
+        broken = (wide.isnan() | before.isnan()) & (wide != -torch.inf)
+        stops = ((wide > 0) | broken) & (((before > 0) | broken).cumsum(-1) > 0)
+        weights = (stops & (stops.cumsum(-1) == 1)).to(energies.dtype)
+        return weights.masked_fill((weights > 0) & broken, torch.nan)
     # 1 - p as a sigmoid of its own: a difference would round to 0 long before p is 1.
     stop, go_on = wide.sigmoid(), (-wide).sigmoid()
     look = _looks_one_by_one(go_on, before) if mode == "recursive" else _looks_at_once(go_on, before)
@@ -194,8 +199,11 @@ def _ranked(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _support(z: Tensor, ranked: Tensor, inside: Tensor) -> Tensor:
-    """Which scores take part in the threshold: those down to the last place that is ``inside``; equal ones go along."""
-    return z.detach() >= ranked.gather(-1, inside.sum(-1, keepdim=True) - 1)
+    """Which scores take part in the threshold: those down to the last place that is ``inside``; equal ones go along.
+
+    Beside NaN no place is inside, and no score is below the threshold: all take part, and are NaN.
+    """
+    return ~(z.detach() < ranked.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0)))
 
 
 def _sparsemax(z: Tensor) -> Tensor:

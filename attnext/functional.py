@@ -118,6 +118,19 @@ def additive_attention(
         RuntimeError: the backend asked for is not available. Also when a second derivative is taken of a backend other
             than "reference".
 
+    NaN and infinity: what stands in hidden slots reaches no result and no gradient, and what stands in a sentence none
+    of another. Elsewhere all backends give what the formula gives:
+
+    - NaN in a query or a key is NaN in its scores. A row with a NaN score, or one of plus infinity, has weights of NaN
+      in its visible slots (by the sigmoid rule of a step plus infinity has a weight like others), and a context of NaN.
+    - An infinite query or key saturates the tanh; infinities of both signs in a sum are NaN.
+    - A score weight that is infinite, or becomes so by the scale, counts as NaN.
+    - A score of minus infinity counts as masked: it has weight 0, and a row of them is one without a key to attend.
+    - NaN or infinity in a value reaches the contexts of the rows that attend it. Where its weight is exactly 0, dropped
+      or too small for the dtype, it may reach the context (as 0 times NaN) or not.
+    - Gradients are finite where the formula's are, and NaN or infinite where those are; which of the two is open. So is
+      what infinite numbers give backwards in dot products, and infinite past weights.
+
     Where one key has all the weight, the true gradient of the scores is 0. Of one query, and of a memory's steps on the
     CPU, it is that to the rounding of the weight; of several queries in a call roundings remain of about
     ``eps * |scale| * |dC| * |context|``, dC being what comes in for the context.
@@ -255,7 +268,9 @@ def additive_step(
         The context, (B, H) or (B, Tq, H), and the weights before dropout, (B, Tk) or (B, Tq, Tk), both differentiable.
         The weights are in the dtype of the arithmetic, float64 for float64 and float32 for the others, so that their
         sum over many steps is not rounded. A row without a key to attend has context 0, and weights 0 (by
-        rule="forward" the reader stays: ``previous`` in the visible slots).
+        rule="forward" the reader stays: ``previous`` in the visible slots). NaN and infinity as in
+        :func:`additive_attention`; NaN in a past is one in the scores of the keys that the filters see it from, NaN in
+        ``previous`` or ``transition`` one in the weights of all keys that forward attention reaches.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it.
@@ -358,7 +373,7 @@ def additive_scores(
 
     Returns:
         (B, Tq, Tk), or (B, Tk) for a query of shape (B, D); minus infinity in masked slots, whose incoming gradient is
-        not read.
+        not read. NaN and infinity of the inputs as in :func:`additive_attention`.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it.
@@ -429,7 +444,7 @@ def dot_attention(
         RuntimeError: the backend asked for is not available. Also when a second derivative is taken of a backend other
             than "reference", or of PyTorch's own attention.
 
-    A score that overflows to minus infinity counts as masked.
+    NaN and infinity, those of scores that overflow included, give what :func:`additive_attention` says.
     """
     if isinstance(key, Memory):
         memory = _in_place_of_key(query, key, False, value, None, lengths, mask)

@@ -73,7 +73,7 @@ def additive_scores(
     total = query.unsqueeze(2) + key.unsqueeze(1)
     if hidden is not None:  # before the tanh, so that a NaN in a masked slot reaches neither the result nor a gradient
         total = total.masked_fill(hidden.unsqueeze(-1), 0.0)
-    v = score_weight.view(-1, score_weight.shape[-1])  # a row for each head
+    v = _bounded(score_weight).view(-1, score_weight.shape[-1])  # a row for each head
     v = v.repeat(query.shape[0] // v.shape[0], 1) if len(v) > 1 else v
     scores = scale * (total.tanh() @ v[:, None, :, None]).squeeze(-1)
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
@@ -119,7 +119,7 @@ def additive_step(
         total = total + _filtered(seen, filters, projection)
     slots = torch.arange(key.shape[1], device=key.device)
     inside = valid if window is None else valid & (slots >= window[..., :1]) & (slots < window[..., 1:])
-    scores = (scale * (total.tanh() @ score_weight)).masked_fill(~inside, -torch.inf)
+    scores = (scale * (total.tanh() @ _bounded(score_weight))).masked_fill(~inside, -torch.inf)
     if rule == "forward":
         assert previous is not None
         weights = forward_weights(scores, previous.masked_fill(~valid, 0.0), transition)
@@ -131,6 +131,11 @@ def additive_step(
         keep = dropout_keep(seed, weights.shape, dropout_p)
         kept = weights * keep / (1.0 - dropout_p) if dropout_p < 1.0 else weights * 0.0
     return kept @ value, weights
+
+
+def _bounded(score_weight: Tensor) -> Tensor:
+    """NaN in the place of infinity, which would make the score of a hidden slot."""
+    return score_weight + torch.where(score_weight.abs() < torch.inf, 0.0, torch.nan)
 
 
 def _filtered(past: Tensor, filters: Tensor, projection: Tensor | None) -> Tensor:
@@ -186,12 +191,9 @@ def _attention_of(
     scores: Tensor, value: Tensor, hidden: Tensor | None, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Context and weights of scores (B, Tq, Tk)."""
-    if hidden is not None:
-        # An empty row would be softmax of nothing: give it finite scores, then weights of 0.
-        scores = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    weights = scores.softmax(-1)
-    if hidden is not None:
-        weights = weights.masked_fill(hidden, 0.0)
+    masked = scores == -torch.inf  # of hidden slots, and of products that overflow
+    # An empty row would be softmax of nothing: give it finite scores, then weights of 0.
+    weights = scores.masked_fill(masked.all(-1, keepdim=True), 0.0).softmax(-1).masked_fill(masked, 0.0)
     if dropout_p > 0.0:
         if seed is None:
             seed = torch.randint(2**62, (), device=scores.device)
@@ -293,8 +295,10 @@ def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None)
     """Forward attention of (..., Tk); see :func:`attnext.alignments.forward_weights`."""
     moved = torch.cat([torch.zeros_like(previous[..., :1]), previous[..., :-1]], -1)
     mix = previous + moved if transition is None else (1.0 - transition) * previous + transition * moved
-    weights = mix * normalize(scores, "softmax")
+    hidden = scores == -torch.inf
+    out_of_reach = hidden | (mix <= 0.0)
+    weights = (mix * normalize(scores, "softmax")).masked_fill(out_of_reach, 0.0)
     total = weights.sum(-1, keepdim=True)
-    stay = previous.masked_fill(scores == -torch.inf, 0.0)
     none = total <= 0.0
-    return torch.where(none, stay, weights / torch.where(none, 1.0, total))
+    weights = (weights / torch.where(none, 1.0, total)).masked_fill(out_of_reach, 0.0)  # 0 over NaN
+    return torch.where(none, previous.masked_fill(hidden, 0.0), weights)

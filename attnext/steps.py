@@ -135,7 +135,10 @@ def gradients_of_keys(
     """(B, Tk, D), of queries (B, Tq, D) and what came in for their scores (B, Tq, Tk); and of the score weight, without
     which they are dot products."""
     if score_weight is None:
-        return (grad_scores * shared.scale).mT @ query, None
+        of_key = (grad_scores * shared.scale).mT @ query
+        if shared.lengths is not None or shared.mask is not None:  # 0 times a NaN of the query's
+            of_key.masked_fill_(~_visible(key, shared.lengths, shared.mask), 0.0)
+        return of_key, None
     inputs = (query, key, score_weight.to(key.dtype), shared.lengths, shared.mask)
     _, of_key, of_score_weight = _scores_backward(grad_scores, *inputs, shared.scale)
     return of_key, of_score_weight

@@ -141,6 +141,7 @@ def step_scores(
             width, CHANNELS, PROJECTED, HAS_LENGTHS, HAS_MASK, ACC, BK, BD, BF,
         )  # fmt: skip
         v = tl.load(weight + d, d < D, 0.0).to(ACC)
+        v = tl.where(tl.abs(2 * scale * v) < float("inf"), v, float("nan"))  # not the score of a hidden slot
         total += tl.sum(tl.where((d < D)[None, :], v[None, :] * (1 - 2 * _r(inner, ACC)), 0.0), 1)
     attended = _attended(lengths, mask, window, b, row, j, Tk, HAS_LENGTHS, HAS_MASK, HAS_WINDOW)
     score = total * scale + total * scale_rest
@@ -203,6 +204,7 @@ def step_context(
     b = row // Tq
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     top = tl.full((), float("-inf"), ACC)
+    reached = tl.zeros((), tl.int32)
     for j0 in range(0, Tk, BK):
         j = j0 + tl.arange(0, BK)
         s = tl.load(scores + row * Tk + j, j < Tk, float("-inf"))
@@ -211,10 +213,11 @@ def step_context(
                 previous, transition, lengths, mask, b, row, j, Tk, HAS_LENGTHS, HAS_MASK, AGENT, ACC
             )
             s = tl.where(stay * before + move * moved <= _least(ACC), float("-inf"), s)
+            reached += tl.sum((s != float("-inf")).to(tl.int32), 0)  # NaN too, which a maximum may pass over
         if RULE == SIGMOID:
             s = tl.where(s == float("-inf"), s, tl.minimum(s, 0.0) - tl.log(1 + tl.exp(-tl.abs(s))))
         top = tl.maximum(top, tl.max(s, 0))
-    stays = top == float("-inf") if RULE == FORWARD else top > top
+    stays = reached == 0 if RULE == FORWARD else reached < 0
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((), ACC)
     for j0 in range(0, Tk, BK):
@@ -225,8 +228,9 @@ def step_context(
     found = tl.zeros((BH,), ACC)
     for j0 in range(0, Tk, BK):
         j = j0 + tl.arange(0, BK)
-        w = share * _unnormalised(scores, previous, transition, lengths, mask, b, row, j, Tk, top, stays, RULE,
-                                  HAS_LENGTHS, HAS_MASK, AGENT, ACC)  # fmt: skip
+        w = _unnormalised(scores, previous, transition, lengths, mask, b, row, j, Tk, top, stays, RULE,
+                          HAS_LENGTHS, HAS_MASK, AGENT, ACC)  # fmt: skip
+        w = tl.where(w == 0, 0.0, share * w)  # of a hidden slot beside NaN
         tl.store(wide + row * Tk + j, w, j < tl.where(tl.program_id(1) == 0, Tk, 0))
         if DROPOUT:
             kept = tl.reshape(_keep(seed, row + tl.zeros((1,), tl.int64), j, threshold), (BK,))

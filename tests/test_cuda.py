@@ -138,6 +138,10 @@ def test_the_contract(libraries: Path) -> None:
     assert_held(run("gpu_contract.py", "cuda", libraries / "plain.so"))
 
 
+def test_nan_and_infinity(libraries: Path) -> None:
+    assert_held(run("nonfinite.py", "cuda", libraries / "plain.so"))
+
+
 def test_every_attention_of_the_family(libraries: Path) -> None:
     done = run("family.py", "cuda", libraries / "plain.so")
     assert done.returncode == 0, done.stderr[-4000:]

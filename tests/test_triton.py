@@ -122,6 +122,7 @@ def programs() -> Iterator[Programs]:
     here = Path(__file__).parent
     scripts = {
         "contract": (str(here / "gpu_contract.py"), "triton"),
+        "nonfinite": ("-W", "ignore::RuntimeWarning", str(here / "nonfinite.py"), "triton"),  # NumPy's, of NaN
         "tiles": ("-c", TILES),
         "family": (str(here / "family.py"), "triton"),
         "tuning": ("-c", TUNING),
@@ -134,9 +135,9 @@ def programs() -> Iterator[Programs]:
         }
 
 
-@pytest.mark.parametrize("name", ["contract", "tiles", "tuning"])
+@pytest.mark.parametrize("name", ["contract", "nonfinite", "tiles", "tuning"])
 def test_what_a_program_holds(programs: Programs, name: str) -> None:
-    """The contract; every tile that a GPU may be given; tiles are tuned unless torch is to be deterministic."""
+    """The contract; what NaN and infinity give; every tile that a GPU may be given; tiles are tuned unless torch is to be deterministic."""
     done = programs[name].result()
     assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
 

@@ -20,10 +20,12 @@ inline Vec<T> within(Vec<T> x, T limit) {
   return at_least<T>(Vec<T>{} - limit, at_most<T>(Vec<T>{} + limit, x));
 }
 
+// 0 far out: what is infinite is NaN behind a gate that is closed, as torch has it.
 template <class T>
 inline Vec<T> sigmoid(Vec<T> x) {
   const Exponential<T> e(within<T>(-x, Limits<T>::steep));
-  return reciprocal<T>((e.power + T(1)) + e.power * e.less_one);
+  const Vec<T> result = reciprocal<T>((e.power + T(1)) + e.power * e.less_one);
+  return x < -Limits<T>::steep ? Vec<T>{} : result;
 }
 
 // (e - 1) / (e + 1) of e = exp(2 x); e - 1 without the 1 of the series, so that a small x keeps its places.
