@@ -135,7 +135,7 @@ def additive_step(
 
 def _bounded(score_weight: Tensor) -> Tensor:
     """NaN in the place of infinity, which would make the score of a hidden slot."""
-    return score_weight + torch.where(score_weight.abs() < torch.inf, 0.0, torch.nan)
+    return score_weight + torch.zeros_like(score_weight).masked_fill(score_weight.abs() == torch.inf, torch.nan)
 
 
 def _filtered(past: Tensor, filters: Tensor, projection: Tensor | None) -> Tensor:

@@ -3,8 +3,8 @@
     python tests/nonfinite.py triton
     python tests/nonfinite.py cuda LIBRARY
 
-The rule is in the documentation of :func:`attnext.additive_attention`. Each sentence of a batch has other numbers put in
-another place, so that a call of an operator shows many at once, and that none reaches another sentence.
+The rule is in the documentation of :func:`attnext.additive_attention`. Each sentence of a batch has other numbers put
+in another place, so that a call of an operator shows many at once, and that none reaches another sentence.
 """
 
 from __future__ import annotations
@@ -117,13 +117,14 @@ def inputs(call: Call, clean: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     for number, places in enumerate(SENTENCES.values()):
         for name, where, bad in places if not clean else ():
             x[name][number][where] = bad
-    kept = {name: x[name] for name in INPUTS[call.op] if call.rule == "forward" or name not in x or name not in (
-        "previous", "transition")}  # fmt: skip
-    wide = ("past", "previous", "transition")
+    of_weights, of_rule = ("past", "previous", "transition"), ("previous", "transition") * (call.rule != "forward")
     return {
-        name: (y if name in wide else y.to(dtype)).squeeze(1) if name in ("query", *wide) and call.queries == 1
-        else y if name in wide else y.to(dtype) for name, y in kept.items()
-    }  # fmt: skip
+        name: (y.squeeze(1) if call.queries == 1 and name in ("query", *of_weights) else y).to(
+            torch.float32 if name in of_weights and dtype != torch.float64 else dtype
+        )
+        for name, y in x.items()
+        if name in INPUTS[call.op] and name not in of_rule
+    }
 
 
 def slots(call: Call) -> dict[str, Tensor]:
@@ -153,7 +154,7 @@ def results(call: Call, x: Mapping[str, Tensor], backend: str) -> dict[str, Tens
     return {name: y.detach() for name, y in found.items()} | named
 
 
-def _call(call: Call, x: dict[str, Tensor], hidden: dict[str, Tensor]) -> dict[str, Tensor]:
+def _call(call: Call, x: dict[str, Tensor], hidden: dict[str, Any]) -> dict[str, Tensor]:
     key: Any = x["key"]
     others = [x[name] for name in ("value", "v") if name in x and call.op != "past"]
     if call.prepared or call.op == "past":
@@ -188,7 +189,8 @@ def _open(call: Call, name: str, sentence: str) -> bool:
 def _uncertain(call: Call, x: Mapping[str, Tensor], weights: Tensor) -> Tensor:
     """Numbers of the context that a visible value which is not finite reaches by a weight of 0, or does not."""
     value = x["value"] if "value" in x else x["key"]
-    shown = reference.valid_slots(x["key"], x["key"], *(slots(call).get(name) for name in ("lengths", "mask")))
+    hides = slots(call)
+    shown = reference.valid_slots(x["key"], x["key"], hides.get("lengths"), hides.get("mask"))
     zero = (weights.view(*value.shape[:1], -1, KEYS) == 0) & shown
     return ((zero.double() @ (~value.isfinite()).double()) > 0).view(*weights.shape[:-1], -1)
 
@@ -220,7 +222,7 @@ def what_hidden_slots_gave(
 ) -> list[str]:
     """Where a result differs by one bit from that of numbers in the hidden slots, or these have a gradient.
 
-    By a mask of each query's own, it may differ by roundings: a tile with a key that is not finite takes exp of the sums.
+    By a mask of each query's own it may differ by roundings: a tile with a key that is not finite takes exp of sums.
     """
     if call.hides not in ("keys", "slots"):
         return []
@@ -240,7 +242,8 @@ def what_hidden_slots_gave(
 
 FEW = tuple(
     call for call in CALLS
-    if (call.hides == "keys" and (call.queries == 1 or call.op == "scores")) or call.hides == "slots"
+    if (call.hides == "keys" and (call.queries == 1 or call.op == "scores") and call.op not in ("dot", "shared"))
+    or call.hides == "slots"
     or (call.weight == -INF and call.op != "attention")
 )  # fmt: skip
 """Those for an interpreter."""

@@ -137,7 +137,8 @@ def programs() -> Iterator[Programs]:
 
 @pytest.mark.parametrize("name", ["contract", "nonfinite", "tiles", "tuning"])
 def test_what_a_program_holds(programs: Programs, name: str) -> None:
-    """The contract; what NaN and infinity give; every tile that a GPU may be given; tiles are tuned unless torch is to be deterministic."""
+    """The contract; what NaN and infinity give; every tile that a GPU may be given; tiles are tuned unless torch is to
+    be deterministic."""
     done = programs[name].result()
     assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
 
