@@ -127,9 +127,10 @@ def additive_attention(
     - A score weight that is infinite, or becomes so by the scale, counts as NaN.
     - A score of minus infinity counts as masked: it has weight 0, and a row of them is one without a key to attend.
     - NaN or infinity in a value reaches the contexts of the rows that attend it. Where its weight is exactly 0, dropped
-      or too small for the dtype, it may reach the context (as 0 times NaN) or not.
+      or too small for the dtype, it may reach the context and the gradients (as 0 times NaN) or not.
     - Gradients are finite where the formula's are, and NaN or infinite where those are; which of the two is open. So is
-      what infinite numbers give backwards in dot products, and infinite past weights.
+      what infinite numbers give backwards in dot products, and infinite past weights; and beside a score weight that is
+      not finite all gradients may be NaN.
 
     Where one key has all the weight, the true gradient of the scores is 0. Of one query, and of a memory's steps on the
     CPU, it is that to the rounding of the weight; of several queries in a call roundings remain of about
