@@ -8,13 +8,16 @@ PIP_ARGS ?=
 # The CUDA compiler as packages (270 MB) where there is none, for the CUDA kernels and their tests; empty for without.
 CUDA_TOOLKIT ?= $(if $(shell command -v nvcc)$(CUDA_HOME)$(CUDA_PATH),,-r tests/cuda-toolkit.txt)
 DEMO_SECONDS ?= 120
+# How many cases the fuzzer draws, and from which seed; without one from a new seed, which it prints.
+CASES ?= 20000
+SEED ?=
 
 BIN := .venv/bin
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(filter csrc/%,$(CXX_FILES))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test mutants peers demo bench lint format clean
+.PHONY: help install test fuzz mutants peers demo bench lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -34,6 +37,9 @@ install: .venv/installed  ## make .venv with the package and all its tools
 # with whole files: what these build for their tests takes minutes. Threads that wait sleep, for other processes' sake.
 test: .venv/installed peers  ## run the tests
 	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
+
+fuzz: .venv/installed  ## hold CASES drawn calls of everything to formulas of their own (20,000: a quarter of an hour)
+	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz.py --cases $(CASES) $(if $(SEED),--seed $(SEED))
 
 mutants: .venv/installed peers  ## plant single changes in the code and see whether the tests notice (an hour)
 	$(BIN)/python tests/mutants.py

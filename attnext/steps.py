@@ -223,7 +223,8 @@ class _Attention(torch.autograd.Function):
         if grad_context is None and grad_weights is None:
             return (None,) * (len(inputs) + 1)
         of_query, grad_scores, kept = steps.part(*arguments, wide)
-        grad_context = torch.zeros_like(context) if grad_context is None else grad_context
+        if grad_context is None:  # and no value has a part in it, whatever its weight
+            grad_context, kept = torch.zeros_like(context), torch.zeros_like(kept)
         call.collected().add(call.shared, _Kept(inputs[0], grad_scores, kept, grad_context))
         return None, of_query, *(None,) * (len(inputs) - 1)
 

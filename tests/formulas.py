@@ -132,7 +132,7 @@ def additive(query: Tensor, keys: Tensor, v: Tensor, scale: float) -> Tensor:
     return scale * ((query + keys).tanh() * v).sum(-1)
 
 
-def dot(query: Tensor, keys: Tensor, _: Tensor | None, scale: float) -> Tensor:
+def dot(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return (keys * query).sum(-1) * scale if len(keys) else keys.new_zeros(0)
 
 
@@ -146,7 +146,8 @@ def attention(
         of_head = v if v is None or v.dim() == 1 else v[b % len(v)]
         for i in range(queries):
             there = torch.nonzero(visible[b, i]).squeeze(1)
-            s = (dot if v is None else additive)(query[b, i], key[b, there], of_head, scale)  # type: ignore[operator]
+            q, k = query[b, i], key[b, there]
+            s = dot(q, k, scale) if of_head is None else additive(q, k, of_head, scale)
             w = softmax(s) * keep[b, i, there]
             contexts.append((w[:, None] * value[b, there]).sum(0))
             weights.append(spread(w, there, keys))
@@ -173,7 +174,7 @@ def step(
     pasts: Sequence[Tensor], visible: Tensor, attended: Tensor, scale: float, rule: str, previous: Tensor | None,
     transition: Tensor | None, keep: Tensor, least: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Context and weights (before ``keep``) of steps that see their past; ``attended`` are the visible in the window."""
+    """Context and weights (before ``keep``) of steps that see their past; ``attended``: visible, and in the window."""
     batch, queries, keys = visible.shape
     contexts, weights = [], []
     for b in range(batch):
@@ -226,7 +227,7 @@ def layers(
             for n in range(k, k + directions):
                 one, own = [y[n, b] for y in state], []
                 for row in rows if n == k else rows[::-1]:
-                    one = list((gru if len(state) == 1 else lstm)(row, *one, weights[n]))  # type: ignore[operator]
+                    one = list(gru(row, one[0], weights[n]) if len(one) == 1 else lstm(row, one[0], one[1], weights[n]))
                     own.append(one[0])
                 for y, of_tensor in zip(one, last, strict=True):
                     of_tensor[n][b] = y

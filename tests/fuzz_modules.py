@@ -31,8 +31,8 @@ def apart(
     """What is further from what is right than ``error`` times the larger of 1 and the largest number; the first
     ``strict`` may be NaN or infinite where those are, and others where those are not finite."""
     lines = []
-    for number, (name, a, b) in enumerate(zip(names, found, right, strict=True)):
-        a, b = a.detach().double(), b.detach().double()
+    for number, name in enumerate(names):
+        a, b = found[number].detach().double(), right[number].detach().double()
         if a.shape != b.shape:
             lines.append(f"{name}: {tuple(a.shape)}, not {tuple(b.shape)}")
             continue
@@ -208,8 +208,8 @@ def off_of_module(case: Attended) -> list[str]:
     torch.manual_seed(case.seed)
     member = next(one for one in FAMILY if one.name == case.member)
     module = member.make(case.query, case.memory, case.space).double()
-    for x in module.parameters():  # biases begin as zeros
-        nn.init.uniform_(x, -1.0, 1.0)
+    for parameter in module.parameters():  # biases begin as zeros
+        nn.init.uniform_(parameter, -1.0, 1.0).div_(parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0)
     module = module.to(case.dtype).train(case.training)
     states = torch.randn(case.batch, case.keys, case.memory, dtype=torch.float64)
     queries = torch.randn(case.batch, case.steps, case.query, dtype=torch.float64)
@@ -305,16 +305,17 @@ def _luong(module: Any, p: Mapping[str, Tensor], query: Tensor, states: Tensor) 
 
 
 def _heads(module: Any, p: Mapping[str, Tensor], query: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, h = (y @ p[f"{name}_projection.weight"].T for name, y in (("query", query), ("memory", states), ("value", states)))
+    of = {"query": query, "memory": states, "value": states}
+    q, k, h = (y @ p[f"{name}_projection.weight"].T for name, y in of.items())
     size, found, weights = module.head_size, [], []
     for head in range(module.heads):
-        of = slice(head * size, (head + 1) * size)
+        own = slice(head * size, (head + 1) * size)
         if module.score == "additive":
-            scores = (q[of] + k[:, of]).tanh() @ p["score_weight"].view(-1, size)[head]
+            scores = (q[own] + k[:, own]).tanh() @ p["score_weight"].view(-1, size)[head]
         else:
-            scores = k[:, of] @ q[of] / (math.sqrt(size) if module.score == "scaled_dot" else 1.0)
+            scores = k[:, own] @ q[own] / (math.sqrt(size) if module.score == "scaled_dot" else 1.0)
         weights.append(formulas.softmax(scores))
-        found.append(weights[-1] @ h[:, of])
+        found.append(weights[-1] @ h[:, own])
     return p["output_projection.weight"] @ torch.cat(found), torch.stack(weights).mean(0)
 
 
@@ -327,7 +328,9 @@ def _additive(module: Any, p: Mapping[str, Tensor], query: Tensor, states: Tenso
     if isinstance(module, attnext.LocationSensitiveAttention):
         seen = {"previous": [past.weights], "cumulative": [past.total], "both": [past.weights, past.total]}
         rows = [past.whole(x) for x in seen[module.features]]
-        inner = inner + formulas.features(rows, p["location_convolution.weight"], p["location_projection.weight"])[past.there]  # type: ignore[index]
+        of_past = formulas.features(rows, p["location_convolution.weight"], p["location_projection.weight"])
+        assert isinstance(of_past, Tensor)
+        inner = inner + of_past[past.there]
     elif isinstance(module, attnext.CoverageAttention):
         inner = inner + past.total[:, None] * p["coverage_weight"]
     scores = inner.tanh() @ v / module.temperature
@@ -450,9 +453,7 @@ def _by_cells(
 ) -> list[Tensor]:
     none = torch.zeros((4 if case.lstm else 3) * case.size, dtype=torch.float64)
     ends = [f"_l{k}{way}" for k in range(case.layers) for way in ("", "_reverse")[:directions]]
-    weights = [
-        [p.get(name + end, none) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")] for end in ends
-    ]
+    weights = [[p.get(name + end, none) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")] for end in ends]
     outputs, last = formulas.layers(x[0], lengths.tolist(), x[1:], weights, directions)
     padded = [torch.cat([y, y.new_zeros(case.steps - len(y), y.shape[1])]) for y in outputs]
     return [torch.stack(padded), *last]

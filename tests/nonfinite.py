@@ -146,7 +146,7 @@ def results(call: Call, x: Mapping[str, Tensor], backend: str) -> dict[str, Tens
     """What a backend gives, and the gradients of its inputs."""
     leaves = {name: y.detach().clone().requires_grad_() for name, y in x.items()}
     with attnext.use_backend(backend):
-        found = _call(call, leaves, slots(call))
+        found = called(call, leaves, slots(call))
     rng = torch.Generator().manual_seed(2)
     grads = [torch.randn(y.shape, generator=rng).to(y.dtype) for y in found.values()]
     of_inputs = torch.autograd.grad(list(found.values()), list(leaves.values()), grads, materialize_grads=True)
@@ -154,13 +154,13 @@ def results(call: Call, x: Mapping[str, Tensor], backend: str) -> dict[str, Tens
     return {name: y.detach() for name, y in found.items()} | named
 
 
-def _call(call: Call, x: dict[str, Tensor], hidden: dict[str, Any]) -> dict[str, Tensor]:
+def called(call: Call, x: dict[str, Tensor], hidden: dict[str, Any]) -> dict[str, Tensor]:
     key: Any = x["key"]
     others = [x[name] for name in ("value", "v") if name in x and call.op != "past"]
     if call.prepared or call.op == "past":
         key, hidden, others = attnext.prepare(key, x.get("value"), x.get("v"), **hidden), {}, []
     if call.op == "past":
-        more = {name: x.get(name) for name in ("previous", "transition")}
+        more: dict[str, Any] = {name: x.get(name) for name in ("previous", "transition")}
         past = (x["filters"], x["projection"], x["past"])
         return dict(zip(("context", "weights"), attnext.additive_step(x["query"], key, *past, rule=call.rule, **more),
                         strict=True))  # fmt: skip

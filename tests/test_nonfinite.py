@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from decoder_cases import Case, Decoder, call, gradients, leaves_of, made, visible_slots
-from nonfinite import CALLS, INF, NAN, Call, departures, kinds
+from nonfinite import CALLS, INF, NAN, SENTENCES, Call, called, departures, inputs, kinds, slots
 from torch import Tensor, nn
 
 import attnext
@@ -61,6 +61,21 @@ def test_products_that_pytorch_s_own_attention_makes(of_query: bool, bad: float)
     (query if of_query else key)[0, 3, 2] = bad
     found, expected = attnext.dot_attention(query, key, value)[0], reference.dot_attention(query, key, value)[0]
     assert torch.equal(kinds(found), kinds(expected))
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("case", [call for call in CALLS if call.op != "scores" and call.weight == 1.0], ids=str)
+def test_what_comes_in_for_the_weights_alone_has_nothing_to_do_with_the_values(case: Call) -> None:
+    """A weight that is NaN gives the values nothing, and a value that is NaN the weights' inputs nothing."""
+    for name, places in SENTENCES.items():
+        x = {of: y.requires_grad_() for of, y in inputs(case, False, torch.float32).items()}
+        weights = called(case, x, slots(case))["weights"]
+        grads = dict(zip(x, torch.autograd.grad(weights.sum(), list(x.values()), materialize_grads=True), strict=True))
+        if "value" in x:
+            assert (grads["value"] == 0).all()
+        if case.op != "shared" and {place[0] for place in places} == {"value"}:
+            row = list(SENTENCES).index(name)
+            assert all(grads[of][row].isfinite().all() for of in ("query", "key"))
 
 
 # Rules of weights.

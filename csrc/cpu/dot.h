@@ -47,16 +47,21 @@ inline void dot_backward_tile(const Backward<T>& g, const Slots& t, const RowTil
                               const BackwardTiles<T>& tiles, T* grad_query) {
   const Problem<T>& p = g.problem;
   const int64_t row = row_of(p.padded), values_row = row_of(p.padded_values), at = t.b * p.queries + t.i0;
-  const T *query = g.query + at * row, *grad_context = g.grad_context + at * values_row;
-  product_transposed<T>(grad_context, values_row, t.ni, value.data, value.row, t.nj, p.padded_values, tiles.grads,
-                        kGradKeyTile);
+  const T *query = g.query + at * row, *grad_context = g.grad_context ? g.grad_context + at * values_row : nullptr;
+  if (grad_context) {
+    product_transposed<T>(grad_context, values_row, t.ni, value.data, value.row, t.nj, p.padded_values, tiles.grads,
+                          kGradKeyTile);
+  } else {
+    zero(tiles.grads, t.ni * kGradKeyTile);
+  }
   dot_scores(p, t, query, key, tiles.scores, kGradKeyTile);
   score_gradients(g, t, tiles);
   // A query, too, or what comes in for it, may be NaN, and then only to what it attends.
   const bool finite = finite_rows(p, query, row, t.ni, p.padded);
-  const bool incoming_finite = finite_rows(p, grad_context, values_row, t.ni, p.padded_values);
   add_rows<T>({grad_query, row, tiles.ds, kGradKeyTile, 1, key.data, key.row, t.nj}, t.ni, p.padded, key.finite);
   add_rows<T>({tiles.grad_key, row, tiles.ds, 1, kGradKeyTile, query, row, t.ni}, t.nj, p.padded, finite);
+  if (!grad_context) return;
+  const bool incoming_finite = finite_rows(p, grad_context, values_row, t.ni, p.padded_values);
   add_rows<T>({tiles.grad_value, values_row, tiles.weights, 1, kGradKeyTile, grad_context, values_row, t.ni}, t.nj,
               p.padded_values, incoming_finite);
 }

@@ -275,9 +275,11 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const RowTile<
     zero(tiles.scores, t.ni * kGradKeyTile);
     hide(p, t, tiles.scores, kGradKeyTile);
     score_gradients(g, t, tiles);
-  } else {
+  } else if (g.grad_context) {
     product_transposed<T>(g.grad_context + query * values_row, values_row, t.ni, value.data, value.row, t.nj,
                           p.padded_values, tiles.grads, kGradKeyTile);
+  } else {
+    zero(tiles.grads, t.ni * kGradKeyTile);
   }
   switch (t.range) {
     case Range::kPlain:
@@ -299,7 +301,7 @@ inline void backward_tile(const Backward<T>& g, const Tile<T>& t, const RowTile<
   for (int64_t i = 0; i < t.ni; ++i)
     for (int64_t j = 0; j < width; j += kLanes<T>) sum += load(tiles.ds + i * kGradKeyTile + j);
   for (int lane = 0; lane < kLanes<T>; ++lane) ds_sum += sum[lane];
-  if (!g.from_scores)
+  if (g.grad_context)
     add_rows<T>({tiles.grad_value, values_row, tiles.weights, 1, kGradKeyTile, g.grad_context + query * values_row,
                  values_row, t.ni},
                 t.nj, p.padded_values,

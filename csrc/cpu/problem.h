@@ -108,7 +108,7 @@ struct Backward {
   Rows grad_weights;           // or of the scores; data may be null
   const T* query;              // (B, Tq, row_of(padded)): scale q; of additive scores E = exp(2 q), and a row more
   const T* query_limit;        // (B, Tq): max |q|, of additive scores
-  const T* grad_context;       // (B, Tq, row_of(padded_values)), zero-padded; null with from_scores
+  const T* grad_context;       // (B, Tq, row_of(padded_values)), zero-padded; null where none comes in
   const T* log_sum_exp;        // (B, Tq); null with from_scores
   const T* delta;              // (B, Tq): sum_j p dp; null with from_scores
   Rows grad_key, grad_value;

@@ -140,7 +140,7 @@ struct Gradients {
     T* delta = setup.scratch.template take<T>(rows());
     g.from_scores = false;
     g.grad_weights = rows_of(outputs.grad_weights);
-    g.grad_context = padded_grad, g.delta = delta;
+    g.grad_context = outputs.grad_context ? padded_grad : nullptr, g.delta = delta;
     g.log_sum_exp = static_cast<const T*>(outputs.log_sum_exp.data_ptr());
     const Rows context = rows_of(outputs.context), grad_context = rows_of(outputs.grad_context);
     const Rows weights = outputs.grad_weights ? rows_of(outputs.weights) : Rows{};

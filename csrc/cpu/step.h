@@ -516,7 +516,7 @@ inline void step_value_gradients(const StepBackward<T>& g, const StepSums<T>& su
   for (int64_t j = 0; j < p.keys; ++j) {
     for (int64_t i = 0; i < p.queries; ++i) {
       const StepGradients<T> q(g.step, b, i, memory + i * step_query_scratch(g.step));
-      const T kept = q.kept[j];  // 0 times what came in may be NaN
+      const T kept = g.grad_context.data ? q.kept[j] : T(0);  // 0 times what came in may be NaN
       for (int64_t h = 0; h < p.padded_values; h += W) {
         const Vec<T> part = kept == 0 ? Vec<T>{} : kept * load(q.grad_context + h);
         store<T>(grad + h, i == 0 ? part : load(grad + h) + part);
