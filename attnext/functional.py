@@ -126,11 +126,11 @@ def additive_attention(
     - An infinite query or key saturates the tanh; infinities of both signs in a sum are NaN.
     - A score weight that is infinite, or becomes so by the scale, counts as NaN.
     - A score of minus infinity counts as masked: it has weight 0, and a row of them is one without a key to attend.
-    - NaN or infinity in a value reaches the contexts of the rows that attend it. Where its weight is exactly 0, dropped
-      or too small for the dtype, it may reach the context and the gradients (as 0 times NaN) or not.
+    - NaN or infinity in a value reaches the contexts of the rows that attend it. Through a weight that is exactly 0,
+      dropped or too small for the dtype, NaN may reach context and gradients (as 0 times NaN) or not.
     - Gradients are finite where the formula's are, and NaN or infinite where those are; which of the two is open. So is
-      what infinite numbers give backwards in dot products, and infinite past weights; and beside a score weight that is
-      not finite all gradients may be NaN.
+      what infinite numbers give backwards in dot products; and beside a score weight that is not finite all gradients
+      may be NaN.
 
     Where one key has all the weight, the true gradient of the scores is 0. Of one query, and of a memory's steps on the
     CPU, it is that to the rounding of the weight; of several queries in a call roundings remain of about
@@ -271,7 +271,8 @@ def additive_step(
         sum over many steps is not rounded. A row without a key to attend has context 0, and weights 0 (by
         rule="forward" the reader stays: ``previous`` in the visible slots). NaN and infinity as in
         :func:`additive_attention`; NaN in a past is one in the scores of the keys that the filters see it from, NaN in
-        ``previous`` or ``transition`` one in the weights of all keys that forward attention reaches.
+        ``previous`` or ``transition`` one in the weights of all keys that forward attention reaches. An infinite number
+        in these, which are weights, may count as NaN.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it.

@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import formulas
 import torch
 from fuzz_modules import FAMILIES as OF_MODULES
+from fuzz_modules import Shortly
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -55,17 +56,11 @@ def as_drawn(instruction_set: str, threads: int) -> Iterator[None]:
             _EXTENSION.set_instruction_set(before[1])
 
 
-def shortly(x: Any, **said: str) -> str:
-    """A dataclass as it is written, without what is as by default."""
-    others = {f.name: repr(getattr(x, f.name)) for f in fields(x) if getattr(x, f.name) != f.default}
-    return f"{type(x).__name__}({', '.join(f'{name}={value}' for name, value in (others | said).items())})"
-
-
 # A call of a kernel.
 
 
 @dataclass(frozen=True, repr=False)
-class Drawn:
+class Drawn(Shortly):
     """A case of ``attnext.cases``, and what it has not got."""
 
     case: Case
@@ -88,12 +83,6 @@ class Drawn:
     """What stands in hidden slots, or 0 for numbers."""
     bad: tuple[tuple[str, float], ...] = ()
     """Inputs with one number replaced."""
-
-    def __repr__(self) -> str:
-        return shortly(self, case=shortly(self.case))
-
-    def _repr_pretty_(self, printer: Any, _: bool) -> None:
-        printer.text(repr(self))  # which Hypothesis asks for
 
 
 def _case(pick: Callable[[Any], Any], dtypes: tuple[torch.dtype, ...]) -> Case:
@@ -224,8 +213,9 @@ def _put(drawn: Drawn, x: Inputs, visible: Tensor, rng: torch.Generator) -> None
                 y[nobody[:, None].expand(y.shape)] = drawn.hidden
     for name, bad in drawn.bad:
         y = getattr(x, name)
-        if y is not None and y.numel():
-            y.view(-1)[int(torch.randint(y.numel(), (), generator=rng))] = bad
+        if y is not None and y.numel():  # infinite weights may count as NaN
+            put = NAN if name in PAST_INPUTS else bad
+            y.view(-1)[int(torch.randint(y.numel(), (), generator=rng))] = put
 
 
 # What is right, and what is found.
@@ -443,8 +433,8 @@ def _apart(
 
 
 def _leaves_open(case: Case, name: str, bad: float) -> bool:
-    """Whether what gradients are beside it is left open."""
-    return name in ("previous", "score_weight") or (abs(bad) == INF and (case.op == "dot" or name == "past"))
+    """Whether what gradients are beside it is left open; of forward attention by weights of 0, out of reach."""
+    return name == "score_weight" or case.rule == "forward" or (abs(bad) == INF and case.op == "dot")
 
 
 def _first(found: Tensor, right: Tensor, where: Tensor) -> str:

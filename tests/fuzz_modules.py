@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import decoder_cases as of_decoders
@@ -23,6 +23,18 @@ NAN, INF = float("nan"), float("inf")
 _EXTENSION = _extension.load()
 INSTRUCTION_SETS = tuple(_EXTENSION.instruction_sets()) if _EXTENSION else ("",)
 FLOATS = (torch.float32, torch.float64)
+
+
+class Shortly:
+    """A dataclass that is written without what is as by default."""
+
+    def __repr__(self) -> str:
+        of: Any = self
+        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(of) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def _repr_pretty_(self, printer: Any, _: bool) -> None:
+        printer.text(repr(self))  # which Hypothesis asks for
 
 
 def apart(
@@ -65,8 +77,8 @@ def gradients(results: Sequence[Tensor], leaves: Sequence[Tensor], number: int) 
 RULES = (*NORMALIZERS, "parallel", "recursive", "hard", "forward", "coverage_loss")
 
 
-@dataclass(frozen=True)
-class Rule:
+@dataclass(frozen=True, repr=False)
+class Rule(Shortly):
     """A row's scores by a rule."""
 
     name: str = "softmax"
@@ -160,8 +172,8 @@ def _gradients_of_rule(
 # Attention modules.
 
 
-@dataclass(frozen=True)
-class Attended:
+@dataclass(frozen=True, repr=False)
+class Attended(Shortly):
     """Steps of one of the family over encoder states."""
 
     member: str = "additive"
@@ -209,7 +221,8 @@ def off_of_module(case: Attended) -> list[str]:
     member = next(one for one in FAMILY if one.name == case.member)
     module = member.make(case.query, case.memory, case.space).double()
     for parameter in module.parameters():  # biases begin as zeros
-        nn.init.uniform_(parameter, -1.0, 1.0).div_(parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0)
+        bound = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0
+        nn.init.uniform_(parameter, -bound, bound)
     module = module.to(case.dtype).train(case.training)
     states = torch.randn(case.batch, case.keys, case.memory, dtype=torch.float64)
     queries = torch.randn(case.batch, case.steps, case.query, dtype=torch.float64)
@@ -379,8 +392,8 @@ def _local(module: Any, p: Mapping[str, Tensor], q: Tensor, scores: Tensor, past
 # Recurrent layers.
 
 
-@dataclass(frozen=True)
-class Layered:
+@dataclass(frozen=True, repr=False)
+class Layered(Shortly):
     """Recurrent layers over some sentences."""
 
     lstm: bool = False
@@ -462,8 +475,8 @@ def _by_cells(
 # Decoders, whose formulas are those of their tests.
 
 
-@dataclass(frozen=True)
-class Decoded:
+@dataclass(frozen=True, repr=False)
+class Decoded(Shortly):
     """A decoder that attends."""
 
     lstm: bool

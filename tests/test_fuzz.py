@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import fuzz
 import pytest
 import torch
@@ -21,14 +23,15 @@ def test_drawn_cases(name: str) -> None:
 def test_what_is_drawn_is_written_shortly() -> None:
     case = Case("dot", queries=5, scale=0.5)
     drawn = fuzz.Drawn(case, memory="prepared")
-    assert str(drawn) == "Drawn(case=Case(op='dot', queries=5, scale=0.5), memory='prepared')"
+    assert str(drawn) == f"Drawn(case={case!r}, memory='prepared')"
+    assert str(replace(drawn, memory="", threads=2)) == f"Drawn(case={case!r}, threads=2)"
 
 
 def test_a_case_that_is_off_is_shown_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule with a fault: weights that are those of the next row."""
     right = alignments._softmax
     monkeypatch.setattr(alignments, "_softmax", lambda scores: right(scores).roll(1, 0))
-    with pytest.raises(AssertionError, match=r"Rule\(name='s\w+', rows=2, keys=[12]") as raised:
+    with pytest.raises(AssertionError, match=r"Rule\(.*rows=2, ") as raised:
         fuzz.run(fuzz.families()["rules"], 100, None)
     assert "tolerances" in str(raised.value)
 
