@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import decoder_cases as of_decoders
@@ -25,13 +25,19 @@ INSTRUCTION_SETS = tuple(_EXTENSION.instruction_sets()) if _EXTENSION else ("",)
 FLOATS = (torch.float32, torch.float64)
 
 
+def shortly(x: Any) -> str:
+    """A dataclass, or one in it, without what is as by default."""
+    if not is_dataclass(x):
+        return repr(x)
+    given = [(f.name, getattr(x, f.name)) for f in fields(x) if getattr(x, f.name) != f.default]
+    return f"{type(x).__name__}({', '.join(f'{name}={shortly(value)}' for name, value in given)})"
+
+
 class Shortly:
     """A dataclass that is written without what is as by default."""
 
     def __repr__(self) -> str:
-        of: Any = self
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(of) if getattr(self, f.name) != f.default]
-        return f"{type(self).__name__}({', '.join(given)})"
+        return shortly(self)
 
     def _repr_pretty_(self, printer: Any, _: bool) -> None:
         printer.text(repr(self))  # which Hypothesis asks for

@@ -78,6 +78,18 @@ def test_what_comes_in_for_the_weights_alone_has_nothing_to_do_with_the_values(c
             assert all(grads[of][row].isfinite().all() for of in ("query", "key"))
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("width", [3, 5, 31])
+def test_nan_reaches_a_past_no_further_than_its_filters(width: int) -> None:
+    query, key, v = torch.full((1, 4), NAN), torch.randn(1, 80, 4), torch.randn(4)
+    past, filters = torch.rand(1, 80, requires_grad=True), torch.randn(4, 1, width)
+    memory, window = attnext.prepare(key, torch.randn(1, 80, 3), v), torch.tensor([[40, 42]])
+    context, _ = attnext.additive_step(query, memory, filters, None, past, window=window, backend="cpu")
+    (grad,) = torch.autograd.grad(context.sum(), past)
+    near = (torch.arange(80) >= 40 - width // 2) & (torch.arange(80) < 42 + width // 2)
+    assert torch.equal(grad[0].isnan(), near)
+
+
 # Rules of weights.
 
 SCORES = torch.tensor([[0.1, -0.4, 0.0, 0.3, -INF], [0.1, 0.2, 0.3, 0.4, 0.5]])

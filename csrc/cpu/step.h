@@ -464,8 +464,11 @@ inline void past_gradients(const Step<T>& s, const StepSums<T>& sums, const Step
     product<T>({sums.spread, padded_width, of_features, row, 1, s.filters_by_count + c * s.filter_count * padded_width,
                 padded_width, s.filter_count, &ahead},
                0, nj, padded_width);
-    for (int64_t j = 0; j < nj; ++j)
-      for (int64_t o = 0; o < padded_width; o += W) add_to<T>(grad + j + o, load(sums.spread + j * padded_width + o));
+    for (int64_t j = 0; j < nj; ++j) {
+      T* row_spread = sums.spread + j * padded_width;
+      for (int64_t o = s.width; o < padded_width; ++o) row_spread[o] = 0;  // of 0 filters, NaN beside NaN
+      for (int64_t o = 0; o < padded_width; o += W) add_to<T>(grad + j + o, load(row_spread + o));
+    }
   }
 }
 
