@@ -19,9 +19,10 @@ __all__ = ["WAYS", "Way", "attend", "way"]
 
 Way = Literal["kernel", "products", "attention"]
 
-_MANY_QUERIES = 128
-_FEW_QUERIES = 16
-_LARGE = 512
+_ON_A_GPU = 128
+"""Queries and keys from which PyTorch's attention is taken there."""
+_MOST_WEIGHTS = 2**21
+"""Of a row of the batch, which products hold in memory."""
 
 
 def way(query: Tensor, memory: Memory, dropout_p: float, need_weights: bool) -> Way:
@@ -38,13 +39,18 @@ def way(query: Tensor, memory: Memory, dropout_p: float, need_weights: bool) -> 
     of_float64 = query.dtype == torch.float64 and device_type == "cpu"
     if not (query.dtype == torch.float32 or of_float64) or _checks.autocasts(device_type):
         return "kernel"
-    queries, keys = query.shape[1], key.shape[1]
-    serves = not need_weights and memory.value.shape[2] == key.shape[2]
+    queries, keys, features = query.shape[1], *key.shape[1:]
+    serves = not need_weights and memory.value.shape[2] == features
     if device_type != "cpu":
-        return "attention" if serves and min(queries, keys) >= _MANY_QUERIES else "kernel"
-    if serves and min(queries, keys) >= _LARGE:
+        return "attention" if serves and min(queries, keys) >= _ON_A_GPU else "kernel"
+    # The kernel reads keys and values once for many queries, the others write scores and read them again. At few
+    # features the kernel's sums across lanes take longer than its products.
+    if serves and ((queries >= 32 and keys >= 256 and features <= 64) or queries * keys > _MOST_WEIGHTS):
         return "attention"
-    return "products" if min(queries, keys) >= _FEW_QUERIES else "kernel"
+    if queries * keys > _MOST_WEIGHTS:
+        return "kernel"
+    products = queries > 1 and (queries >= 64 or keys <= 2 * queries or keys * features <= 2048)
+    return "products" if products else "kernel"
 
 
 def attend(
@@ -66,10 +72,7 @@ def attend(
 
 def _by_products(query: Tensor, memory: Memory, scale: float) -> tuple[Tensor, Tensor | None]:
     """Context and weights of queries (B, Tq, D) by two products of a library."""
-    key = memory.key
-    # Where beta is 0, the first argument lends its dtype alone.
-    scores = torch.baddbmm(query.new_empty(1), query, key.transpose(1, 2), beta=0.0, alpha=scale)
-    weights = scores.softmax(-1)
+    weights = torch.bmm(query if scale == 1.0 else query * scale, memory.key.transpose(1, 2)).softmax(-1)
     return torch.bmm(weights, memory.value), weights
 
 

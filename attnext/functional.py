@@ -433,9 +433,9 @@ def dot_attention(
         dropout_p: probability that a weight is dropped, the rest scaled by 1 / (1 - dropout_p); drawn from torch's
             generator, and the same on every backend.
         need_weights: also return the weights.
-        backend: None chooses by device, and PyTorch's own attention where that is faster: float32 and float64 with 128
-            or more queries and keys and H = D, without lengths, mask, dropout and weights. "reference", "cpu", "triton"
-            or "cuda" is exactly that one, or an error.
+        backend: None chooses by device, and two matrix products or PyTorch's own attention where those are faster:
+            float32 and float64 with many queries, without lengths, mask and dropout (``attnext.dot`` has the rule).
+            "reference", "cpu", "triton" or "cuda" is exactly that one, or an error.
 
     Returns:
         The context, (B, Tq, H) or (B, H), and the weights, (B, Tq, Tk) or (B, Tk), or None, as

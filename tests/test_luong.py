@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import attnext
-from attnext import LuongAttention, MultiHeadAttention, use_backend
+from attnext import LuongAttention, MultiHeadAttention, dot, use_backend
 
 BATCH, QUERIES, KEYS, SIZE, HEADS = 3, 4, 7, 6, 2
 LENGTHS = torch.tensor([KEYS, 0, 4])
@@ -366,39 +367,106 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-@pytest.mark.parametrize("value", [False, True])
-def test_pytorchs_own_attention_serves_large_products_and_nothing_else(
-    value: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sdpa, calls = torch.nn.functional.scaled_dot_product_attention, []
+class TestWays:
+    """Large products go to a library's, or to PyTorch's attention, and nothing else does."""
 
-    def counted(*args: Any, **options: Any) -> Tensor:
-        calls.append(args)
-        return sdpa(*args, **options)
+    @pytest.fixture
+    def taken(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The names of the ways that calls went, but for the kernel's."""
+        taken: list[str] = []
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    x = [torch.randn(2, 130, 20, dtype=torch.float64, requires_grad=True) for _ in range(3 if value else 2)]
+        def noted(name: str, way: Any, *args: Any) -> Any:
+            taken.append(name)
+            return way(*args)
 
-    def run(**options: Any) -> list[Tensor]:
-        context, _ = attnext.dot_attention(*x, scale=0.3, **options)
-        return [context, *torch.autograd.grad(context.sin().sum(), x)]
+        for name, way in dot.WAYS.items():
+            monkeypatch.setitem(dot.WAYS, name, partial(noted, name, way))
+        return taken
 
-    found = run()
-    assert len(calls) == 1
-    close(found, run(backend="reference"))
-    with use_backend("cpu"):
-        close(found, run())
-    close(found, run(lengths=torch.tensor([130, 130])))
-    if value:  # of a size that PyTorch's kernels don't take
-        attnext.dot_attention(x[0], x[1], x[2][..., :7])
-    for small in ([x[0][:, :127], *x[1:]], [t.half() for t in x], [x[0], *(t[:, :127] for t in x[1:])]):
-        attnext.dot_attention(*small)
-    attnext.dot_attention(*x, need_weights=True)
-    attnext.dot_attention(*x, dropout_p=0.1)
-    attnext.dot_attention(*x, mask=torch.ones(2, 130, dtype=torch.bool))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        attnext.dot_attention(*(t.float() for t in x))
-    assert len(calls) == 1
+    @staticmethod
+    def inputs(queries: int, keys: int, features: int, values: int | None) -> list[Tensor]:
+        sizes = [(2, queries, features), (2, keys, features)] + ([] if values is None else [(2, keys, values)])
+        return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+    @pytest.mark.parametrize(
+        ("sizes", "way"),
+        [
+            ((70, 80, 20), "products"),
+            ((9, 17, 300), "products"),
+            ((3, 10, 200), "products"),
+            ((40, 260, 20), "attention"),
+            ((40, 260, 65), "kernel"),
+            ((9, 30, 300), "kernel"),
+            ((1, 10, 20), "kernel"),
+        ],
+    )
+    @pytest.mark.parametrize("values", [None, "as features", 7])
+    def test_each_gives_the_same(self, sizes: tuple[int, int, int], way: str, values: Any, taken: list[str]) -> None:
+        x = self.inputs(*sizes, sizes[2] if values == "as features" else values)
+        if values == 7 and way == "attention":  # PyTorch's takes no values of another size
+            way = "products" if sizes[0] >= 64 or sizes[1] <= 2 * sizes[0] else "kernel"
+
+        def run(**options: Any) -> list[Tensor]:
+            context, _ = attnext.dot_attention(*x, scale=0.3, **options)
+            return [context, *torch.autograd.grad(context.sin().sum(), x)]
+
+        found = run()
+        assert taken == [way] * (way != "kernel")
+        close(found, run(backend="reference"))
+        with use_backend("cpu"):
+            close(found, run())
+        assert taken == [way] * (way != "kernel")
+
+    @pytest.mark.parametrize("sizes", [(70, 80, 20), (40, 260, 20)])
+    def test_what_goes_to_the_kernel(self, sizes: tuple[int, int, int], taken: list[str]) -> None:
+        x = self.inputs(*sizes, None)
+        attnext.dot_attention(*x, lengths=torch.tensor([sizes[1]] * 2))
+        attnext.dot_attention(*x, mask=torch.ones(2, sizes[1], dtype=torch.bool))
+        attnext.dot_attention(*x, dropout_p=0.1)
+        attnext.dot_attention(*(t.half() for t in x))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            attnext.dot_attention(*(t.float() for t in x))
+        # Under torch.func as a small call: vmap works, derivatives are refused.
+        torch.func.vmap(lambda *rows: attnext.dot_attention(*rows)[0])(*(t.detach().expand(3, -1, -1, -1) for t in x))
+        with pytest.raises(RuntimeError, match=r"none for torch\.func\.grad"):
+            torch.func.grad(lambda query: attnext.dot_attention(query, *x[1:])[0].sum())(x[0].detach())
+        assert taken == []
+
+    def test_weights(self, taken: list[str]) -> None:
+        for sizes, expected in (((70, 80, 20), ["products"]), ((64, 260, 20), ["products"]), ((40, 260, 20), [])):
+            x = self.inputs(*sizes, None)
+            close(attnext.dot_attention(*x, need_weights=True),
+                  attnext.dot_attention(*x, need_weights=True, backend="reference"))  # fmt: skip
+            assert taken == expected
+            taken.clear()
+
+    def test_more_weights_than_memory_should_hold(self, taken: list[str]) -> None:
+        with torch.no_grad():
+            x = [torch.randn(1, n, 4) for n in (1500, 1500)]
+            found, expected = (attnext.dot_attention(*x, backend=backend)[0] for backend in (None, "cpu"))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert taken == ["attention"]
+            attnext.dot_attention(*x, need_weights=True)
+        assert taken == ["attention"]
+
+    @pytest.mark.parametrize("sizes", [(70, 80, 20), (40, 260, 20)])
+    def test_a_row_of_scores_that_overflow(self, sizes: tuple[int, int, int], taken: list[str]) -> None:
+        """Minus infinity counts as masked, whichever way is the fastest."""
+        query, key = (torch.rand(2, n, sizes[2]) + 1.0 for n in sizes[:2])
+        query[1, 3] = -3e38
+        query.requires_grad_()
+        context, _ = attnext.dot_attention(query, key)
+        assert len(taken) == 1
+        assert bool(context.isfinite().all())
+        assert bool((context[1, 3] == 0).all())
+        assert bool((context[0] != 0).all())
+        assert bool(torch.autograd.grad(context.sum(), query)[0][1, 3].eq(0).all())
+
+    def test_compiled(self) -> None:
+        torch._dynamo.reset()
+        x = self.inputs(70, 80, 20, None)
+        compiled = torch.compile(lambda *x: attnext.dot_attention(*x)[0], fullgraph=True, backend="aot_eager")
+        close([compiled(*x)], [attnext.dot_attention(*x)[0]])
 
 
 def test_exported_with_open_sizes() -> None:
