@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -67,18 +68,36 @@ def plant(sanitizer: str, folder: Path) -> Path:
     return folder
 
 
+class Libraries:
+    """The kernels in libraries, by name: plain, asan, tsan and, with a mistake in each, planted-asan and planted-tsan.
+
+    Built when one of a group is first asked for, those of the group at once: a few tests alone needn't wait for all.
+    """
+
+    GROUPS = (("plain",), ("tsan", "asan"), tuple(f"planted-{name}" for name in PLANTED))
+    # With its checks of undefined behaviour, g++ would take longer to optimize than it then saves; those with a mistake
+    # are run once, and stop early.
+    LEVELS: ClassVar[dict[str, str]] = {"plain": "-O1", "tsan": "-O1"}
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Path:
+        library = self._folder / f"{name}.so"
+        if not library.exists():
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(self._build, next(group for group in self.GROUPS if name in group)))
+        return library
+
+    def _build(self, name: str) -> None:
+        sanitizer = name.removeprefix("planted-")
+        sources = SOURCES if sanitizer == name else plant(sanitizer, self._folder / name)
+        build(sanitizer, self._folder / f"{name}.so", sources, self.LEVELS.get(name, "-O0"))
+
+
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of plain.so, asan.so, tsan.so and, with a mistake in each, planted-asan.so and planted-tsan.so."""
-    folder = tmp_path_factory.mktemp("cuda")
-    # With its checks of undefined behaviour, g++ would take longer to optimize than it then saves.
-    levels = {"asan": "-O0", "plain": "-O1", "tsan": "-O1"}
-    jobs = [(name, folder / f"{name}.so", SOURCES, level) for name, level in levels.items()]
-    # These are run once, and stop early.
-    jobs += [(name, folder / f"planted-{name}.so", plant(name, folder / f"planted-{name}"), "-O0") for name in PLANTED]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: build(*job), jobs))
-    return folder
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
+    return Libraries(tmp_path_factory.mktemp("cuda"))
 
 
 def run(script: str, *arguments: str | Path, sanitizer: str = "plain", order: str = "forward") -> Result:
@@ -103,13 +122,13 @@ def in_orders(library: Path, which: str, *orders: str) -> list[Result]:
         return list(pool.map(lambda order: run("cuda_cases.py", library, which, order=order), orders))
 
 
-def test_every_case_with_threads_in_any_order(libraries: Path) -> None:
-    for done in in_orders(libraries / "plain.so", "table", "forward", "backward", "random:1"):
+def test_every_case_with_threads_in_any_order(libraries: Libraries) -> None:
+    for done in in_orders(libraries["plain"], "table", "forward", "backward", "random:1"):
         assert_held(done)
 
 
-def test_the_same_bits_with_threads_in_any_order(libraries: Path) -> None:
-    runs = in_orders(libraries / "plain.so", "digest", "forward", "backward", "random:3")
+def test_the_same_bits_with_threads_in_any_order(libraries: Libraries) -> None:
+    runs = in_orders(libraries["plain"], "digest", "forward", "backward", "random:3")
     found = {done.stdout.strip() for done in runs}
     assert len(found) == 1
     assert len(found.pop()) == 64
@@ -125,42 +144,40 @@ def test_a_step_reads_each_number_of_its_memory_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["memory", "rules"])
-def test_a_step_that_sees_its_past(libraries: Path, what: str) -> None:
+def test_a_step_that_sees_its_past(libraries: Libraries, what: str) -> None:
     """It makes no tensor of its features; its weights follow their rules to the corners."""
-    assert_held(run("cuda_cases.py", libraries / "plain.so", what))
+    assert_held(run("cuda_cases.py", libraries["plain"], what))
 
 
-def test_random_cases(libraries: Path) -> None:
-    assert_held(run("cuda_cases.py", libraries / "plain.so", "random"))
+def test_random_cases(libraries: Libraries) -> None:
+    assert_held(run("cuda_cases.py", libraries["plain"], "random"))
 
 
-def test_the_contract(libraries: Path) -> None:
-    assert_held(run("gpu_contract.py", "cuda", libraries / "plain.so"))
+def test_the_contract(libraries: Libraries) -> None:
+    assert_held(run("gpu_contract.py", "cuda", libraries["plain"]))
 
 
-def test_nan_and_infinity(libraries: Path) -> None:
-    assert_held(run("nonfinite.py", "cuda", libraries / "plain.so"))
+def test_nan_and_infinity(libraries: Libraries) -> None:
+    assert_held(run("nonfinite.py", "cuda", libraries["plain"]))
 
 
-def test_every_attention_of_the_family(libraries: Path) -> None:
-    done = run("family.py", "cuda", libraries / "plain.so")
+def test_every_attention_of_the_family(libraries: Libraries) -> None:
+    done = run("family.py", "cuda", libraries["plain"])
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout) == family.column_in_readme("cuda")
 
 
-def test_no_access_out_of_bounds_and_no_race(libraries: Path) -> None:
-    def job(sanitizer: str, which: str) -> Result:
-        return run("cuda_cases.py", libraries / f"{sanitizer}.so", which, sanitizer=sanitizer)
-
+def test_no_access_out_of_bounds_and_no_race(libraries: Libraries) -> None:
+    jobs = {"tsan": (libraries["tsan"], "tiny"), "asan": (libraries["asan"], "table")}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(job, ("tsan", "asan"), ("tiny", "table")):
+        for done in pool.map(lambda name: run("cuda_cases.py", *jobs[name], sanitizer=name), jobs):
             assert_held(done)
 
 
 @pytest.mark.parametrize("sanitizer", PLANTED)
-def test_a_planted_mistake_is_found(libraries: Path, sanitizer: str) -> None:
+def test_a_planted_mistake_is_found(libraries: Libraries, sanitizer: str) -> None:
     """The checks above can fail: without a barrier, and with a row too many in shared memory."""
-    done = run("cuda_cases.py", libraries / f"planted-{sanitizer}.so", "tiny", sanitizer=sanitizer)
+    done = run("cuda_cases.py", libraries[f"planted-{sanitizer}"], "tiny", sanitizer=sanitizer)
     assert done.returncode != 0
     assert PLANTED[sanitizer][-1] in done.stderr
 
