@@ -34,7 +34,7 @@ struct ScoreWeightRows {
 
   // Weights that together could not move the sum by its rounding become a constant of 1 / unit, which is 0 beside it.
   void fold_features(int64_t padded) {
-    constexpr T unit = T(sizeof(T) == 4 ? 0x1p-31 : 0x1p-255);
+    constexpr T unit = Folding<T>::unit, bits = Folding<T>::bits;
     const T least = limit / T(padded) * std::numeric_limits<T>::epsilon() / 8;
     T smallest = limit;
     for (int64_t d = 0; d < padded; ++d) {
@@ -44,7 +44,6 @@ struct ScoreWeightRows {
       fold[d] = counts ? unit * (limit / w) : T(0);
       offset[d] = counts ? fold[d] : 1 / unit;
     }
-    const T bits = T(sizeof(T) == 4 ? 61.5 : 509.);
     plain_limit = limit > 0 ? (bits - std::log2(limit / smallest)) * T(0.34657) : bits * T(0.34657);
   }
 

@@ -329,6 +329,7 @@ void backward(const Backward<T>& all, int64_t task, T* scratch) {
   T* row = tiles.kept + kKept * p.padded;  // 3 padded
   // Summed tile by tile first: one long sum of like terms would lose a bit with every doubling of its length.
   T* tile_weight = row + 3 * p.padded;
+  laid_out<T>(scratch, tile_weight + p.padded, backward_scratch(p));
   T* grad_query = g.grad_query + (split * p.batch + b) * p.queries * features_row;
   T* grad_weight = g.grad_weight + task * p.padded;
   zero(grad_query, p.queries * features_row);

@@ -255,7 +255,7 @@ inline void near_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t o
   constexpr int J = kBlockKeys<T>, I = in_registers ? kLanes<T> / 2 : kBlockQueries;
   const int64_t row = row_of(p.padded);
   const T* e = Capped ? t.e : t.folded;
-  const Size<T> size = Capped ? Size<T>{T(1), T(1)} : Size<T>{Limits<T>::unit, p.v.limit};
+  const Size<T> size = Capped ? Size<T>{T(1), T(1)} : Size<T>{Folding<T>::unit, p.v.limit};
   for (int64_t j = 0; j < t.nj; j += J) {
     const int64_t nj = t.nj - j < J ? t.nj - j : J;
     for (int64_t i = 0; i < t.ni; i += I) {
@@ -468,6 +468,15 @@ inline void store_weights(const Forward<T>& f, int64_t b, int64_t i, int64_t len
   store_row(f.weights, b, i, p.keys, scores);
 }
 
+// Where a task has laid out its scratch memory: as much as problem.h says that it needs. Compared only where a
+// sanitizer watches the ends of that.
+template <class T>
+inline void laid_out([[maybe_unused]] const T* begin, [[maybe_unused]] const T* end, [[maybe_unused]] int64_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (end - begin != size) __builtin_trap();
+#endif
+}
+
 // Scratch of a forward task: what the attention of its queries needs beside its score.
 template <class T>
 struct ForwardScratch {
@@ -499,6 +508,7 @@ inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardSc
   const auto [b, i0, ni] = block;
   const int64_t length = length_of(p, b), context_row = row_of(p.padded_values), all_keys = round_up(p.keys, kKeyTile);
   const bool keeps_scores = f.weights.data || f.wide;
+  laid_out<T>(m.query, m.scores + (keeps_scores ? kQueryBlock * all_keys : 0), forward_scratch(p, keeps_scores));
   for (int64_t i = 0; i < ni; ++i) m.maximum[i] = kHidden<T>, m.sum[i] = 0;
   for (int64_t k = 0; k < ni * context_row; ++k) m.context[k] = 0;
   for (int64_t j0 = 0; j0 < length; j0 += kKeyTile) {

@@ -50,6 +50,13 @@ struct Mask {
   int64_t batch = 0, query = 0, key = 0;
 };
 
+// A folded feature y = c (1 + E F) is at least unit in size, so that a product of four is normal, and finite while y <=
+// 2^31.75 (2^255.75 in double): of a binary logarithm of so many bits the larger of c / unit has a part, E F the rest.
+template <class T>
+struct Folding {
+  static constexpr T unit = sizeof(T) == 4 ? T(0x1p-31) : T(0x1p-255), bits = sizeof(T) == 4 ? T(61.5) : T(509);
+};
+
 // What the kernels take of a score weight v (D,), rows of padded numbers; T as below.
 template <class T>
 struct ScoreWeight {
@@ -284,7 +291,7 @@ int64_t forward_scratch(const Problem<T>& p, bool weights) {
   const int64_t rows = kQueryBlock * (2 * row_of(p.padded) + row_of(p.padded_values) + kKeyTile +
                                       (weights ? round_up(p.keys, kKeyTile) : 0));
   const int64_t keys = p.exp_key || p.shared ? 0 : kKeyTile * row_of(p.padded);  // of dot products
-  return rows + keys + kKeyTile * row_of(p.padded_values) + 4 * kQueryBlock + 2 * p.padded;
+  return rows + keys + kKeyTile * row_of(p.padded_values) + 3 * kQueryBlock + 2 * p.padded;
 }
 template <class T>
 int64_t backward_scratch(const Problem<T>& p) {

@@ -281,15 +281,17 @@ inline void apply_rule(const Step<T>& s, const StepQuery<T>& q, T* x, T* scratch
 
 template <class T>
 void step(const StepForward<T>& f, int64_t task, T* memory) {
+  const T* all = memory;
   const Step<T>& s = f.step;
   const Problem<T>& p = s.problem;
   const StepTile<T> m(s, memory);
   const StepQuery<T> q(s, task / p.queries, task % p.queries, memory);
   load_query(s, q);
   T *x = memory, *scratch = x + slots_row(p), *context = scratch + slots_row(p);
+  laid_out<T>(all, context + row_of(p.padded_values), step_scratch(s));
   step_scores(s, m, q, x);
   apply_rule(s, q, x, scratch);
-  __builtin_memcpy(f.weights + task * p.keys, x, size_t(p.keys) * sizeof(T));
+  if (p.keys > 0) __builtin_memcpy(f.weights + task * p.keys, x, size_t(p.keys) * sizeof(T));
   if (p.keep_threshold && q.first < q.last) drop(p, q.b, q.i, q.first, q.last - q.first, x + q.first);
   zero(context, p.padded_values);
   for (int64_t j0 = q.first; j0 < q.last; j0 += kKeyTile) {
@@ -313,9 +315,11 @@ struct StepGradients : StepQuery<T> {
  private:
   StepGradients(const Step<T>& s, int64_t b, int64_t i, T** memory) : StepQuery<T>(s, b, i, *memory) {
     const Problem<T>& p = s.problem;
+    const T* begin = this->query;
     for (int64_t c = 0; c < s.channels; ++c) grad_past[c] = *memory, *memory += past_row(s);
     grad_query = *memory, grad_context = grad_query + p.padded;
     ds = grad_context + row_of(p.padded_values), kept = ds + slots_row(p), dp = kept + slots_row(p);
+    laid_out<T>(begin, dp + slots_row(p), step_query_scratch(s));
   }
 };
 
@@ -590,6 +594,7 @@ inline void backward_step_row(const StepBackward<T>& g, const StepTile<T>& m, co
 
 template <class T>
 void step_backward(const StepBackward<T>& g, int64_t task, T* memory) {
+  const T* all = memory;
   const Step<T>& s = g.step;
   const Problem<T>& p = s.problem;
   const int64_t filters = s.channels * s.width * s.padded_filters;
@@ -601,6 +606,7 @@ void step_backward(const StepBackward<T>& g, int64_t task, T* memory) {
   sums.grad_key = sums.spread + kStepKeys * spread_row(s);
   sums.grad_value = sums.grad_key + kStepKeys * row_of(p.padded);
   memory = sums.grad_value + kKeyTile * row_of(p.padded_values);
+  laid_out<T>(all, memory + p.queries * step_query_scratch(s) + 2 * slots_row(p), step_backward_scratch(s));
   sums.weight = g.grad_weight + task * p.padded;
   sums.filters = g.grad_filters + task * filters, sums.projection = g.grad_projection + task * projection;
   zero(sums.weight, p.padded), zero(sums.filters, filters), zero(sums.projection, projection);

@@ -82,15 +82,13 @@ inline Vec<T> quotient(Vec<T> n, Vec<T> x) {
   return n / x;
 }
 
-// Constants of the arithmetic. A folded feature y = c (1 + E F) is at least unit in size, so that a product of four is
-// normal, and finite while y <= 2^31.75 (2^255.75 in double); plain_bits is the binary logarithm that c / unit and E F
-// may share. A product of two x = 1 + E F is finite while x <= cap, also times a weight up to max_weight. Exponentials
-// are normal within max_argument.
+// Constants of the arithmetic. A product of two x = 1 + E F is finite while x <= cap, also times a weight up to
+// max_weight. Exponentials are normal within max_argument.
 template <class T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr float unit = 0x1p-31f, plain_bits = 61.5f, max_argument = 43.f, cap = 0x1p60f, max_weight = 0x1p30f;
+  static constexpr float max_argument = 43.f, cap = 0x1p60f, max_weight = 0x1p30f;
   static constexpr float exp_low = -86.f, exp_high = 88.f, magic = 0x1.8p23f;
   static constexpr float ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f, log2e = 0x1.715476p0f;
   static constexpr float largest = 0x1.fffffep127f;
@@ -99,7 +97,7 @@ struct Limits<float> {
 };
 template <>
 struct Limits<double> {
-  static constexpr double unit = 0x1p-255, plain_bits = 509., max_argument = 350., cap = 0x1p500, max_weight = 0x1p200;
+  static constexpr double max_argument = 350., cap = 0x1p500, max_weight = 0x1p200;
   static constexpr double exp_low = -707., exp_high = 709., magic = 0x1.8p52;
   static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33, log2e = 0x1.71547652b82fep0;
   static constexpr double largest = 0x1.fffffffffffffp1023;
