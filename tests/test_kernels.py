@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +67,23 @@ def test_weights_of_every_size(size: float, least: float, dtype: torch.dtype) ->
     for grad, right in zip(grads, torch.autograd.grad(expected, exact, incoming), strict=True):
         largest = float(right.abs().max())
         torch.testing.assert_close(grad.double(), right, rtol=0.0, atol=32 * torch.finfo(dtype).eps * largest)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, -42.9, 43.9), (torch.float64, -353.0, 354.4)])
+def test_exponentials_to_an_ulp(dtype: torch.dtype, least: float, most: float) -> None:
+    """From one end of the range to the other. The series ends where its next term is below a rounding."""
+    key = torch.linspace(least, most, 200 * 500, dtype=dtype).view(1, 200, 500)
+    found, _ = torch.ops.attnext.additive_prepare_cpu(key, None, None)
+    exact = np.exp(2 * key.numpy().astype(np.longdouble))
+    error = float(np.abs(found[..., :500].numpy() / exact - 1).max())
+    # Half an ulp of the last sum; those before it together less than another half.
+    assert error < torch.finfo(dtype).eps
+
+
+def test_an_instruction_set_that_was_chosen_is_the_one_that_runs(instruction_set: str) -> None:
+    assert EXTENSION is not None
+    assert EXTENSION.instruction_set() == instruction_set
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
@@ -206,6 +224,19 @@ def test_weights_of_backward_are_those_of_forward(scale: float) -> None:
     torch.testing.assert_close(grad[..., 0].sum(), torch.tensor(37.0), rtol=min(rounding, 0.1), atol=0.0)
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e8])
+def test_no_weight_of_backward_is_above_one(scale: float) -> None:
+    """Some queries of a backward tile need a cap that those of their forward block did not: scores round otherwise."""
+    query, key, value = 0.3 * torch.randn(1, 32, 70), 0.3 * torch.randn(1, 32, 70), torch.randn(1, 32, 9)
+    query[:, 16:] *= 100
+    value.requires_grad_()
+    context, _ = attnext.additive_attention(query, key, value, torch.randn(70), scale=scale, backend="cpu")
+    (grad,) = torch.autograd.grad(context[0, :16, 0].sum(), value)
+    assert float(grad[..., 0].min()) >= 0.0
+    assert float(grad[..., 0].max()) <= 16.0
+
+
 @pytest.mark.usefixtures("instruction_set", "one_thread")
 @pytest.mark.parametrize("size", [40.0, 100.0, 300.0])
 def test_gradients_of_large_weights_are_as_near_as_plain_ones(size: float) -> None:
@@ -290,6 +321,32 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     # Queries are 4 MiB: with their gradient, exponentials and five partial sums, 31 MiB were measured, and 139 with as
     # many partial sums as there are tasks.
     assert grew < 40
+
+
+def test_a_large_call_leaves_little_scratch_memory() -> None:
+    """Exponentials of 200 MiB are gone when it is done, and many small calls after it take no more."""
+    resident = """
+import torch, attnext
+
+def megabytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+key = torch.randn(1, 1, 256).half().expand(1, 200 * 1024, 256)
+small = [torch.randn(shape) for shape in ((2, 3, 64), (2, 70, 64), (2, 70, 64), (64,))]
+
+def attend(query, key, value, v):
+    attnext.additive_attention(query, key, value, v, backend="cpu")
+
+attend(*small)
+before = megabytes()
+attend(torch.randn(1, 2, 256).half(), key, key[..., :8], torch.randn(256).half())
+for _ in range(500):
+    attend(*small)
+print(megabytes() - before)
+"""
+    command = [sys.executable, "-c", resident]
+    left = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert left < 70  # 64 MiB is what a thread may keep
 
 
 @pytest.mark.usefixtures("instruction_set")

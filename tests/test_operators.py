@@ -357,6 +357,16 @@ class TestAutocast:
         grads = torch.autograd.grad(context.float().square().sum(), x)
         assert [g.dtype for g in grads] == [torch.float32] * 4
 
+    def test_float64_is_left_alone(self) -> None:
+        """By the operators' own rule, which a call with gradients reaches."""
+        x = inputs(torch.float64, requires_grad=True)
+        expected, _ = attnext.additive_attention(*x, backend="cpu")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            context, _ = attnext.additive_attention(*x, backend="cpu")
+            scores = attnext.additive_scores(x[0], x[1], x[3], backend="cpu")
+        assert torch.equal(context, expected)
+        assert scores.dtype == torch.float64
+
     def test_module_with_float32_states(self) -> None:
         attn = attnext.BahdanauAttention(4, 6, 8)
         states = torch.randn(2, 5, 6)

@@ -420,3 +420,15 @@ def test_the_reference_is_one_step_of_the_plain_op_without_a_past() -> None:
     found = reference.additive_step(query, key, value, v, lengths=torch.tensor([5, 2]))
     expected = reference.additive_attention(query, key, value, v, lengths=torch.tensor([5, 2]), need_weights=True)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_nan_of_any_bits_is_rounded_to_one(dtype: torch.dtype) -> None:
+    """All bits set, as in memory that was filled so: the rounding must not carry out of the exponent."""
+    x = {name: tensor.detach() for name, tensor in inputs().items()}
+    x |= {name: x[name].to(dtype) for name in NAMES[:6]}
+    x["past"] = torch.full_like(x["past"], -1, dtype=torch.int32).view(torch.float32)
+    context, _ = STEP(*arguments(x, 0))
+    assert context[0].isnan().all()
+    assert not context[1].isnan().any()  # which attends nothing
