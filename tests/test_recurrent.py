@@ -9,11 +9,15 @@ import multiprocessing
 import pickle
 import random
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_on_cpu_build as harness
 import pytest
 import torch
 from torch import Tensor, nn
@@ -1290,3 +1294,17 @@ def test_operators_refuse_bfloat16_products_of_float64() -> None:
         torch.ops.attnext.recurrent_layer_cpu(
             x, hidden, None, torch.tensor([3, 2, 1]), *matrices, *(None,) * 6, True, False
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not harness.COMPILER, reason="no g++ here")
+@pytest.mark.parametrize("sanitizer", ["plain", "tsan"])
+def test_threads_wait_for_each_step(sanitizer: str, tmp_path: Path) -> None:
+    """Also one that comes late, and for what was written in the step before."""
+    program, source = tmp_path / "team", Path(__file__).with_name("team.cpp")
+    options = ("-std=gnu++17", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", *harness.SANITIZERS[sanitizer])
+    command = [str(harness.COMPILER), *options, f"-I{source.parents[1] / 'csrc'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    done = harness.run(program)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("this compiler's TSan needs addresses that are not random, and this container forbids that")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "each part once, in turn\n", "")
