@@ -41,7 +41,7 @@ test: .venv/installed peers  ## run the tests
 fuzz: .venv/installed  ## hold CASES drawn calls of everything to formulas of their own (20,000: a quarter of an hour)
 	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive $(BIN)/python tests/fuzz.py --cases $(CASES) $(if $(SEED),--seed $(SEED))
 
-mutants: .venv/installed peers  ## plant single changes in the code and see whether the tests notice (an hour)
+mutants: .venv/installed peers  ## plant single changes in the code and see whether the tests notice (three hours)
 	$(BIN)/python tests/mutants.py
 
 # Attention modules of other code bases, without their dependencies (120 MB): what accelerate is tested with.
