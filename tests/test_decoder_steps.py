@@ -475,6 +475,20 @@ def test_greedy_steps_stop_together_on_threads() -> None:
         assert last is None
 
 
+@pytest.mark.parametrize("symbols", [9, 300])
+def test_of_equally_likely_symbols_greedy_steps_take_the_first(symbols: int) -> None:
+    decoder, given = made(AttentiveGRU, Case())
+    layer = nn.Linear(decoder.hidden_size, symbols).double()
+    memory, table = decoder.eval().prepare(given.states), torch.randn(symbols, 5, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+        layer.bias[[1, 4, 7]] = 2.0
+    opened = decoder.opened(table, layer.weight, layer.bias)
+    found = opened.greedy(torch.zeros(3, dtype=torch.int64), memory, decoder.first_state(3), 2, first=2)[0]
+    assert (found == 4).all()
+
+
 def test_greedy_steps_of_damaged_parameters() -> None:
     decoder, given = made(AttentiveGRU, Case())
     layer = nn.Linear(decoder.hidden_size, 9).double()
