@@ -1,10 +1,10 @@
 """Holds the CUDA kernels, compiled for the CPU, to the cases that every backend is held to.
 
-    python tests/cuda_cases.py LIBRARY table|random|tiny|digest|memory|rules
+    python tests/cuda_cases.py LIBRARY table|random|tiny|digest|memory
 
 A program of its own: the library registers the CUDA operators for CPU tensors, and a sanitizer's runtime has to be
 there before Python. Prints what is beyond its tolerance, and "held" if nothing is; or a digest of all results' bits.
-"memory" holds the steps that see their past to what they may allocate, "rules" their weights to attnext.alignments.
+"memory" holds the steps that see their past to what they may allocate.
 """
 
 from __future__ import annotations
@@ -18,13 +18,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from attnext.alignments import forward_weights, normalize
 from attnext.backends._base import Backend, Family
 from attnext.cases import CASES, INPUTS, PAST_INPUTS, Case, compare, draw, random_cases, results
-from attnext.functional import attend_step
-from attnext.memory import Memory
 from attnext.ops import RULES
-from attnext.reference import additive_scores
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TINY = (
@@ -91,53 +87,6 @@ def wrong_memory(case: Case) -> list[str]:
     return found if right else [*found, f"backward allocates {new} bytes"]
 
 
-LENGTHS = torch.tensor([40, 33, 7])
-WINDOW = torch.tensor([[[0, 40], [3, 8]], [[-5, 99], [35, 30]], [[0, 7], [0, 7]]])
-
-
-def by_kernel(rule: str, scale: float, x: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, value, v, *of_forward = x
-    previous, transition = of_forward or (None, None)
-    memory, options = Memory(key, value, LENGTHS, None, v, None), {"window": WINDOW, "scale": scale, "backend": "cuda"}
-    return attend_step(query, memory, None, None, (), rule=rule, previous=previous, transition=transition, **options)
-
-
-def by_alignments(rule: str, scale: float, x: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, value, v, *of_forward = x
-    slots = torch.arange(40)
-    hidden = slots >= LENGTHS.view(-1, 1, 1)
-    outside = hidden | (slots < WINDOW[..., :1]) | (slots >= WINDOW[..., 1:])
-    scores = additive_scores(query, key, v, scale=scale).masked_fill(outside, -torch.inf)
-    if of_forward:
-        weights = forward_weights(scores, of_forward[0].masked_fill(hidden, 0.0), of_forward[1])
-    else:
-        weights = normalize(scores, rule)
-    return weights @ value, weights
-
-
-def hold_rules() -> None:
-    """Where forward attention reaches no key, or not all, and where every sigmoid is 0."""
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 5), torch.rand(3, 40, 5) + 2, torch.randn(3, 40, 3)
-    previous = torch.rand(3, 2, 40) * (torch.arange(40) % 5 == 0)
-    previous[0, 0], previous[1, 0] = 0.0, torch.arange(40) == 32  # nowhere; at the last key
-    previous[2, 0] = 1e-34  # too little to divide by
-    of_forward = [previous, torch.rand(3, 2, 1)]
-    for rule, scale, more in (("forward", 1.0, of_forward), ("forward", 30.0, of_forward), ("sigmoid", -200.0, [])):
-        x = [t.clone().requires_grad_() for t in (query, key, value, torch.ones(5), *more)]
-        found = []
-        for attend in (by_kernel, by_alignments):
-            results = attend(rule, scale, x)
-            loss = sum((y * (k + 1)).cos().sum() for k, y in enumerate(results))
-            found.append([*results, *torch.autograd.grad(loss, x)])
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    key[2, 3] = torch.nan  # of a key that is attended: it shows
-    context, _ = by_kernel("softmax", 1.0, [query, key, value, torch.ones(5)])
-    assert context[2].isnan().all()
-    assert context[:2].isfinite().all()
-
-
 def serve_cuda_on_cpu(library: str) -> None:
     """Makes "cuda" the name of the library's kernels."""
     torch.ops.load_library(library)
@@ -160,10 +109,6 @@ def main(library: str, which: str) -> int:
         found = [f"{case}: {what}" for case in LONG for what in wrong_memory(case)]
         print("\n".join(found) or "held")
         return 1 if found else 0
-    if which == "rules":
-        hold_rules()
-        print("held")
-        return 0
     off = 0
     for seed, case in enumerate(cases(which)):
         errors = {name: error for name, error in compare(case, "cuda", seed).items() if not error <= 1}

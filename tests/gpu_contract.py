@@ -17,9 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnext
+from attnext.alignments import forward_weights, normalize
 from attnext.backends import backends
+from attnext.functional import attend_step
+from attnext.memory import Memory
+from attnext.reference import additive_scores
 
 LENGTHS = torch.tensor([21, 4])
+RULED = torch.tensor([40, 33, 7])
+"""The lengths for which the rules of steps are held, and the windows of their queries."""
+WINDOW = torch.tensor([[[0, 40], [3, 8]], [[-5, 99], [35, 30]], [[0, 7], [0, 7]]])
 
 
 def inputs(*, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -200,6 +207,22 @@ def rows_that_attend_nothing(backend: str) -> None:
             assert all((grad[1] != 0).any() for grad in grads[:3])
 
 
+def what_comes_in_for_weights_of_hidden_slots(backend: str) -> None:
+    """They are constants: a NaN there reaches nothing."""
+    visible = torch.arange(21) < LENGTHS.unsqueeze(1)
+    for attention, count in ATTENTIONS:
+        x = inputs()[:count]
+        for options in ({"lengths": LENGTHS}, {"mask": visible}):
+            _, weights = attention(x, **options, backend=backend)
+            grad = torch.randn_like(weights)
+            found = [
+                torch.autograd.grad(weights, x, grad.masked_fill(~visible.unsqueeze(1), hidden), retain_graph=True,
+                                    materialize_grads=True)
+                for hidden in (torch.nan, 0.0)
+            ]  # fmt: skip
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def one_large_row(backend: str) -> None:
     for large in (0, 1):  # of the queries, of the keys
         y = [torch.randn(s) for s in ((1, 100, 6), (1, 100, 6), (1, 100, 3), (6,))]
@@ -332,13 +355,63 @@ def steps(backend: str) -> None:
         assert (grad[1] != 0).any()
 
 
+def by_rule(rule: str, scale: float, x: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    query, key, value, v, *of_forward = x
+    previous, transition = of_forward or (None, None)
+    memory, options = Memory(key, value, RULED, None, v, None), {"window": WINDOW, "scale": scale, "backend": backend}
+    return attend_step(query, memory, None, None, (), rule=rule, previous=previous, transition=transition, **options)
+
+
+def by_alignments(rule: str, scale: float, x: list[Tensor]) -> tuple[Tensor, Tensor]:
+    query, key, value, v, *of_forward = x
+    slots = torch.arange(40)
+    hidden = slots >= RULED.view(-1, 1, 1)
+    outside = hidden | (slots < WINDOW[..., :1]) | (slots >= WINDOW[..., 1:])
+    scores = additive_scores(query, key, v, scale=scale).masked_fill(outside, -torch.inf)
+    if of_forward:
+        weights = forward_weights(scores, of_forward[0].masked_fill(hidden, 0.0), of_forward[1])
+    else:
+        weights = normalize(scores, rule)
+    return weights @ value, weights
+
+
+def rules(backend: str) -> None:
+    """Weights of steps that see their past, to the corners: where forward attention reaches no key, or not all, and
+    another has by far the largest score; where every sigmoid is 0."""
+    query, key, value = torch.randn(3, 2, 5), torch.rand(3, 40, 5) + 2, torch.randn(3, 40, 3)
+    previous = torch.rand(3, 2, 40) * (torch.arange(40) % 5 == 0)
+    previous[0, 0], previous[1, 0] = 0.0, torch.arange(40) == 32  # nowhere; at the last key
+    previous[2, 0] = 1e-34  # too little to divide by
+    of_forward, far = [previous, torch.rand(3, 2, 1)], -2 * key
+    far[:, 3] = 4.0  # which is not reached
+    for rule, keys, scale, more in (
+        ("forward", key, 1.0, of_forward),
+        ("forward", key, 30.0, of_forward),
+        ("forward", far, 30.0, of_forward),
+        ("sigmoid", key, -200.0, []),
+    ):
+        x = [t.clone().requires_grad_() for t in (query, keys, value, torch.ones(5), *more)]
+        found = []
+        for results in (by_rule(rule, scale, x, backend), by_alignments(rule, scale, x)):
+            loss = sum((y * (k + 1)).cos().sum() for k, y in enumerate(results))
+            found.append([*results, *torch.autograd.grad(loss, x)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    key[2, 3] = torch.nan  # of a key that is attended: it shows
+    context, _ = by_rule("softmax", 1.0, [query, key, value, torch.ones(5)], backend)
+    assert context[2].isnan().all()
+    assert context[:2].isfinite().all()
+
+
 CHECKS = (
     opcheck,
     steps,
+    rules,
     determinism_and_any_subset,
     prepared_memory,
     weights_add_up_to_one,
     rows_that_attend_nothing,
+    what_comes_in_for_weights_of_hidden_slots,
     one_large_row,
     weights_out_of_range,
     gradcheck,

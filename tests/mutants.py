@@ -55,7 +55,9 @@ _CUDA = " ".join(
     )
 )
 _TRITON = "test_triton.py::test_every_case[float32]"
-_CONTRACT, _TUNING = (f"test_triton.py::test_what_a_program_holds[{name}]" for name in ("contract", "tuning"))
+_CONTRACT, _TILES, _TUNING = (
+    f"test_triton.py::test_what_a_program_holds[{name}]" for name in ("contract", "tiles", "tuning")
+)
 
 MUTANTS = [
     # The memory and its steps.
@@ -290,12 +292,12 @@ MUTANTS = [
            "c += tl.load(part + at * H + h, h < H, 0.0)", _TRITON),
     Mutant("kernels/additive.py", "tl.where(whole, (BITS - spread) * HALF_LN2, -1.0)", "(BITS - spread) * HALF_LN2",
            _CONTRACT),
-    Mutant("kernels/gradients.py", "tl.where(a == 0, 0.0, a * g)", "a * g", _TRITON),
+    Mutant("kernels/gradients.py", "tl.where(a == 0, 0.0, a * g)", "a * g", _CONTRACT),
     Mutant("kernels/gradients.py", "        if add:\n            sum0", "        if False:\n            sum0", _TRITON),
     Mutant("kernels/gradients.py", "tl.load(ds_sum) + tl.sum(ds, 1)", "tl.sum(ds, 1)", _TRITON),
     Mutant("kernels/gradients.py", "hidden = (tl.load(k_limit + j) < 0)[:, None]", "hidden = (j < 0)[:, None]",
            _TRITON),
-    Mutant("kernels/gradients.py", "(rows_in & (row_lse != float(\"-inf\")))[:, None]", "rows_in[:, None]", _TRITON),
+    Mutant("kernels/gradients.py", "(rows_in & (row_lse != float(\"-inf\")))[:, None]", "rows_in[:, None]", _CONTRACT),
     Mutant("kernels/dot.py", "    if HIDE:\n", "    if False:\n", _TRITON),
     Mutant("kernels/dot.py", "acc * alpha[:, None, None] + ", "acc + ", _TRITON),
     Mutant("kernels/dot.py", "(r < rows_of)[:, None] & (t < stop)[None, :]", "(r < rows_of)[:, None]", _TRITON),
@@ -303,8 +305,8 @@ MUTANTS = [
     Mutant("kernels/steps.py", "(j < tl.load(window + 2 * row + 1))", "(j <= tl.load(window + 2 * row + 1))", _TRITON),
     Mutant("kernels/steps.py", "tl.where(hidden | (mix <= _least(ACC)), 0.0, e * mix)",
            "tl.where(hidden, 0.0, e * mix)",
-           _TRITON),
-    Mutant("kernels/steps.py", "(at >= 0) & (at < reach) & (j < Tk)", "(at >= 0) & (j < Tk)", _TRITON),
+           _CONTRACT),
+    Mutant("kernels/steps.py", "(at >= 0) & (at < reach) & (j < Tk)", "(at >= 0) & (j < Tk)", _TILES),
     Mutant("kernels/launch.py", "k_rows // KEY_BLOCK, slab).zero_()", "k_rows // KEY_BLOCK, slab)", _TRITON),
     Mutant("kernels/launch.py", "return high, x - high", "return high, 0.0",
            "test_triton.py::test_every_case[float64]"),

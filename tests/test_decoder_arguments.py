@@ -487,6 +487,7 @@ def test_operators_refuse_what_would_read_outside(
     [
         ("lengths", torch.tensor([10, 1, 1]), "lengths must lie between 0 and the number of keys, 9"),
         ("lengths", torch.tensor([1, -1, 1]), "lengths must lie between 0 and the number of keys, 9"),
+        ("key", torch.zeros(2, 9, 10), "the decoder has no step, or no row"),  # three rows for two sentences
         ("score", 3, "there is no score 3"),
         ("score", -1, "there is no score -1"),
         ("rule", 2, "the rule of a decoder must be softmax or sigmoid"),
@@ -520,6 +521,22 @@ def test_operators_say_what_is_wrong(
     changed = [copy_of(y) for y in calls[-1]]
     changed[FIELDS.index(field)] = wrong
     with pytest.raises(RuntimeError, match=message):
+        operator(*changed)
+
+
+@pytest.mark.parametrize("bad", [-1, 8])
+def test_operators_refuse_symbols_that_a_table_lacks(
+    kind: type[Decoder], bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the modules check before."""
+    operator, calls = _operators.forward, recorded(monkeypatch)
+    decoder, given = made(kind, Case(), torch.float32)
+    layer = torch.nn.Linear(decoder.hidden_size, 8)
+    opened = decoder.eval().opened(torch.randn(8, 5), layer.weight, layer.bias)
+    opened.greedy(torch.tensor([0, 7, 1]), decoder.prepare(given.states), decoder.first_state(3), 2)
+    changed = [copy_of(y) for y in calls[-1]]
+    changed[FIELDS.index("previous")] = torch.tensor([0, bad, 1])
+    with pytest.raises(RuntimeError, match="previous must be numbers of symbols"):
         operator(*changed)
 
 

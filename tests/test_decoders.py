@@ -322,6 +322,14 @@ def test_dropout_is_of_its_seed_and_of_training_alone(
     assert_same_bits(outcome(plain.eval(), given), expected)
 
 
+@pytest.mark.parametrize("attention", ["additive", "general"])
+def test_each_step_drops_other_weights(kind: type[Decoder], attention: str) -> None:
+    decoder, given = dropping(kind, Case(attention), 0.0, 0.5)
+    weights = outcome(decoder, given)[2]
+    dropped = weights == 0
+    assert (dropped[:, 0] != dropped[:, 1]).any()
+
+
 def test_all_dropped_between_layers(kind: type[Decoder]) -> None:
     """As without the matrix of the layer above."""
     decoder, given = dropping(kind, Case(layers=3), 1.0, 0.0)
