@@ -272,7 +272,8 @@ MUTANTS = [
     Mutant("csrc/cuda/backward.cuh", " || p.key_limit[b * p.key_rows + j0 + k] < 0;", ";", _CUDA),
     Mutant("csrc/cuda/dot.cuh", "    else\n      __pipeline_commit();  // of nothing\n", "", _CUDA),
     Mutant("csrc/cuda/dot.cuh", "if (weights[n] == 0 && p.slots.mask) continue;", "", _CUDA),
-    Mutant("csrc/cuda/dot_backward.cuh", "factor = kept(p.dropout, row, j);", "factor = kept(p.dropout, row, i);", _CUDA),
+    Mutant("csrc/cuda/dot_backward.cuh", "factor = kept(p.dropout, row, j);", "factor = kept(p.dropout, row, i);",
+           _CUDA),
     Mutant("csrc/cuda/step.cuh", "move * before(j - 1)", "move * before(j)", _CUDA),
     Mutant("csrc/cuda/step.cuh", "fminf(top, 0.0f) : top", "0.0f : top", _CUDA),
     Mutant("csrc/cuda/step_tile.cuh", "const bool seen = j >= 0 && j < p.slots", "const bool seen = j < p.slots",
@@ -320,7 +321,7 @@ MUTANTS = [
     Mutant("kernels/tiles.py", '"forward": (_tiles(1, BM=2, BN=128, BH=128),),',
            '"forward": (_tiles(1, BM=8, BN=128, BH=128),),',
            "test_triton.py::test_kernels_compile_for_every_target_and_spill_nothing"),
-    Mutant("kernels/tiles.py", "if queries <= FEW_QUERIES", "if queries < FEW_QUERIES", _TRITON),
+    Mutant("kernels/tiles.py", '"pairs": (_tiles(1, BM=32, BN=128),)', '"pairs": (_tiles(1, BM=32, BN=64),)', _TRITON),
 ]  # fmt: skip
 
 
