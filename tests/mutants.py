@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant("csrc/cpu/instruction_set.cpp", "current().store(set, std::memory_order_relaxed);", "", "test_kernels.py"),
     # The kernels for CUDA, by their library on the CPU.
     Mutant("csrc/cuda/problem.cuh", "int(max(int64_t(0), min(lengths[b], int64_t(keys))))", "int(lengths[b])", _CUDA),
-    Mutant("csrc/cuda/prepare.cuh", "shown ? limit : -1.0f", "limit", _CUDA),
-    Mutant("csrc/cuda/prepare.cuh", "too_large > 0 ? -1.0f : (kFoldBits", "(kFoldBits", _CUDA),
+    Mutant("csrc/cuda/prepare.cuh", "shown ? limit : -1.0f", "shown ? limit : 0.0f", _CUDA),
+    Mutant("csrc/cuda/prepare.cuh", "too_large > 0 ? -1.0f : (kFoldBits", "too_large > 2 ? -1.0f : (kFoldBits", _CUDA),
     Mutant("csrc/cuda/prepare.cuh", "  __syncthreads();\n  return x;", "  return x;", _CUDA),
     Mutant("csrc/cuda/scores.cuh", "__pipeline_wait_prior(1);", "__pipeline_wait_prior(2);", _CUDA),
     Mutant("csrc/cuda/scores.cuh", "    __syncthreads();\n  }\n  if (is_near", "  }\n  if (is_near", _CUDA),

@@ -105,6 +105,14 @@ for kernel, kind in (
     (choice,) = tuner.cache.values()
     assert len(tuner.configs_timings) == len(candidates) > 1
     assert choice.kwargs in [dict(tile.blocks) for tile in candidates]
+
+def of_scores(backend):
+    scores = attnext.additive_scores(x[0], x[1], x[3], backend=backend)
+    return torch.autograd.grad(scores.square().sum(), (x[0], x[1], x[3]))
+
+# Tuned anew for no values; of scores, not of weights, the sums of ds are there to be added twice.
+for a, b in zip(of_scores("triton"), of_scores("cpu")):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 before = launch._tuner.cache_info().currsize
 torch.use_deterministic_algorithms(True)
 launch._tuner.cache_clear()
