@@ -442,7 +442,7 @@ class TestWays:
 
     def test_more_weights_than_memory_should_hold(self, taken: list[str]) -> None:
         with torch.no_grad():
-            x = [torch.randn(1, n, 4) for n in (1500, 1500)]
+            x = [torch.randn(1, 1500, 70) for _ in range(2)]
             found, expected = (attnext.dot_attention(*x, backend=backend)[0] for backend in (None, "cpu"))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             assert taken == ["attention"]
