@@ -235,6 +235,20 @@ def one_large_row(backend: str) -> None:
         close(*found)
 
 
+def both_large(backend: str) -> None:
+    """Queries and keys that are each within the range of the folded loop, and together beyond it."""
+    for size in (12.0, 25.0, 35.0):
+        for signs in ((1, 1), (-1, 1), (-1, -1)):
+            y = [torch.randn(s) for s in ((1, 20, 6), (1, 30, 6), (1, 30, 3), (6,))]
+            y[0], y[1] = y[0] + signs[0] * size, y[1] + signs[1] * size
+            y = [t.requires_grad_() for t in y]
+            found = []
+            for name in (backend, "reference"):
+                context, _ = attnext.additive_attention(*y, backend=name)
+                found.append([context, *torch.autograd.grad(context.square().sum(), y)])
+            close(*found)
+
+
 def weights_out_of_range(backend: str) -> None:
     x = [t.detach() for t in inputs()]
     for bad in (torch.inf, -torch.inf, torch.nan):
@@ -413,6 +427,7 @@ CHECKS = (
     rows_that_attend_nothing,
     what_comes_in_for_weights_of_hidden_slots,
     one_large_row,
+    both_large,
     weights_out_of_range,
     gradcheck,
     one_graph,

@@ -425,10 +425,11 @@ def test_the_reference_is_one_step_of_the_plain_op_without_a_past() -> None:
 @pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_nan_of_any_bits_is_rounded_to_one(dtype: torch.dtype) -> None:
-    """All bits set, as in memory that was filled so: the rounding must not carry out of the exponent."""
+    """All bits set, as in memory that was filled so: the rounding must not carry out of the exponent. Through products
+    alone, from the last weights of forward attention to the context, the bits stay as they are."""
     x = {name: tensor.detach() for name, tensor in inputs().items()}
     x |= {name: x[name].to(dtype) for name in NAMES[:6]}
-    x["past"] = torch.full_like(x["past"], -1, dtype=torch.int32).view(torch.float32)
-    context, _ = STEP(*arguments(x, 0))
+    x["previous"] = torch.full_like(x["previous"], -1, dtype=torch.int32).view(torch.float32)
+    context, _ = STEP(*arguments(x, 2))
     assert context[0].isnan().all()
     assert not context[1].isnan().any()  # which attends nothing
