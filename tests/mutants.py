@@ -198,7 +198,7 @@ MUTANTS = [
     Mutant("csrc/cpu/vec.h", "mantissa = 52, degree = 13", "mantissa = 52, degree = 12", "test_kernels.py"),
     Mutant("csrc/cpu/vec.h", "exp_low = -86.f", "exp_low = -80.f", "test_kernels.py"),
     Mutant("csrc/cpu/vec.h", "return r + r * (T(1) - x * r);", "return r;", "test_kernels.py test_recurrent.py"),
-    Mutant("csrc/cpu/step.h", "if (!visible(p.mask, q.b, 0, j)) past[reach + j] = 0;", "", "test_kernels.py"),
+    Mutant("csrc/cpu/step.h", "if (!visible(p.mask, q.b, 0, j)) past[reach + j] = 0;", ";", "test_kernels.py"),
     Mutant("csrc/cpu/step.h", "shift = top < 0 ? top : T(0);", "shift = 0;", "test_step_kernels.py"),
     Mutant("csrc/cpu/step.h", "kept == 0 ? Vec<T>{} : kept * load", "kept * load", "test_step_kernels.py"),
     Mutant("csrc/cpu/step.h", "grad[j + o] += sums.spread[j]", "grad[j] += sums.spread[j]", "test_kernels.py"),

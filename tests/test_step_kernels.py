@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gpu_contract
 import pytest
 import torch
 from torch import Tensor
@@ -433,3 +434,19 @@ def test_a_nan_of_any_bits_is_rounded_to_one(dtype: torch.dtype) -> None:
     context, _ = STEP(*arguments(x, 2))
     assert context[0].isnan().all()
     assert not context[1].isnan().any()  # which attends nothing
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_rules_to_their_corners() -> None:
+    gpu_contract.rules("cpu")
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("beam", [(), (2,)], ids=["flat", "beam"])
+def test_a_nan_that_comes_in_reaches_no_hidden_value(beam: tuple[int, ...]) -> None:
+    args = [y.detach() if isinstance(y, Tensor) else y for y in arguments(inputs(beam=beam), 0)]
+    context, weights = STEP(*args)
+    grad_value = BACKWARD(torch.full_like(context, torch.nan), None, *args, weights)[2]
+    assert grad_value[2, :4].isnan().all()
+    for hidden in (grad_value[1], grad_value[2, 4:]):
+        assert (hidden == 0).all()
