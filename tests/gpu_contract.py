@@ -1,4 +1,4 @@
-"""What the contract asks of a GPU family beyond the cases, on one that serves CPU tensors here; rules are the CPU's too.
+"""What the contract asks of a GPU family beyond the cases, on one that serves CPU tensors here; the rules of all.
 
     python tests/gpu_contract.py triton
     python tests/gpu_contract.py cuda LIBRARY
