@@ -254,6 +254,7 @@ CASES = (
     Case(None, 1, 1, 3, states=False),
     Case(None, 2, 20, 65, bias=False),
     Case(2, 120, 3, 16),
+    Case(9, 70, 4, 5, both_ways=True),  # more rows than the operator takes at once
     Case(5, 3, 40, 257, both_ways=True),
 )
 

@@ -136,7 +136,7 @@ class OpenedDecoder:
         like, (seen, seen_like, served) = _looks(input, state), self._seen
         if memory is seen and like == seen_like:
             return served
-        vectors = input if self._table is None else self._table.new_empty(*input.shape, decoder.input_size)
+        vectors = input if self._table is None else self._vectors(input)
         _checks.tensor("input", vectors, 2, 3)
         decoder._checked(vectors, state, "input")
         served = decoder._parts(vectors, memory, state) is not None and not decoder.training
