@@ -398,6 +398,24 @@ def test_a_model_without_its_run_is_not_replaced(
     assert_same_run(out, whole)
 
 
+WAITING_FOR_A_HANG_UP = """
+import select, sys
+from attnext.seq2seq.session import Session
+from attnext_command import main
+
+save, terminal = Session._save, select.poll()
+terminal.register(2, 0)
+
+def save_and_wait(self, finished):
+    save(self, finished)
+    terminal.poll(60_000)
+
+Session._save = save_and_wait
+sys.exit(main(sys.argv[1:]))
+"""
+"""A command whose run, once saved, goes on when its terminal has closed: it has not ended by then."""
+
+
 def test_a_terminal_that_is_closed_loses_nothing(forks: Forks, tmp_path: Path, words: list[str]) -> None:
     """It takes no more output then, and sends the signal of a hang-up."""
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -406,7 +424,7 @@ def test_a_terminal_that_is_closed_loses_nothing(forks: Forks, tmp_path: Path, w
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update(ENVIRONMENT)
-        os.execv(sys.executable, [sys.executable, "-m", "attnext", *train(out, options)])
+        os.execv(sys.executable, [sys.executable, "-c", WAITING_FOR_A_HANG_UP, *train(out, options)])
     deadline = time.monotonic() + 60
     while not (out / "training.json").exists() and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
