@@ -424,6 +424,7 @@ def test_a_terminal_that_is_closed_loses_nothing(forks: Forks, tmp_path: Path, w
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update(ENVIRONMENT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which whoever runs the tests may ignore, as nohup does
         os.execv(sys.executable, [sys.executable, "-c", WAITING_FOR_A_HANG_UP, *train(out, options)])
     deadline = time.monotonic() + 60
     while not (out / "training.json").exists() and time.monotonic() < deadline:
