@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnext import BahdanauAttention, LuongAttention, Memory, MultiHeadAttention, ops, use_backend
+from attnext import (
+    BahdanauAttention,
+    LuongAttention,
+    Memory,
+    MultiHeadAttention,
+    additive_attention,
+    additive_step,
+    dot_attention,
+    ops,
+    prepare,
+    use_backend,
+)
 from attnext.attention.base import Attention
 
 BATCH, KEYS, QUERY, STATES, SIZE, STEPS = 4, 131, 6, 10, 12, 3
@@ -133,6 +144,37 @@ def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
     # float32 sums have half a unit in the last place of error at each of the steps.
     eps = max(torch.finfo(dtype).eps, 150 * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(found, torch.full_like(found, 100), rtol=eps, atol=0)
+
+
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_steps_of_one_memory_with_other_scales(score: str) -> None:
+    """Each has its own in the sums that are made of several steps."""
+    sizes = ((2, 9, 5), (2, 9, 4), (5,))
+    key, value, v = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
+    query = torch.randn(2, 5, dtype=torch.float64)
+
+    def found(gathers: bool) -> tuple[Tensor, ...]:
+        memory = prepare(key, value, v if score == "additive" else None)
+        memory = memory if gathers else replace(memory, steps=None)
+        attend = additive_attention if score == "additive" else dot_attention
+        loss = torch.stack([attend(query, memory, scale=scale)[0].sin().sum() for scale in (0.5, 2.0, 2.0)]).sum()
+        return torch.autograd.grad(loss, (key, value, v)[: 3 if score == "additive" else 2])
+
+    assert_equal(found(True), found(False))
+
+
+def test_a_row_that_attends_nothing_at_a_step_has_no_part_in_the_values() -> None:
+    """Whatever comes in for its context: 0 * NaN would be NaN in keys that other steps attend."""
+    key, value = (torch.randn(2, 9, n, dtype=torch.float64, requires_grad=True) for n in (5, 4))
+    memory = prepare(key, value, torch.randn(5, dtype=torch.float64))
+    window, losses = torch.tensor([[3, 3], [0, 9]]), []
+    for grad in (torch.nan, 1.0):
+        context, _ = additive_step(torch.randn(2, 5, dtype=torch.float64), memory, window=window)
+        losses.append((context * torch.tensor([[grad], [1.0]], dtype=torch.float64)).sum())
+    for gradient in torch.autograd.grad(torch.stack(losses).sum(), (key, value)):
+        assert gradient.isfinite().all()
+        assert (gradient[0] == 0).all()
+        assert (gradient[1] != 0).any()
 
 
 def test_passes_leave_no_sums(attn: Attention, calls: Calls) -> None:
