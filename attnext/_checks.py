@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALVES = (torch.bfloat16, torch.float16)
+"""Half types, in which the memory of float32 may be held."""
 _LARGEST = torch.finfo(torch.float32).max
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -129,6 +131,29 @@ def fits(query: object, size: int, like: Tensor) -> bool:
         and query.device == like.device
         and query.layout == torch.strided
     )
+
+
+def fits_memory(query: object, key: Tensor) -> bool:
+    """The same of a query and the keys of a memory, which may be held in a half type."""
+    return (
+        isinstance(query, Tensor)
+        and query.dim() in (2, 3)
+        and query.shape[-1] == key.shape[2]
+        and (query.dtype == key.dtype or (query.dtype == torch.float32 and key.dtype in HALVES))
+        and query.device == key.device
+        and query.layout == torch.strided
+    )
+
+
+def holding(dtype: object, key: Tensor) -> torch.dtype | None:
+    """The dtype that a memory is to be held in, which is another than its keys'; None where it is theirs."""
+    if dtype is None or dtype == key.dtype:
+        return None
+    if dtype not in HALVES:
+        raise TypeError(f"dtype must be None, bfloat16 or float16, in which a memory is held, got {dtype}")
+    if key.dtype != torch.float32:
+        raise TypeError(f"dtype must be None for a memory of {key.dtype}, got {dtype}: of float32 one is held in it")
+    return dtype
 
 
 def _readable(x: Tensor) -> bool:

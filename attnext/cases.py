@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attnext import functional, reference
+from attnext import _checks, functional, reference
 from attnext.memory import Memory, prepare
 from attnext.steps import gathered
 
@@ -61,6 +61,9 @@ class Case:
     """Of ``dot``: the keys are the values; ``values`` has the number of features."""
     summed: bool = False
     """Of ``step``, ``dot`` and ``past``: the gradients of keys and values are added to the sums of a memory's steps."""
+    held: torch.dtype | None = None
+    """Of float32, but for ``attention``: the half type of keys and values, and of what is prepared of them; other
+    dtypes take no notice."""
     channels: int = 0
     """Of ``past``, as all below: how many pasts the filters see, 0 for none."""
     filters: int = 0
@@ -76,6 +79,8 @@ class Case:
         sizes = f"({self.batch}, {self.queries}, {self.keys}, {self.features}, {self.values})"
         names = ("lengths", "weights", "strided", "poison", "flat", "shared", "summed", "agent", "window")
         flags = [name for name in names if getattr(self, name)]
+        if self.held:
+            flags.append(f"held={str(self.held).removeprefix('torch.')}")
         if self.mask:
             flags.append(f"mask={self.mask}")
         if self.rule != "softmax":
@@ -88,6 +93,7 @@ class Case:
         return " ".join([self.op, sizes, str(self.dtype).removeprefix("torch."), *flags, *numbers])
 
 
+_BFLOAT16, _FLOAT16 = torch.bfloat16, torch.float16
 CASES: tuple[Case, ...] = (
     Case(),
     Case(batch=1, queries=1, keys=1, features=1, values=1, weights=True),
@@ -199,6 +205,17 @@ CASES: tuple[Case, ...] = (
          flat=True, lengths=True, weights=True, summed=True),
     Case("past", batch=2, queries=4, keys=21, features=12, values=10, rule="forward", agent=True, mask="keys",
          poison=True, weights=True, window=True, strided=True),
+    # A memory in a half type; one of them beyond what its exponentials can say.
+    Case("step", batch=2, queries=1, keys=131, features=70, values=33, lengths=True, weights=True, held=_BFLOAT16),
+    Case("step", batch=2, queries=18, keys=70, features=40, values=20, mask="keys", poison=True, held=_FLOAT16),
+    Case("step", batch=4, queries=1, keys=67, features=33, values=9, heads=2, flat=True, summed=True, held=_BFLOAT16),
+    Case("step", batch=2, queries=1, keys=20, features=12, values=7, magnitude=6.0, flat=True, held=_FLOAT16),
+    Case("scores", queries=3, keys=20, features=9, lengths=True, held=_FLOAT16),
+    Case("dot", batch=2, queries=3, keys=70, features=20, values=9, scale=0.2, summed=True, held=_BFLOAT16),
+    Case("dot", batch=3, queries=1, keys=67, features=40, values=40, scale=0.2, shared=True, flat=True, held=_FLOAT16),
+    Case("past", batch=2, queries=1, keys=50, features=33, values=20, channels=2, filters=5, width=7, flat=True,
+         lengths=True, weights=True, summed=True, held=_BFLOAT16),
+    Case("past", batch=2, queries=2, keys=30, features=12, values=6, channels=1, width=3, held=_FLOAT16),
     Case("past", batch=0, channels=1, filters=2, width=3, weights=True),
     Case("past", queries=0, channels=1, width=3),
     Case("past", keys=0, channels=2, filters=2, width=3, weights=True),
@@ -238,7 +255,8 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
         elif heads := draw_from.choice((0, 0, 0, 3)):
             case = replace(case, heads=heads, batch=heads * draw_from.choice((1, 2)))
         if case.op in ("step", "dot", "past"):
-            case = replace(case, summed=draw_from.random() < 0.5)
+            held: Any = draw_from.choice((None, None, *_checks.HALVES))
+            case = replace(case, summed=draw_from.random() < 0.5, held=held)
         yield case
 
 
@@ -309,8 +327,8 @@ def draw(case: Case, seed: int, device: str = "cpu") -> Inputs:
     place = _placed_strided if case.strided else _placed
     return Inputs(
         place(query, case.dtype, device),
-        place(key, case.dtype, device),
-        place(value, case.dtype, device),
+        place(key, _dtype_of(case, "key"), device),
+        place(value, _dtype_of(case, "value"), device),
         (normal(*(case.heads,) * (case.heads > 0), case.features) / case.features**0.5).to(case.dtype).to(device),
         None if lengths is None else lengths.to(device),
         None if mask is None else mask.to(device),
@@ -356,8 +374,10 @@ def _dtype_of(case: Case, name: str) -> torch.dtype:
     """That of a tensor of a case: of a step that sees its past, weights and what becomes of them are not rounded."""
     if name == "window":
         return torch.int64
-    wide = case.op == "past" and name.removeprefix("grad ") in ("weights", *PAST_INPUTS[2:])
-    return _arithmetic(case) if wide else case.dtype
+    name = name.removeprefix("grad ")
+    if case.held is not None and case.dtype == torch.float32 and name in ("key", "value"):
+        return case.held
+    return _arithmetic(case) if case.op == "past" and name in ("weights", *PAST_INPUTS[2:]) else case.dtype
 
 
 def _draw_mask(case: Case, rng: torch.Generator) -> Tensor | None:
@@ -430,12 +450,12 @@ def _backend(case: Case, backend: str) -> Call:
     def call(inputs: Inputs, x: list[Any]) -> Mapping[str, Tensor | None]:
         query = x[0].squeeze(1) if case.flat else x[0]
         if case.op == "scores":
-            scores = functional.additive_scores(
-                query, x[1], x[3], lengths=inputs.lengths, mask=inputs.mask, scale=case.scale, backend=backend
-            )
+            memory = Memory(x[1], x[1], inputs.lengths, inputs.mask, x[3], None)
+            scores = functional.scores_of(query, memory, case.scale, backend)
             return {"scores": scores.unsqueeze(1) if case.flat else scores}
         by_key = case.op == "step" and case.mask != "slots"
-        prepared = prepare(x[1], inputs.lengths, inputs.mask, backend) if by_key else None
+        holding = None if x[1].dtype == query.dtype else x[1].dtype
+        prepared = prepare(x[1], inputs.lengths, inputs.mask, backend, holding) if by_key else None
         value = x[1] if case.shared else x[2]
         steps = gathered(x[1], value, None if case.op == "dot" else x[3]) if case.summed else None
         memory = Memory(x[1], value, inputs.lengths, inputs.mask, x[3], prepared, steps=steps)
@@ -466,14 +486,14 @@ def _step(
 
 def results(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
     """A backend's results and the gradients of its inputs, by name."""
-    return _run(case, inputs, case.dtype, _backend(case, backend))
+    return _run(case, inputs, None, _backend(case, backend))
 
 
-def _run(case: Case, inputs: Inputs, dtype: torch.dtype, call: Call) -> dict[str, Tensor]:
-    """Results of a call in ``dtype`` and the gradients of its inputs, by name."""
+def _run(case: Case, inputs: Inputs, dtype: torch.dtype | None, call: Call) -> dict[str, Tensor]:
+    """Results of a call in ``dtype``, or in the dtypes of the case, and the gradients of its inputs, by name."""
     names = _differentiable(case, inputs)
     x: dict[str, Any] = dict.fromkeys((*INPUTS, *PAST_INPUTS)) | {
-        name: tensor.to(torch.promote_types(dtype, _dtype_of(case, name))).detach().requires_grad_()
+        name: tensor.to(dtype or _dtype_of(case, name)).detach().requires_grad_()
         for name in (*INPUTS, *PAST_INPUTS)
         if (tensor := getattr(inputs, name)) is not None
     }
@@ -527,8 +547,11 @@ def _additive_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     v = v.view(heads, 1, 1, -1).repeat(case.batch // heads, 1, 1, 1)  # that of each row
     tanh = (query.unsqueeze(2) + key.unsqueeze(1)).tanh()
     slope = 1 - tanh.square()
+    # What exponentials in a half type are off by, as of keys that are.
+    of_key = torch.finfo(inputs.key.dtype).eps / 4 if case.op == "step" and inputs.key.dtype != case.dtype else 0.0
     # Three times what independent errors of the terms add up to, and the rounding of the running sum.
     score_error = (u * abs(case.scale) * (36 * v.norm(dim=-1) + 4 * v.abs().sum(-1))).expand(tanh.shape[:-1])
+    score_error = score_error + abs(case.scale) * of_key * (slope * v.abs()).sum(-1)
     if case.op == "scores":
         visible = reference.valid_slots(query, key, inputs.lengths, inputs.mask)
         ds = inputs.grads["scores"].double().abs() * visible
@@ -541,6 +564,7 @@ def _additive_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 
     def through_slope(equation: str, root: float) -> Tensor:
         total = torch.einsum(equation, slope, ds_error + (4 + root) * u * ds)
+        total = total + 2 * of_key * torch.einsum(equation, slope * tanh.abs(), ds + ds_error)
         bound: Tensor = v.abs()[:, 0] * (total + 24 * u * torch.einsum(equation, torch.ones_like(slope), ds + ds_error))
         return bound
 
@@ -551,7 +575,8 @@ def _additive_tolerances(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     def of_head(x: Tensor) -> Tensor:
         return x.view(case.batch // heads, heads, *x.shape[1:]).sum(0)
 
-    of_weight = 3 * of_head(by_row).sqrt() + (12 + terms) * u * of_head(ds.sum((1, 2)).unsqueeze(-1))
+    by_slot = torch.einsum("bijd,bij->bd", slope, ds + ds_error) * of_key
+    of_weight = 3 * of_head(by_row).sqrt() + of_head(by_slot) + (12 + terms) * u * of_head(ds.sum((1, 2)).unsqueeze(-1))
     return result | {
         "grad query": through_slope("bijd,bij->bid", root_keys),
         "grad key": through_slope("bijd,bij->bjd", root_queries),

@@ -28,8 +28,9 @@ _MOST_WEIGHTS = 2**21
 def way(query: Tensor, memory: Memory, dropout_p: float, need_weights: bool) -> Way:
     """Which way is the fastest for a call: the kernel, matrix products, or PyTorch's attention.
 
-    Half types take the kernel: the others round the weights to them. So does an exported program, whose sizes are open,
-    and what ``torch.func`` does, as this project's operators take what they can.
+    Half types take the kernel, also those that a memory is held in: the others round the weights to them. So does an
+    exported program, whose sizes are open, and what ``torch.func`` does, as this project's operators take what they
+    can.
     """
     key, device_type = memory.key, query.device.type
     if dropout_p > 0.0 or memory.lengths is not None or memory.mask is not None or query.dim() < 3:
@@ -37,7 +38,7 @@ def way(query: Tensor, memory: Memory, dropout_p: float, need_weights: bool) -> 
     if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and _checks.in_transforms()):
         return "kernel"
     of_float64 = query.dtype == torch.float64 and device_type == "cpu"
-    if not (query.dtype == torch.float32 or of_float64) or _checks.autocasts(device_type):
+    if not (query.dtype == torch.float32 or of_float64) or query.dtype != key.dtype or _checks.autocasts(device_type):
         return "kernel"
     queries, keys, features = query.shape[1], *key.shape[1:]
     serves = not need_weights and memory.value.shape[2] == features

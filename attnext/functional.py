@@ -44,7 +44,15 @@ def prepare(
             products.
         lengths: (B,) integers: how many leading keys of each row are real.
         mask: bool (B, Tk), True where a key may be attended.
-        dtype: that of the memory, to which all is cast once; by default the key's, under autocast that of autocast.
+        dtype: that of the memory, to which all is cast once; by default the key's, under autocast that of autocast. Of
+            float32, a half type is what keys and values, and what is computed of them, are held in for queries of
+            float32, which reads half as many bytes a step; the steps compute in float32, and the score weight stays so.
+
+    Returns:
+        The memory. One held in bfloat16 (float16) is off by what the rounding of its numbers gives: of additive scores
+        by up to ``|scale| * sum |v| * u / 2``, u being 2^-9 (2^-12), where the kernels take exponentials of the keys,
+        and else, as dot products, as of keys rounded by the factor u; and values are rounded by u. Keys above 4.85 in
+        size make the kernels slower in float16, values above 65504 are infinite there.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it.
@@ -57,8 +65,11 @@ def prepare(
         given["score_weight"] = _checks.weight_of_score(score_weight, key, "the key's last dimension")
     _checks.same_kind_as_key(**given)
     lengths, mask = _checks.lengths(lengths, key), _checks.mask(mask, key, None)
+    held = None
     if dtype is not None:
         dtype = _checks.floating("dtype", dtype)
+        if key.dtype == torch.float32 and dtype in _checks.HALVES:
+            dtype, held = None, dtype
     elif _checks.autocasts(key.device.type) and key.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(key.device.type)
     of_memory = {name: x if torch.is_grad_enabled() else x.detach() for name, x in given.items()}
@@ -69,8 +80,10 @@ def prepare(
     if v is not None:
         heads = v.shape[0] if v.dim() == 2 else 1
         v = v.clone() if heads > 1 else v.reshape(-1).clone()
-        memory = replace(memory, score_weight=v, heads=heads, prepared=ahead(key, lengths, mask, None))
-    return replace(memory, steps=gathered(key, memory.value, v), slots=(lengths, mask))
+        memory = replace(memory, score_weight=v, heads=heads, prepared=ahead(key, lengths, mask, None, held))
+    if held is not None:
+        memory = memory.held(held)
+    return replace(memory, steps=gathered(memory.key, memory.value, v), slots=(lengths, mask))
 
 
 def additive_attention(
@@ -164,8 +177,8 @@ def attend(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Additive attention of checked arguments; the memory may be prepared, and dropout draws its own seed for None."""
+    family, memory = _served(query, memory, backend)
     assert memory.score_weight is not None
-    family = _family(query, memory, backend)
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
     if family == "reference":
@@ -320,8 +333,7 @@ def attend_step(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A step that sees its past, of checked arguments; the weights are in the dtype of the arithmetic."""
-    assert memory.score_weight is not None
-    family = _family(query, memory, backend)
+    family, memory = _served(query, memory, backend)
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**62, (), device=query.device)
     wide = accumulator(query.dtype)
@@ -393,9 +405,9 @@ def additive_scores(
 
 def scores_of(query: Tensor, memory: Memory, scale: float, backend: str | None = None) -> Tensor:
     """The scores of additive attention, of checked arguments."""
+    family, memory = _served(query, memory, backend)
     key, score_weight, lengths, mask = memory.key, memory.score_weight, memory.lengths, memory.mask
     assert score_weight is not None
-    family = _family(query, memory, backend)
     if family == "reference":
         query, key, score_weight = autocast(query, key, score_weight)
         return reference.additive_scores(query, key, score_weight, lengths=lengths, mask=mask, scale=scale)
@@ -476,8 +488,8 @@ def attend_by_dot(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Dot-product attention of checked arguments; dropout draws its own seed for None."""
+    family, memory = _served(query, memory, backend)
     key, lengths, mask = memory.key, memory.lengths, memory.mask
-    family = choose(backend, query.device.type, query.dtype)
     if chosen_freely(backend):
         found = dot.attend(query, memory, scale, dropout_p, need_weights)
         if found is not None:
@@ -564,7 +576,7 @@ def _in_place_of_key(
         wanted, got = ("an additive score", "dot products")[:: 1 if additive else -1]
         raise ValueError(f"{name} must be prepared for {wanted}, got one for {got}")
     key = memory.key
-    if not _checks.fits(query, key.shape[2], key) or query.shape[0] != key.shape[0]:
+    if not _checks.fits_memory(query, key) or query.shape[0] != key.shape[0]:
         query = _checks.sized("query", query, 2, 3)
         _checks.size(name, key, 0, query.shape[0], "query's batch")
         _checks.size(name, key, 2, query.shape[-1], "query's last dimension")
@@ -580,11 +592,20 @@ def refuse_beside_memory(**given: Tensor | None) -> None:
             raise ValueError(f"{name} must be None with a prepared memory, got {got}: pass it to prepare() instead")
 
 
-def _family(query: Tensor, memory: Memory, backend: str | None) -> str:
-    """The backend that serves a call: of a prepared memory the one that has prepared it, if no other is asked for."""
+def _served(query: Tensor, memory: Memory, backend: str | None) -> tuple[str, Memory]:
+    """The backend that serves a call, and the memory as it takes it: of a prepared memory the one that has prepared it,
+    if no other is asked for."""
+    held = memory.key.dtype != query.dtype and not _checks.autocasts(query.device.type)
     if memory.prepared is not None and chosen_freely(backend):
-        return memory.prepared.backend
-    return choose(backend, query.device.type, query.dtype)
+        family = memory.prepared.backend
+    else:
+        family = choose(backend, query.device.type, query.dtype, held)
+    v = memory.score_weight
+    if held:
+        memory = memory.widened(query.dtype, family)
+    elif v is not None and v.dtype != query.dtype and v.dtype != memory.key.dtype:  # held in the dtype of these queries
+        memory = replace(memory, score_weight=v.to(query.dtype))
+    return family, memory
 
 
 def _call(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnext import _checks, reference
-from attnext.backends import choose
+from attnext.backends import choose, takes_held
 from attnext.ops import operators
 from attnext.steps import Steps, gathered
 
@@ -21,9 +21,10 @@ class Prepared(NamedTuple):
 
     backend: str
     exp_key: Tensor
-    """float32 or float64, in the backend's own layout: exp(2 key), 0 in masked slots and in the padding."""
+    """float32 or float64, or the half type that the memory is held in, in the backend's own layout: exp(2 key), 0 in
+    masked slots and in the padding."""
     key_limit: Tensor
-    """(B, Tk or more): the largest |key| of each row, infinity for a row that is not finite."""
+    """(B, Tk or more): the largest |key| of each row, infinity for a row whose exponentials are not all normal."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,7 +34,8 @@ class Memory:
     Which slots are hidden is a part of what was prepared: :meth:`with_mask` and :meth:`with_lengths` hide more of them.
 
     Attributes:
-        key: (B, Tk, D) projected encoder states, with their gradient.
+        key: (B, Tk, D) projected encoder states, with their gradient. They, the values and what is prepared of them may
+            be held in a half type, for queries of float32.
         value: (B, Tk, H) the encoder states themselves; the very tensor of the keys where the keys are the values.
         lengths: (B,) int64, or None: how many leading states of each row are real.
         mask: (B, Tk) bool, or None: True where a state may be attended.
@@ -91,6 +93,19 @@ class Memory:
     def shared(self) -> bool:
         """Whether the keys are the values."""
         return self.value is self.key
+
+    def held(self, dtype: torch.dtype) -> Memory:
+        """The same memory with its keys and values, of float32, held in a half type; it is prepared as it was."""
+        key = self.key.to(dtype)
+        value = key if self.shared else self.value.to(dtype)
+        return replace(self, key=key, value=value, steps=self.steps and gathered(key, value, self.score_weight))
+
+    def widened(self, dtype: torch.dtype, family: str) -> Memory:
+        """What is held in a half type in the dtype of its queries, for a backend whose kernels don't take it so."""
+        if takes_held(family):
+            return self
+        key = self.key.to(dtype)
+        return replace(self, key=key, value=key if self.shared else self.value.to(dtype), prepared=None, steps=None)
 
     @property
     def factor(self) -> Tensor:
@@ -191,20 +206,36 @@ class Memory:
             return self
         lengths = None if self.lengths is None else self.lengths.to(device)
         mask = None if self.mask is None else self.mask.to(device)
-        prepared = None if self.prepared is None else prepare(key, lengths, mask, None)
+        v = self.score_weight
+        # Of one that is held in a half type the score weight is not.
+        of_weight = v.dtype if v is not None and dtype == self.key.dtype else dtype
+        holding = dtype if of_weight != dtype else None
+        prepared = None if self.prepared is None else prepare(key, lengths, mask, None, holding)
         value = key if self.shared else self.value.to(device, dtype)
-        score_weight = None if self.score_weight is None else self.score_weight.to(device, dtype)
+        score_weight = None if v is None else v.to(device, of_weight)
         steps = self.steps and gathered(key, value, score_weight)
         slots = self.slots and (lengths, mask)
         return Memory(key, value, lengths, mask, score_weight, prepared, self.heads, steps, self.cleared, slots)
 
 
-def prepare(key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None) -> Prepared | None:
-    """What the backend computes of the keys ahead of the steps; None where it has no use for that."""
-    family = choose(backend, key.device.type, key.dtype)
+_NORMAL = {torch.bfloat16: float("inf"), torch.float16: 4.85}
+"""The largest |k| of which exp(2 k) and exp(-2 k) are normal numbers, where kernels don't stop before."""
+
+
+def prepare(
+    key: Tensor, lengths: Tensor | None, mask: Tensor | None, backend: str | None, holding: torch.dtype | None = None
+) -> Prepared | None:
+    """What the backend computes of the keys ahead of the steps; None where it has no use for that.
+
+    ``holding`` is the half type that the memory is held in: rows beyond its range are taken by the keys themselves.
+    """
+    family = choose(backend, key.device.type, key.dtype, held=holding is not None)
     if family not in operators:
         return None
-    return Prepared(family, *operators[family].prepare(key.detach(), lengths, mask))
+    exp_key, limit = operators[family].prepare(key.detach(), lengths, mask)
+    if holding is not None and takes_held(family):
+        exp_key, limit = exp_key.to(holding), limit.masked_fill(limit > _NORMAL[holding], float("inf"))
+    return Prepared(family, exp_key, limit)
 
 
 def prepared_memory(memory: object) -> Memory:

@@ -314,7 +314,7 @@ class Steps:
             results: tuple[Any, ...] = op(*inputs, *rest)
             return results
         if op is _OPERATORS.step:
-            inputs[4:6] = (None if x is None else x.to(key.dtype) for x in inputs[4:6])  # which autocast has left
+            inputs[4:6] = (None if x is None else x.to(query.dtype) for x in inputs[4:6])  # which autocast has left
             shared = Shared(op, rest[0], rest[1], rest[-3])
             return _past(_Call(op, self._of_pass, rest, shared), *inputs)
         call = _Call(op, self._of_pass, rest, Shared(op, rest[-6], rest[-5], rest[-3]))

@@ -153,8 +153,9 @@ def _scores(
         f_half = tl.cast(HALF, tl.int64) * k_rows
         c = folded + 4 * HALF
         for _ in range(HALF):
-            y0 = tl.load(e_d)[:, None] * tl.load(f_d)[None, :] + tl.load(c)
-            y1 = tl.load(e_d + e_half)[:, None] * tl.load(f_d + f_half)[None, :] + tl.load(c + HALF)
+            f0, f1 = tl.load(f_d).to(ACC), tl.load(f_d + f_half).to(ACC)  # a half type where the memory is held in it
+            y0 = tl.load(e_d)[:, None] * f0[None, :] + tl.load(c)
+            y1 = tl.load(e_d + e_half)[:, None] * f1[None, :] + tl.load(c + HALF)
             acc += (y0 + y1) * _reciprocal(y0 * y1, TARGET)
             e_d += q_rows
             f_d += k_rows

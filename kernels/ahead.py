@@ -39,7 +39,9 @@ SHARED_MEMORY = {
 }  # fmt: skip
 """Bytes that one program may have."""
 
-DTYPES = {"float32": "fp32", "float64": "fp64", "float16": "fp16", "bfloat16": "bf16"}
+DTYPES = {"float32": "fp32", "float64": "fp64", "float16": "fp16", "bfloat16": "bf16", "held": "fp32"}
+"""Of the inputs; "held" is float32 with a memory in bfloat16."""
+_HELD = {"key", "value", "f"}
 
 _INPUTS = {
     "rows", "weight", "query", "key", "value", "grad_context", "context", "weights", "grad_weights", "x", "x_more",
@@ -177,8 +179,10 @@ def builds(target: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Bui
             for kernel, label, kind, constants in _LAUNCHES:
                 if _file(kernel) is dot and full != constants.get("WHOLE", True):
                     continue  # once each: with all they can do where a thread has most, with any sizes else
+                if dtype == "held" and not (full and _HELD & set(getattr(_file(kernel), kernel).arg_names)):
+                    continue
                 candidates = tiles(kind, target, name == "float64")
-                for tile in candidates if full else candidates[:1]:
+                for tile in candidates if full and dtype != "held" else candidates[:1]:
                     yield _build(kernel, label, kind, target, dtype, numbers | flags | constants, tile, full)
 
 
@@ -216,6 +220,8 @@ def build(what: Build) -> Any:
     signature = {}
     for name in names:
         other = DTYPES[what.dtype] if name in _INPUTS else accumulator
+        if what.dtype == "held" and name in _HELD:
+            other = "bf16"
         signature[name] = "constexpr" if name in constants else _OTHER_TYPES.get(name, f"*{other}")
     multiples = _MULTIPLES_OF_16 if what.full else _ALWAYS_MULTIPLES_OF_16
     aligned = {

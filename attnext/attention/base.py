@@ -120,26 +120,39 @@ class Attention(nn.Module, ABC):
         """Whether the context is a matrix product rather than a kernel's, so that hidden values must be finite."""
         return False
 
-    def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
+    def prepare(
+        self,
+        encoder_states: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Memory:
         """Projects encoder states once, for many steps.
 
         Args:
             encoder_states: (B, Tk, H).
             lengths: (B,) integers, how many leading states of each row are real.
             mask: bool (B, Tk), True where a state may be attended.
+            dtype: bfloat16 or float16 holds the memory of a float32 module in half the bytes, which is what steps over
+                long sources wait for; see :func:`attnext.prepare` for what that rounds.
 
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
         """
         _renew(self)
-        memory = self._ahead(self._project("encoder_states", encoder_states, lengths, mask, queries=None))
+        memory = self._project("encoder_states", encoder_states, lengths, mask, queries=None)
+        holding = _checks.holding(dtype, memory.key)
+        memory = self._ahead(memory, holding)
+        if holding is not None:
+            memory = memory.held(holding)
         return replace(memory, slots=(memory.lengths, memory.mask))
 
-    def _ahead(self, memory: Memory) -> Memory:
-        """The memory with what can be made ahead of all steps."""
+    def _ahead(self, memory: Memory, holding: torch.dtype | None) -> Memory:
+        """The memory with what can be made ahead of all steps; ``holding``: the half type that it will be held in."""
         key = memory.key
         attends = memory.score_weight is not None and not self._multiplies_values  # by a kernel that takes exponentials
-        prepared = prepare(key, memory.lengths, memory.mask, None) if attends else None
+        prepared = prepare(key, memory.lengths, memory.mask, None, holding) if attends else None
         return replace(memory, prepared=prepared, steps=gathered(key, memory.value, memory.score_weight))
 
     def forward(
@@ -215,7 +228,7 @@ class Attention(nn.Module, ABC):
         if key.shape[0] != batch * self.heads:
             _checks.size("memory", key if self.heads == 1 else key[:: self.heads], 0, batch, "query's batch")
         query = self._project_query(query)
-        if not _checks.fits(query, key.shape[2], key):
+        if not _checks.fits_memory(query, key):
             name = "attention_size" if self._projects_states else "memory_size"
             _checks.size("memory", key, 2, query.shape[-1], name + " / heads" * (self.heads > 1))
             _checks.same_kind(query, memory=key)
@@ -344,5 +357,7 @@ def has_global_hooks() -> bool:
 
 
 def context_of(weights: Tensor, value: Tensor) -> Tensor:
-    """The weighted sum of the values, for weights (B, Tk) or (B, Tq, Tk) that no kernel made."""
+    """The weighted sum of the values, for weights (B, Tk) or (B, Tq, Tk) that no kernel made, in their dtype."""
+    if value.dtype != weights.dtype and not _checks.autocasts(value.device.type):  # of a memory that is held in it
+        value = value.to(weights.dtype)
     return (weights.unsqueeze(1) @ value).squeeze(1) if weights.dim() == 2 else weights @ value

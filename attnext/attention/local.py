@@ -113,7 +113,7 @@ class LocalAttention(PastAttention):
         weights = normalize(scores.to(accumulator(scores.dtype)), self.normalizer)
         if self.position == "predicted":
             weights = weights * (-2 * ((slots - position) / self.window).square()).exp()
-        context = self._dropped_context(weights.flatten(0, -2), within.value)
+        context = self._dropped_context(weights.flatten(0, -2).to(query.dtype), within.value)
         context = context.view(*rows, memory.value.shape[2])
         return context, weights.new_zeros(*rows, keys).scatter_add(-1, slots, weights)
 

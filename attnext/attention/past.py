@@ -174,7 +174,7 @@ class PastAttention(BahdanauAttention):
         """The same with a kernel for the scores, which has the features as a part of the keys."""
         scores = self._scores_apart(query, memory, past)
         weights = self._weights(scores.to(accumulator(scores.dtype)), past)
-        return self._dropped_context(weights, memory.factor), weights
+        return self._dropped_context(weights.to(query.dtype), memory.factor), weights
 
     def _scores_apart(self, query: Tensor, memory: Memory, past: Past) -> Tensor:
         """Those of hypotheses as of more sentences, as the keys differ."""
@@ -183,7 +183,7 @@ class PastAttention(BahdanauAttention):
             return self._scores(query, memory)
         rows, beam = query.shape[:-1], 1 if query.dim() == 2 else query.shape[1]
         batch, keys, size = memory.key.shape
-        key = memory.key.unsqueeze(1) + features.to(memory.key.dtype).view(batch, beam, keys, size)
+        key = memory.key.unsqueeze(1) + features.to(query.dtype).view(batch, beam, keys, size)
         lengths, mask = (None if x is None else x.repeat_interleave(beam, 0) for x in (memory.lengths, memory.mask))
         of_rows = Memory(key.flatten(0, 1), memory.value, lengths, mask, memory.score_weight, None)
         return self._scores(query.flatten(0, -2), of_rows).view(*rows, keys)
@@ -194,7 +194,7 @@ class PastAttention(BahdanauAttention):
 
     def _dropped_context(self, weights: Tensor, value: Tensor) -> Tensor:
         """The context by weights that no kernel made, with dropout in training."""
-        return context_of(nn.functional.dropout(weights, self.dropout, self.training).to(value.dtype), value)
+        return context_of(nn.functional.dropout(weights, self.dropout, self.training), value)
 
     @property
     def _multiplies_values(self) -> bool:
@@ -215,7 +215,7 @@ class PastAttention(BahdanauAttention):
             return memory
         return replace(memory, steps=gathered(memory.key, memory.value, memory.score_weight))
 
-    def _ahead(self, memory: Memory) -> Memory:
+    def _ahead(self, memory: Memory, holding: torch.dtype | None) -> Memory:
         return memory
 
 

@@ -19,7 +19,7 @@ import torch
 from attnext.backends import cpu, cuda, reference, triton
 from attnext.backends._base import Backend, Family
 
-__all__ = ["Backend", "backends", "choose", "chosen_freely", "kernel_devices", "serves", "use_backend"]
+__all__ = ["Backend", "backends", "choose", "chosen_freely", "kernel_devices", "serves", "takes_held", "use_backend"]
 
 _FAMILIES: dict[str, Family] = {
     "reference": reference.FAMILY,
@@ -82,26 +82,33 @@ def serves(name: str, dtype: torch.dtype) -> bool:
     return family.serves(family.device_types[0], dtype)
 
 
+def takes_held(name: str) -> bool:
+    """Whether a backend's kernels take keys and values that are held in a half type beside queries of float32."""
+    return _FAMILIES[name].takes_held
+
+
 def chosen_freely(name: str | None) -> bool:
     """Whether nobody asked for a backend by name."""
     return name is None and _setting.forced is None
 
 
-def choose(name: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:
+def choose(name: str | None, device_type: str, dtype: torch.dtype | None = None, held: bool = False) -> str:
     """The backend that serves a call on ``device_type``: the one asked for by name, or an automatic choice.
+
+    For keys and values that are ``held`` in a half type it is one that takes them so, where there is one.
 
     Raises:
         ValueError: unknown backend, or one that doesn't serve that device or dtype.
         RuntimeError: the backend is not available here.
     """
-    family: str = _resolve(name if name is not None else _setting.forced, device_type, dtype)
+    family: str = _resolve(name if name is not None else _setting.forced, device_type, dtype, held)
     return family
 
 
-def _resolve(name: str | None, device_type: str, dtype: torch.dtype | None) -> str:
+def _resolve(name: str | None, device_type: str, dtype: torch.dtype | None, held: bool) -> str:
     if name is not None and not isinstance(name, str):
         _require(name)  # says what it may be; the cache below takes no lists
-    return _resolved(name, device_type, dtype)
+    return _resolved(name, device_type, dtype, held)
 
 
 # A constant to the compiler: what this machine has doesn't change while it runs. The setting does, and is read outside.
@@ -110,9 +117,9 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _resolved(name: str | None, device_type: str, dtype: torch.dtype | None) -> str:
+def _resolved(name: str | None, device_type: str, dtype: torch.dtype | None, held: bool) -> str:
     if name is None:
-        return _choose_automatically(device_type, dtype)
+        return _choose_automatically(device_type, dtype, held)
     family = _require(name)
     if not family.serves(device_type, None):
         served = " and ".join(family.device_types)
@@ -135,11 +142,11 @@ def _require(name: str) -> Family:
     return family
 
 
-def _choose_automatically(device_type: str, dtype: torch.dtype | None) -> str:
-    for name in _AUTOMATIC:
+def _choose_automatically(device_type: str, dtype: torch.dtype | None, held: bool) -> str:
+    serving = [name for name in _AUTOMATIC if _FAMILIES[name].serves(device_type, dtype)]
+    # Those that take what is held first, the reference last in any case.
+    for name in sorted(serving, key=lambda name: (name == "reference", held and not takes_held(name))):
         family = _FAMILIES[name]
-        if not family.serves(device_type, dtype):
-            continue
         status = family.probe()
         if status.broken:
             raise RuntimeError(f"backend {name!r} is installed but broken: {status.reason}")

@@ -25,11 +25,18 @@ class Backend:
 
 @dataclass(frozen=True)
 class Family:
-    """A kernel family: the device types and dtypes it serves (none named: any), and the probe of this machine."""
+    """A kernel family.
+
+    Attributes:
+        device_types, dtypes: those it serves; none named are any.
+        probe: what it can do on this machine.
+        takes_held: whether keys and values may be of a half type beside queries of float32.
+    """
 
     device_types: tuple[str, ...]
     probe: Callable[[], Backend]
     dtypes: tuple[torch.dtype, ...] = ()
+    takes_held: bool = False
 
     def serves(self, device_type: str, dtype: torch.dtype | None) -> bool:
         """Whether it has kernels for tensors of a dtype (None: of any) on a device."""

@@ -19,7 +19,7 @@ def _probe() -> Backend:
 
 # Now, not at the first call: a program that was exported and loaded again calls torch.ops.attnext directly.
 _extension.load()
-FAMILY = Family(("cpu",), _probe)
+FAMILY = Family(("cpu",), _probe, takes_held=True)
 
 
 def multiplies_bfloat16() -> bool:

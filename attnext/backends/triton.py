@@ -39,4 +39,4 @@ def _kernel(name: str) -> Callable[..., Any]:
 
 
 implement("triton", "CPU" if INTERPRETED else "CUDA", _kernel)
-FAMILY = Family(("cpu",) if INTERPRETED else ("cuda",), _probe)
+FAMILY = Family(("cpu",) if INTERPRETED else ("cuda",), _probe, takes_held=True)

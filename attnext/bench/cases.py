@@ -35,7 +35,7 @@ _WORK_OF_DOT: dict[Kind, float] = {"forward": 2.0, "step": 2.0, "forward + backw
 class Case:
     """One call to time. A step attends a prepared memory, for one query; its memory's preparation is not timed.
 
-    The keys of dot products are the values. ``weights`` are returned, too.
+    The keys of dot products are the values. ``weights`` are returned, too. attnext's memory is ``held`` in a half type.
     """
 
     name: str
@@ -48,11 +48,13 @@ class Case:
     dtype: torch.dtype = torch.float32
     score: Score = "additive"
     weights: bool = False
+    held: torch.dtype | None = None
 
     def __str__(self) -> str:
         sizes = f"B {self.batch}, Tq {self.queries}, Tk {self.keys}, D {self.features}"
         sizes += f", H {self.values}" if self.values else ""
-        return sizes + (", dot" if self.score == "dot" else "") + (", weights" if self.weights else "")
+        sizes += (", dot" if self.score == "dot" else "") + (", weights" if self.weights else "")
+        return sizes + (f", memory in {str(self.held).removeprefix('torch.')}" if self.held else "")
 
     @property
     def differentiated(self) -> bool:
@@ -78,8 +80,9 @@ class Case:
 
     @property
     def memory_bytes(self) -> int:
-        """What a step reads, float32 keys and values; 0 for other kinds, which use what they read many times."""
-        return 4 * self.batch * self.keys * (self.features + self.values) if self.kind == "step" else 0
+        """What a step reads, keys and values; 0 for other kinds, which use what they read many times."""
+        itemsize = (self.held or self.dtype).itemsize
+        return itemsize * self.batch * self.keys * (self.features + self.values) if self.kind == "step" else 0
 
     def inputs(self, device: str) -> cases.Inputs:
         """The tensors, the same at every call, drawn as those of ``attnext verify``."""
@@ -108,6 +111,8 @@ CASES = (
     Case("step", "step", 64, 1, 64, 256, 512),
     Case("step-small", "step", 1, 1, 20, 128, 128),
     Case("step-large", "step", 64, 1, 1024, 256, 512),
+    Case("step-large-bfloat16", "step", 64, 1, 1024, 256, 512, held=torch.bfloat16),
+    Case("step-large-float16", "step", 64, 1, 1024, 256, 512, held=torch.float16),
     Case("dot-step", "step", 64, 1, 1024, 512, score="dot"),
     Case("dot-step-weights", "step", 64, 1, 1024, 512, score="dot", weights=True),
     Case("dot-beam", "step", 32, 5, 1024, 512, score="dot"),

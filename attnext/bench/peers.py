@@ -117,7 +117,7 @@ def _attnext(backend: str, case: Case, inputs: Inputs) -> Run:
     query, key, value, score_weight = x
     query = query.squeeze(1)
     with use_backend(backend):
-        memory = prepare(key, value, score_weight)
+        memory = prepare(key, value, score_weight, dtype=case.held)
     return lambda: functional.attend(query, memory, 1.0, 0.0, False, backend)[0]
 
 
@@ -254,7 +254,7 @@ def checked(case: Case, peer: Peer, inputs: Inputs, expected: Sequence[Tensor] |
     longest = max(case.features, case.values, case.keys)
     if case.differentiated:  # the score weight's gradient is a sum over all pairs
         longest = max(longest, case.batch * case.queries * case.keys)
-    single, own = (torch.finfo(dtype).eps / 2 for dtype in (torch.float32, case.dtype))
+    single, own = (torch.finfo(dtype).eps / 2 for dtype in (torch.float32, case.held or case.dtype))
     allowed = _MARGIN * max(longest**0.5 * single, own)
     for result, right in zip(results, expected, strict=True):
         error = float((result.to(right).reshape(right.shape) - right).abs().max() / right.abs().max())

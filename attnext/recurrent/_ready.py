@@ -134,7 +134,8 @@ class Ready:
         call = Call(memory, weights.parts, [], None, weights.after, weights.feeds_vector, False, False, False)
         inputs = inputs_of(start.hidden.new_empty(0, 0, self._features), start, memory, weights)
         if self._of_context is not None and rows <= _FEW_ROWS and 2 * batch * keys <= size:
-            value = torch.cat((F.linear(memory.value, self._of_context), memory.value), -1)
+            value = memory.value.to(start.hidden.dtype)  # from the half type that it may be held in
+            value = torch.cat((F.linear(value, self._of_context), value), -1)
             inputs, projected = inputs._replace(value=value), value.shape[2] - size
         return _Taken(memory, inputs.of_operator(call), projected)
 

@@ -131,9 +131,17 @@ class _AttentiveLayers(nn.Module, ABC):
 
     # ------------------------------------------------------------------------------------------------- what is called
 
-    def prepare(self, encoder_states: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Memory:
+    def prepare(
+        self,
+        encoder_states: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Memory:
         """The memory of encoder states (B, Tk, H), as the attention's ``prepare`` makes it."""
-        memory: Memory = self.attention.prepare(encoder_states, lengths, mask)
+        options = {} if dtype is None else {"dtype": dtype}  # of attentions that know none
+        memory: Memory = self.attention.prepare(encoder_states, lengths, mask, **options)
         return memory
 
     def first_state(self, batch: int, beam: int | None = None) -> DecoderState:
@@ -328,10 +336,15 @@ class _AttentiveLayers(nn.Module, ABC):
             and (memory.score_weight is None) == (parts.score == "dot")
             and (memory.score_weight is None or memory.score_weight.dim() == 1)
             and (memory.mask is None or memory.mask.dim() == 2)
-            and (memory.key.dtype == memory.value.dtype == inputs.dtype or _checks.autocasts("cpu"))
+            and (self._takes(memory, inputs.dtype) or _checks.autocasts("cpu"))
             and fits_past
             and (memory.prepared is None or memory.prepared.backend == "cpu")
         )
+
+    def _takes(self, memory: Memory, dtype: torch.dtype) -> bool:
+        """Whether the operator takes its dtypes: one that is held in a half type without gradients."""
+        held = dtype == torch.float32 and memory.key.dtype in _checks.HALVES and not torch.is_grad_enabled()
+        return memory.value.dtype == memory.key.dtype and (memory.key.dtype == dtype or held)
 
     def _layers(self) -> list[Layer]:
         found: Any = self._parameters

@@ -104,11 +104,11 @@ struct AdditiveSetup : Setup<T> {
   void take_exponentials(const Tensor& exp_key, const Tensor& key_limit) {
     check_shape(exp_key, "exp_key", {problem.batch, problem.keys, problem.padded});
     check_shape(key_limit, "key_limit", {problem.batch, problem.keys});
-    const int32_t dtype = arithmetic_dtype<T>();
-    STD_TORCH_CHECK(exp_key.is_contiguous() && key_limit.is_contiguous() && dtype_of(exp_key) == dtype &&
-                        dtype_of(key_limit) == dtype,
+    const int32_t dtype = arithmetic_dtype<T>(), held = dtype_of(exp_key);
+    const bool known = held == dtype || (sizeof(T) == 4 && (held == kHalfDtype || held == kBFloat16Dtype));
+    STD_TORCH_CHECK(exp_key.is_contiguous() && key_limit.is_contiguous() && known && dtype_of(key_limit) == dtype,
                     "attnext: the prepared keys are not as prepare made them");
-    problem.exp_key = static_cast<const T*>(exp_key.data_ptr());
+    problem.exp_key = rows_of(exp_key);
     problem.key_limit = static_cast<const T*>(key_limit.data_ptr());
   }
 
@@ -119,7 +119,7 @@ struct AdditiveSetup : Setup<T> {
     const Mask by_key = problem.mask.query == 0 ? problem.mask : Mask{};
     exponentials<T>(problem.key, problem.batch, problem.keys, problem.features, padded, problem.lengths, by_key,
                     made_keys, padded, made_limit);
-    problem.exp_key = made_keys, problem.key_limit = made_limit;
+    problem.exp_key = {made_keys, problem.keys * padded, padded, 1, kTypeOf<T>}, problem.key_limit = made_limit;
   }
 
   using Setup<T>::problem;

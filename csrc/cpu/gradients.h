@@ -329,7 +329,8 @@ void backward(const Backward<T>& all, int64_t task, T* scratch) {
   T* row = tiles.kept + kKept * p.padded;  // 3 padded
   // Summed tile by tile first: one long sum of like terms would lose a bit with every doubling of its length.
   T* tile_weight = row + 3 * p.padded;
-  laid_out<T>(scratch, tile_weight + p.padded, backward_scratch(p));
+  T* keys = tile_weight + p.padded;
+  laid_out<T>(scratch, keys + (copies_keys(p) ? kGradKeyTile * features_row : 0), backward_scratch(p));
   T* grad_query = g.grad_query + (split * p.batch + b) * p.queries * features_row;
   T* grad_weight = g.grad_weight + task * p.padded;
   zero(grad_query, p.queries * features_row);
@@ -341,12 +342,11 @@ void backward(const Backward<T>& all, int64_t task, T* scratch) {
     zero(tiles.grad_key, nj * features_row);
     zero(tiles.grad_value, nj * values_row);
     const RowTile<T> value = g.from_scores ? RowTile<T>{} : value_tile(p, b, j0, nj, tiles.values);
-    const T key_limit = largest(p.key_limit + at, nj);
+    const T key_limit = largest(p.key_limit + at, nj), *f = exponential_tile(p, b, j0, nj, keys);
     for (int64_t i0 = 0; i0 < p.queries; i0 += kGradQueries) {
       const int64_t ni = p.queries - i0 < kGradQueries ? p.queries - i0 : kGradQueries, query = b * p.queries + i0;
       const Range range = range_of(p, largest(g.query_limit + query, ni), key_limit);
-      const Tile<T> t{
-          {b, i0, ni, j0, nj}, g.query + query * features_row, p.exp_key + at * p.padded, range, folded, row};
+      const Tile<T> t{{b, i0, ni, j0, nj}, g.query + query * features_row, f, range, folded, row};
       backward_tile(g, t, value, tiles, grad_query + i0 * features_row, tile_weight, ds_sum);
     }
     for (int64_t d = 0; d < p.padded; ++d) grad_weight[d] += tile_weight[d];

@@ -77,6 +77,14 @@ inline T largest(const T* x, int64_t n) {
   return result;
 }
 
+// F of keys [j0, j0 + nj), rows of padded features: its own where it is of T, else a copy.
+template <class T>
+inline const T* exponential_tile(const Problem<T>& p, int64_t b, int64_t j0, int64_t nj, T* copy) {
+  if (p.exp_key.type == kTypeOf<T>) return reinterpret_cast<const T*>(row_address(p.exp_key, b, j0));
+  load_row(p.exp_key, b, j0, nj * p.padded, nj * p.padded, copy);
+  return copy;
+}
+
 // x = 1 + E F. Above the cap r is 0 to the last place, and the cap keeps the product of a pair finite.
 template <class T, bool Capped>
 inline Vec<T> one_plus(Vec<T> e, Vec<T> f) {
@@ -337,7 +345,8 @@ void scores(const Scores<T>& s, int64_t task, T* scratch) {
     const int64_t nj = length - j0 < width ? (length > j0 ? length - j0 : 0) : width;
     const int64_t at = b * p.keys + j0;
     const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
-    if (nj) score_tile(p, {{b, i0, ni, j0, nj}, e, p.exp_key + at * p.padded, range, folded, row}, tile, kKeyTile);
+    const T* f = exponential_tile<T>(p, b, j0, nj, nullptr);
+    if (nj) score_tile(p, {{b, i0, ni, j0, nj}, e, f, range, folded, row}, tile, kKeyTile);
     for (int64_t i = 0; i < ni; ++i) {
       for (int64_t j = 0; j < nj; ++j)
         if (tile[i * kKeyTile + j] != kHidden<T>) tile[i * kKeyTile + j] += p.v.constant;
@@ -487,7 +496,7 @@ struct ForwardScratch {
         tile(context + kQueryBlock * row_of(p.padded_values)),
         values(tile + kQueryBlock * kKeyTile),
         keys(values + kKeyTile * row_of(p.padded_values)),
-        maximum(keys + (p.exp_key || p.shared ? 0 : kKeyTile * row_of(p.padded))),
+        maximum(keys + (copies_keys(p) ? kKeyTile * row_of(p.padded) : 0)),
         sum(maximum + kQueryBlock),
         limit(sum + kQueryBlock),
         row(limit + kQueryBlock),
@@ -547,7 +556,8 @@ void forward(const Forward<T>& f, int64_t task, T* scratch) {
   attend(f, block, m, [&, b = b, i0 = i0, ni = ni](int64_t j0, int64_t nj) {
     const int64_t at = b * p.keys + j0;
     const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
-    score_tile(p, {{b, i0, ni, j0, nj}, m.query, p.exp_key + at * p.padded, range, m.folded, m.row}, m.tile, kKeyTile);
+    const T* f = exponential_tile(p, b, j0, nj, m.keys);
+    score_tile(p, {{b, i0, ni, j0, nj}, m.query, f, range, m.folded, m.row}, m.tile, kKeyTile);
     return value_tile(p, b, j0, nj, m.values);
   });
 }

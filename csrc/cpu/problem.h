@@ -12,6 +12,8 @@
 namespace attnext::cpu {
 
 enum class Type : int8_t { kFloat, kDouble, kHalf, kBFloat16 };
+template <class T>
+constexpr Type kTypeOf = sizeof(T) == 4 ? Type::kFloat : Type::kDouble;
 
 // Exponentials are padded with zeros to a multiple of this many features (FEATURE_BLOCK in ops.py): two of
 // the widest float vectors, so that features always come in pairs of vectors.
@@ -87,7 +89,7 @@ struct Problem {
   const ScoreWeight<T>* heads;  // those of batch rows 0, 1, ..., and again from the first
   int64_t head_count;
   ScoreWeight<T> v;    // that of the row at work
-  const T* exp_key;    // (B, Tk, padded): F = exp(2 k)
+  Rows exp_key;        // (B, Tk, padded), contiguous: F = exp(2 k)
   const T* key_limit;  // (B, Tk): max |k|, infinity where a row is not finite
 };
 
@@ -285,18 +287,26 @@ struct Kernels {
   void (*dense)(const DenseProduct<T>&, int64_t time, int64_t begin, int64_t end);
 };
 
+// Whether a tile of keys, or of F, is copied for its scores: of dot products where the values don't have them anyway,
+// of F where it is held in a half type.
+template <class T>
+bool copies_keys(const Problem<T>& p) {
+  return p.exp_key.data ? p.exp_key.type != kTypeOf<T> : !p.shared;
+}
+
 // Elements of T that one task needs as scratch.
 template <class T>
 int64_t forward_scratch(const Problem<T>& p, bool weights) {
   const int64_t rows = kQueryBlock * (2 * row_of(p.padded) + row_of(p.padded_values) + kKeyTile +
                                       (weights ? round_up(p.keys, kKeyTile) : 0));
-  const int64_t keys = p.exp_key || p.shared ? 0 : kKeyTile * row_of(p.padded);  // of dot products
-  return rows + keys + kKeyTile * row_of(p.padded_values) + 3 * kQueryBlock + 2 * p.padded;
+  return rows + (copies_keys(p) ? kKeyTile * row_of(p.padded) : 0) + kKeyTile * row_of(p.padded_values) +
+         3 * kQueryBlock + 2 * p.padded;
 }
 template <class T>
 int64_t backward_scratch(const Problem<T>& p) {
   return kGradQueries * (row_of(p.padded) + 4 * kGradKeyTile) +
-         kGradKeyTile * (row_of(p.padded) + 2 * row_of(p.padded_values)) + 4 * p.padded + kKept * p.padded;
+         kGradKeyTile * (row_of(p.padded) + 2 * row_of(p.padded_values)) + 4 * p.padded + kKept * p.padded +
+         (copies_keys(p) ? kGradKeyTile * row_of(p.padded) : 0);
 }
 
 // A row of past weights with zeros on both sides: filters look beyond the ends, and a tile takes whole vectors.
@@ -334,7 +344,7 @@ int64_t step_query_scratch(const Step<T>& s) {
 template <class T>
 int64_t query_backward_scratch(const Step<T>& s) {
   const Problem<T>& p = s.problem;
-  return step_tile_scratch(s) + kKeyTile * row_of(p.padded) + step_query_scratch(s) + 2 * slots_row(p);
+  return step_tile_scratch(s) + kKeyTile * row_of(p.padded) + 2 * p.padded + step_query_scratch(s) + 2 * slots_row(p);
 }
 template <class T>
 int64_t step_backward_scratch(const Step<T>& s) {

@@ -58,6 +58,35 @@ inline void load_as(const void* data, int64_t stride, int64_t n, T* out, const C
   }
 }
 
+// A vector of bfloat16 or of half numbers that lie together, as float.
+typedef uint16_t HalfLine __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+inline Vec<float> bfloat16_line(const uint16_t* x) {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const HalfLine*>(x), Bits) << 16);
+}
+inline Vec<float> half_line(const uint16_t* x) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes > 16) {
+    Vec<float> line;
+    asm("vcvtph2ps %1, %0" : "=v"(line) : "m"(*reinterpret_cast<const HalfLine*>(x)));
+    return line;
+  }
+#endif
+  Vec<float> line;
+  for (int k = 0; k < kLanes<float>; ++k) line[k] = half_to_float(x[k]);
+  return line;
+}
+
+// Numbers of a half type, whole vectors of them at a time where they lie together.
+template <class T, class Line, class Convert>
+inline void load_half_type(const void* data, int64_t stride, int64_t n, T* out, const Line& line, const Convert& one) {
+  const uint16_t* x = static_cast<const uint16_t*>(data);
+  int64_t k = 0;
+  if constexpr (sizeof(T) == 4)
+    for (; stride == 1 && k + kLanes<T> <= n; k += kLanes<T>) store<T>(out + k, line(x + k));
+  load_as<T, uint16_t>(x + k * stride, stride, n - k, out + k, one);
+}
+
 inline int64_t bytes(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
 
 inline char* row_address(const Rows& rows, int64_t b, int64_t t) {
@@ -76,10 +105,10 @@ inline void load_row(const Rows& rows, int64_t b, int64_t t, int64_t n, int64_t 
       load_as<T, double>(data, rows.element, n, out, [](double x) { return x; });
       break;
     case Type::kHalf:
-      load_as<T, uint16_t>(data, rows.element, n, out, half_to_float);
+      load_half_type(data, rows.element, n, out, half_line, half_to_float);
       break;
     case Type::kBFloat16:
-      load_as<T, uint16_t>(data, rows.element, n, out, bfloat16_to_float);
+      load_half_type(data, rows.element, n, out, bfloat16_line, bfloat16_to_float);
       break;
   }
   for (int64_t k = n; k < padded; ++k) out[k] = 0;
@@ -112,9 +141,6 @@ inline void put_row(bool adds, const Rows& rows, int64_t b, int64_t t, int64_t n
   T* sum = reinterpret_cast<T*>(row_address(rows, b, t));
   for (int64_t k = 0; k < n; ++k) sum[k] += x[k];
 }
-
-template <class T>
-constexpr Type kTypeOf = sizeof(T) == 4 ? Type::kFloat : Type::kDouble;
 
 // max |x| over vectors of numbers; infinity if one is not finite.
 template <class T>

@@ -17,11 +17,11 @@ inline void check_inputs(const Tensor& query, const Tensor& key, const Tensor* v
   STD_TORCH_CHECK(query.size(0) == batch, "attnext: query has batch size ", query.size(0), ", key ", batch);
   check_shape(query, "query", by_query(query, key.size(2)));
   check_shape(key, "key", {batch, keys, key.size(2)});
-  check_dtype(key, query);
+  check_memory(key, "key", query);
   if (!value) return;
   check_rank(*value, "value", 3);
   check_shape(*value, "value", {batch, keys, value->size(2)});
-  check_dtype(*value, query);
+  check_memory(*value, "value", query);
 }
 
 template <class T>
@@ -108,7 +108,7 @@ struct Gradients {
       : setup(setup),
         grad_query(empty(Shape(query), dtype_of(query))),
         grad_key(empty(Shape(key), dtype_of(key))),
-        grad_value(empty(value ? Shape(*value) : Shape{0}, dtype_of(query))) {
+        grad_value(empty(value ? Shape(*value) : Shape{0}, dtype_of(value ? *value : query))) {
     const Problem<T>& p = setup.problem;
     g.problem = p;
     // Few batch rows are split by keys, each part with its own sums for the queries, as long as those stay small beside

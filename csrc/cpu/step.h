@@ -672,16 +672,19 @@ void query_backward(const StepBackward<T>& all, int64_t task, T* memory) {
   Problem<T>& p = g.step.problem;
   p = of_row(p, task / p.queries);
   const StepTile<T> m(g.step, memory);
-  T *e = memory, *unused = e + p.padded;
-  const StepGradients<T> q = begin_query(g, m, task, unused + p.padded);
+  T *e = memory, *unused = e + p.padded, *keys = unused + p.padded;
+  const StepGradients<T> q = begin_query(g, m, task, keys + kKeyTile * row_of(p.padded));
   const int64_t at = q.b * p.keys;
-  const bool prepared = p.exp_key != nullptr;
+  const bool prepared = p.exp_key.data != nullptr;
   const T limit = prepared ? exponential_row(p.query, q.b, q.i, p.features, p.padded, e) : T(0);
   if (prepared && range_of(p, limit, largest(p.key_limit + at, q.last)) != Range::kFar) {
-    const T* f = p.exp_key + at * p.padded;
-    int64_t j = 0;
-    for (; j + 4 <= q.last; j += 4) near_query_gradients<T, 4>(p.padded, e, f + j * p.padded, q.ds + j, q.grad_query);
-    for (; j < q.last; ++j) near_query_gradients<T, 1>(p.padded, e, f + j * p.padded, q.ds + j, q.grad_query);
+    for (int64_t j0 = 0; j0 < q.last; j0 += kKeyTile) {
+      const int64_t nj = q.last - j0 < kKeyTile ? q.last - j0 : kKeyTile;
+      const T *f = exponential_tile(p, q.b, j0, nj, keys), *ds = q.ds + j0;
+      int64_t j = 0;
+      for (; j + 4 <= nj; j += 4) near_query_gradients<T, 4>(p.padded, e, f + j * p.padded, ds + j, q.grad_query);
+      for (; j < nj; ++j) near_query_gradients<T, 1>(p.padded, e, f + j * p.padded, ds + j, q.grad_query);
+    }
     for (int64_t d = 0; d < p.padded; ++d) q.grad_query[d] *= p.v.gain[d];
   } else {
     T ds_sum = 0;

@@ -17,13 +17,10 @@ struct Attended {
   int64_t score, rule;
 };
 
-template <class T>
-constexpr Type kType = sizeof(T) == 4 ? Type::kFloat : Type::kDouble;
-
 // Rows of T for N hypotheses, so many of each sentence.
 template <class T>
 Rows rows_at(const T* data, int64_t row, int64_t queries) {
-  return {const_cast<T*>(data), queries * row, row, 1, kType<T>};
+  return {const_cast<T*>(data), queries * row, row, 1, kTypeOf<T>};
 }
 
 // The tensor's numbers, which must be contiguous.
@@ -187,7 +184,7 @@ class StepAttention {
     const int64_t keys = p.keys, places = s.channels * s.width * s.padded_filters;
     const int64_t projection = s.projection ? s.filter_count * p.padded : 0;
     g.tasks = backward_tasks(), g.adds = true;
-    g.grad_key = {x.key, keys * p.features, p.features, 1, kType<T>};
+    g.grad_key = {x.key, keys * p.features, p.features, 1, kTypeOf<T>};
     g.grad_weights = rows_at(x.coming, keys, p.queries);
     for (int64_t c = 0; c < s.channels; ++c) g.grad_past[c] = rows_at(x.of_past[c], keys, p.queries);
     g.grad_weight = x.weight, g.grad_filters = x.filters, g.grad_projection = x.projection;

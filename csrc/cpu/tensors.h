@@ -128,6 +128,13 @@ inline void check_dtype(const Tensor& x, const Tensor& query) {
   STD_TORCH_CHECK(dtype_of(x) == dtype_of(query), "attnext: the inputs differ in dtype");
 }
 
+// Keys and values may be held in a half type beside queries of float32.
+inline void check_memory(const Tensor& x, const char* name, const Tensor& query) {
+  const int32_t dtype = dtype_of(x), wanted = dtype_of(query);
+  const bool held = wanted == kFloatDtype && (dtype == kHalfDtype || dtype == kBFloat16Dtype);
+  STD_TORCH_CHECK(dtype == wanted || held, "attnext: ", name, " has neither the query's dtype nor a half type");
+}
+
 inline Mask mask_of(const Optional& mask, int64_t batch, int64_t queries, int64_t keys) {
   if (!mask) return {};
   STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "attnext: mask must be bool");
