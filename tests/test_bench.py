@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from attnext import dot
+from attnext._support import InputError
 from attnext.attention.family import FAMILY
 from attnext.bench import (
     calls,
@@ -927,6 +929,21 @@ class TestMarkdown:
         assert message in shown.err
         assert str(bad) in shown.err
         assert shown.err.count("\n") == 1
+
+    def test_the_readme_has_the_stored_runs(self, tmp_path: Path) -> None:
+        """What differs is to be put there by ``make tables``."""
+        if not (ROOT / "benchmarks").is_dir():
+            pytest.skip("the runs are in the repository only")
+        tables = runpy.run_path(str(ROOT / "benchmarks/tables.py"))
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert tables["put"](readme, tables["made"]()) == readme
+        report.save(tmp_path / "b.json", self.stored(threads=1))
+        report.save(tmp_path / "a.json", self.stored())
+        changed = tables["put"](readme, tables["made"](tmp_path))
+        assert changed.index("AVX2, 2 threads\n") < changed.index("AVX2, one thread\n")
+        assert tables["put"](changed, tables["made"]()) == readme
+        with pytest.raises(InputError, match="no place for the tables"):
+            tables["put"](readme.replace(tables["END"], ""), "")
 
 
 class TestPicture:
