@@ -17,7 +17,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(filter csrc/%,$(CXX_FILES))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test fuzz mutants peers demo bench lint format clean
+.PHONY: help install test fuzz mutants peers demo bench tables lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -53,6 +53,9 @@ demo: .venv/installed  ## train the demo model for DEMO_SECONDS and show what it
 
 bench: .venv/installed  ## measure the kernels against their peers
 	$(BIN)/attnext bench
+
+tables: .venv/installed  ## write what benchmarks/results has into the README
+	$(BIN)/python benchmarks/tables.py
 
 lint: .venv/installed  ## check style, types and format
 	$(BIN)/ruff check

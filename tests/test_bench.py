@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from attnext import dot
+from attnext._support import InputError
 from attnext.attention.family import FAMILY
 from attnext.bench import (
     calls,
@@ -186,8 +189,13 @@ class TestCommand:
         ]  # fmt: skip
         for result in document["results"]:
             assert len(result["seconds"]) >= 3
+            assert result["seconds"] == [float(f"{x:.4g}") for x in result["seconds"]]
+        assert len(re.findall(r'"seconds": \[[-\d.e]+(, [-\d.e]+)+\]$', path.read_text(), re.MULTILINE)) == len(found)
         assert document["versions"]["torch"] == torch.__version__
         assert document["threads"] == 1
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT.*", document["date"])
+        assert str(ROOT) not in json.dumps(document["machine"])
+        assert ("avx2" in document["capabilities"]) == bool(torch.cpu.get_capabilities().get("avx2"))
         assert document["machine"]["cpu"] in shown.out
         assert document["device"] == "cpu"
         assert document["peaks"]["read_bandwidth"] > 0
@@ -323,6 +331,10 @@ class TestCommand:
         assert max(map(len, shown.splitlines())) <= 80
         assert "threads: one against 2" in shown
         assert f"{growth[0]['exponent']:.2f}" in shown
+        assert bench("--markdown", str(path)) == 0
+        shown = capsys.readouterr().out
+        assert "\n\n**linearity**: time grows as a size to the power of\n\n| kind " in shown
+        assert "\n| several heads, additive | " in shown
         assert bench("--cases", "threads", "--threads", "1") == 0
         assert "the study of threads was left out" in capsys.readouterr().out
 
@@ -341,6 +353,7 @@ class TestDotGrid:
         ]
         for row in rows:
             assert list(row["seconds"]) == ["attnext", "kernel", "products", "attention", "eager"]
+            assert {len(samples) for samples in row["seconds"].values()} == {1}
         assert rows[0]["chosen"] == "kernel"
         shown = capsys.readouterr().out
         assert max(map(len, shown.splitlines())) <= 80
@@ -671,7 +684,7 @@ class TestSteps:
         assert steps_table.by_round([2.0, 4.0, 6.0], [1.0, 4.0, 2.0]) == [2.0, 1.0, 3.0]
         # Twice as many samples of the faster one: two in each round.
         assert steps_table.by_round([8.0, 12.0], [1.0, 3.0, 2.0, 4.0]) == [4.0, 4.0]
-        assert [steps_table._short(x) for x in (0.854, 9.994, 9.996, 99.9, 123.4)] == [
+        assert [steps_table.short(x) for x in (0.854, 9.994, 9.996, 99.9, 123.4)] == [
             "0.85", "9.99", "10.0", "99.9", "123",
         ]  # fmt: skip
 
@@ -778,6 +791,159 @@ class TestCompare:
             error = capsys.readouterr().err
             assert message in error
             assert error.count("\n") == 1
+
+
+class TestMarkdown:
+    def stored(self, **changes: Any) -> dict[str, Any]:
+        """A run of two cases, one of which jax does not serve, and of two studies."""
+        run = document(**{"attnext cpu": [2.0, 3.0, 4.0], "eager": [3.0, 3.0, 3.0], "jax": [30.0, 30.0, 30.0]})
+        one, two, _ = run["results"]
+        run["results"] += [
+            result | {"case": "half", "dtype": "float16", "sizes": "B 2", "seconds": [x / 2 for x in result["seconds"]]}
+            for result in (one, two)
+        ]
+        grid = [
+            {"sizes": "1", "kind": "both", "chosen": "kernel", "seconds": {"attnext": [a], "kernel": [b], "eager": [c]}}
+            for a, b, c in ((1.0, 1.0, 2.0), (1.1, 1.0, 1.0), (3.0, 2.0, 2.5))
+        ]
+        run["studies"] |= {"dot-grid": grid, "threads": [{"case": "forward", "threads": 2, "one": 3.0, "all": 2.0}]}
+        run["studies"]["peers"] = [{"program": "of another table"}]
+        machine = {"cpu": "AMD EPYC 7B13 64-Core Processor, 2 logical cores", "extension instructions": "x86-64-v3"}
+        run |= {"machine": machine, "date": "2026-11-30T02:37:31+00:00", "notes": ["something was left out"]}
+        run["command"] = ["attnext", "bench", "--json", "a.json", "--cases", "a,b", "--plot=b.png"]
+        return run | {"peaks": {"multiply_adds": 9.1e10, "read_bandwidth": 3.4e10, "last_level_cache": 1}} | changes
+
+    def lines(self, tmp_path: Path, capsys: Captured, *runs: dict[str, Any]) -> list[str]:
+        paths = [tmp_path / f"{number}.json" for number in range(len(runs))]
+        for path, run in zip(paths, runs, strict=True):
+            report.save(path, run)
+        assert bench("--markdown", *map(str, paths)) == 0
+        return [re.sub(" +", " ", line) for line in capsys.readouterr().out.splitlines()]
+
+    def test_a_section(self, tmp_path: Path, capsys: Captured) -> None:
+        found = self.lines(tmp_path, capsys, self.stored())
+        peaks = "peaks of 91 G multiply-adds/s and 34 GB/s"
+        near = "within 10% of the fastest way: 2 of 3; slower than eager by more: 1"
+        assert [line for line in found if "---" not in line] == [
+            "### AMD EPYC 7B13, AVX2, 2 threads",
+            "",
+            f"2026-11-30, torch 2.13.0, jax None, {peaks}: `attnext bench --cases a,b`.",
+            "",
+            "| case | kind and sizes | attnext | eager takes | jax takes | of bound |",
+            "| forward | forward, B 1 | 3.00 s (2.50 s - 3.50 s) | 1.00x | 10.0x | 0% |",
+            "| half | forward, B 2, float16 | 1.50 s (1.25 s - 1.75 s) | 1.00x | - | 0% |",
+            "",
+            "<details><summary>More of this run</summary>",
+            "",
+            "**memory**: forward + backward, B 16, Tq 128, D 256, H 512; peak beside the inputs",
+            "",
+            "| peer | Tk | median | peak |",
+            *(
+                f"| {peer} | {keys} | {keys}.0 ms | {keys} MiB |"
+                for peer in ("attnext cpu", "eager", "jax")
+                for keys in (32, 64)
+            ),
+            "",
+            f"**dot-grid**: the way that is chosen for dot products, {near}",
+            "",
+            "**threads**: one against 2",
+            "",
+            "| case | one | all | ratio |",
+            "| forward | 3.00 s | 2.00 s | 1.50x |",
+            "",
+            "</details>",
+            "",
+            "- something was left out",
+        ]
+        assert len([line for line in found if re.fullmatch(r"\|(-+\|)+", line)]) == 3  # a table each
+
+    def test_lines_under_a_table(self, tmp_path: Path, capsys: Captured) -> None:
+        row = {"model": "small", "batch": 1, "source": 2, "target": 3, "seconds": {"attnext": 1.0}}
+        row |= {"shares": {"attnext": {"products": 1.0}}, "peaks": {"attnext": 1 << 20}}
+        found = self.lines(tmp_path, capsys, self.stored(studies={"model": [row]}))
+        start = found.index("| small | 1, 2, 3 | attnext | 1.00 s | 1.00x |")
+        assert found[start + 1 : start + 4] == [
+            "",
+            "- small, attnext: products 100%",
+            "- small: peak of memory: attnext 1 MiB",
+        ]
+
+    @pytest.mark.parametrize(
+        ("changes", "heading"),
+        [
+            (
+                {
+                    "machine": {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz, 8 logical cores",
+                                "extension instructions": "x86-64-v4"},
+                    "capabilities": ["amx_tile", "avx512_f"],
+                    "threads": 1,
+                },
+                "Intel Xeon Platinum 8481C, AVX-512 and AMX, one thread",
+            ),
+            ({"machine": {"cpu": "Intel(R) Xeon(R) Processor, 2 logical cores"}}, "Intel Xeon, 2 threads"),
+            (
+                {
+                    "machine": {"cpu": "a", "torch": "2.13.0 (CUDA 13.0), GPUs: NVIDIA H200"},
+                    "device": "cuda",
+                    "peaks": {"multiply_adds": 0.0, "read_bandwidth": 0.0, "last_level_cache": 1},
+                },
+                "NVIDIA H200",
+            ),
+        ],
+    )  # fmt: skip
+    def test_headings(self, changes: dict[str, Any], heading: str, tmp_path: Path, capsys: Captured) -> None:
+        found = self.lines(tmp_path, capsys, self.stored(**changes))
+        assert found[0] == f"### {heading}"
+        assert ("peaks of" in found[2]) == (heading != "NVIDIA H200")
+
+    def test_files_without_a_date_and_sections_in_their_order(self, tmp_path: Path, capsys: Captured) -> None:
+        old = self.stored(results=[], studies={}, notes=[])
+        del old["date"]
+        found = self.lines(tmp_path, capsys, old, self.stored(threads=1), old)
+        assert [line for line in found if line.startswith("### ")] == [
+            f"### AMD EPYC 7B13, AVX2, {threads}" for threads in ("2 threads", "one thread", "2 threads")
+        ]
+        assert found[:4] == [found[0], "", found[2], ""]
+        assert found[2].startswith("torch 2.13.0, peaks")
+        assert found[-2:] == ["", found[2]]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"schema": 99}, "has schema 99"),
+            ({"studies": {"threads": [{"case": "forward"}]}}, "is not a result of attnext bench --json"),
+            ({"studies": {"threads": ["forward"]}}, "is not a result of attnext bench --json"),
+            ({"machine": {"cpu": 3}}, "is not a result of attnext bench --json"),
+            ({"command": None}, "is not a result of attnext bench --json"),
+        ],
+    )
+    def test_files_that_are_no_results(
+        self, changes: dict[str, Any], message: str, tmp_path: Path, capsys: Captured
+    ) -> None:
+        good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+        report.save(good, self.stored())
+        report.save(bad, self.stored(**changes))
+        assert bench("--markdown", str(good), str(bad)) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert message in shown.err
+        assert str(bad) in shown.err
+        assert shown.err.count("\n") == 1
+
+    def test_the_readme_has_the_stored_runs(self, tmp_path: Path) -> None:
+        """What differs is to be put there by ``make tables``."""
+        if not (ROOT / "benchmarks").is_dir():
+            pytest.skip("the runs are in the repository only")
+        tables = runpy.run_path(str(ROOT / "benchmarks/tables.py"))
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert tables["put"](readme, tables["made"]()) == readme
+        report.save(tmp_path / "b.json", self.stored(threads=1))
+        report.save(tmp_path / "a.json", self.stored())
+        changed = tables["put"](readme, tables["made"](tmp_path))
+        assert changed.index("AVX2, 2 threads\n") < changed.index("AVX2, one thread\n")
+        assert tables["put"](changed, tables["made"]()) == readme
+        with pytest.raises(InputError, match="no place for the tables"):
+            tables["put"](readme.replace(tables["END"], ""), "")
 
 
 class TestPicture:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import attnext
 from attnext import info
-from attnext._support import InputError, writable_file, writable_picture, write_atomically
+from attnext._support import InputError, writable_file, writable_picture
 from attnext.bench import machine, plots, report
 from attnext.bench.cases import CASES, Case
 from attnext.bench.peers import OTHERS, Wrong, ours
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("A", "B"),
         help="measure nothing: what changed from A.json to B.json",
     )
+    add(
+        "--markdown",
+        type=path_argument,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing: what --json wrote as Markdown, a section for each file",
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     listed = [f"  {case.name:<20}{case.kind}, {case}" for case in CASES]
     studies = [f"  {name:<18}{(study.__doc__ or '').partition('.')[0]}" for name, study in STUDIES.items()]
@@ -94,6 +101,11 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         report.compare(console, *args.compare)
         return 0
+    if args.markdown:
+        from attnext.bench import markdown
+
+        print(markdown.sections(args.markdown), end="")
+        return 0
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here")
@@ -112,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     report.show(console, document)
     if args.json is not None:
-        write_atomically(args.json, json.dumps(document, indent=1).encode())
+        report.save(args.json, document)
     if args.plot is not None:
         plots.draw(args.plot, document)
     return 0
@@ -159,7 +171,8 @@ def _measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "schema": report.SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": ["attnext", *sys.argv[1:]],
-        "machine": info.collect(),
+        "machine": info.collect() | {"attnext": attnext.__version__},  # without its folder, as results are shared
+        "capabilities": machine.capabilities(),
         "versions": machine.versions(),
         "commit": machine.commit(),
         "device": args.device,

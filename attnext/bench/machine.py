@@ -16,7 +16,7 @@ import torch
 import attnext
 from attnext import _extension
 
-__all__ = ["Peaks", "commit", "last_level_cache", "multiply_add_rate", "read_bandwidth", "versions"]
+__all__ = ["Peaks", "capabilities", "commit", "last_level_cache", "multiply_add_rate", "read_bandwidth", "versions"]
 
 _READ_BYTES = 256 << 20
 
@@ -90,6 +90,11 @@ def last_level_cache() -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
+
+
+def capabilities() -> list[str]:
+    """The instructions that torch knows of and the processor has."""
+    return sorted(name for name, there in torch.cpu.get_capabilities().items() if there is True)
 
 
 def versions() -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnext._support import InputError
+from attnext._support import InputError, write_atomically
 from attnext.bench.study_tables import STUDIES
 from attnext.bench.tables import WIDTHS, Document, bound, duration, new_table, write
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["SCHEMA", "bound", "compare", "load", "ratio", "show"]
+__all__ = ["SCHEMA", "bound", "bounded", "cells", "compare", "load", "ratio", "save", "show"]
 
 SCHEMA = 1
 
@@ -35,21 +36,22 @@ def show(console: Console, document: Document) -> None:
         write(console, f"\n{name}: {first['kind']}, {first['sizes']}, {first['dtype']}")
         table = new_table("peer", "median", "quartiles", "G el/s", "bound", "attnext is")
         for result in results:
-            table.add_row(*_cells(result, results, document["peaks"]))
+            table.add_row(*cells(result, results, document["peaks"]))
         console.print(table)
     for name, rows in document["studies"].items():
         if rows:
-            STUDIES[name](console, [_bounded(row, document["peaks"]) for row in rows])
+            STUDIES[name](console, bounded(rows, document["peaks"]))
     for line in (*_caption(document), *(f"note: {text}" for text in document["notes"])):
         write(console, line)
 
 
-def _bounded(row: Document, peaks: Document) -> Document:
-    """The row of a study; the time that its work needs at least is there where work is counted."""
-    return row | {"bound": bound(row, peaks)} if "multiply_adds" in row else row
+def bounded(rows: Sequence[Document], peaks: Document) -> list[Document]:
+    """The rows of a study; the time that its work needs at least is there where work is counted."""
+    return [row | {"bound": bound(row, peaks)} if "multiply_adds" in row else row for row in rows]
 
 
-def _cells(result: Document, results: Sequence[Document], peaks: Document) -> tuple[str, ...]:
+def cells(result: Document, results: Sequence[Document], peaks: Document) -> tuple[str, ...]:
+    """A peer's: name, median, quartiles, speed, share of the bound, and how attnext compares."""
     seconds = result["seconds"]
     middle = median(seconds)
     low, _, high = quantiles(seconds, n=4, method="inclusive")
@@ -83,6 +85,13 @@ def _caption(document: Document) -> list[str]:
     if any(result["peer"] == "sdpa" and result.get("score") != "dot" for result in document["results"]):
         lines.append("sdpa beside additive attention is a yardstick of the same sizes, not the same function")
     return lines
+
+
+def save(path: Path, document: Document) -> None:
+    """Writes the JSON, a list of numbers on one line: there are thousands."""
+    text = json.dumps(document, indent=1)
+    lists = re.sub(r"\[\n[^\[\]{}\"]+\n *\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    write_atomically(path, f"{lists}\n".encode())
 
 
 def load(path: Path) -> Document:

@@ -12,7 +12,7 @@ from attnext.bench.tables import Document, duration, new_table, write
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["by_round", "share", "show_steps", "times"]
+__all__ = ["by_round", "share", "short", "show_steps", "times"]
 
 _PEERS = ("eager", "compile")
 _WIDTHS = (22, 8, 5, 19, 19)
@@ -82,10 +82,10 @@ def times(seconds: Sequence[float] | None, other: Sequence[float]) -> str:
         return "-"
     ratios = by_round(seconds, other)
     low, middle, high = quantiles(ratios, n=4, method="inclusive")
-    return f"{_short(middle)}x ({_short(low)} - {_short(high)})"
+    return f"{short(middle)}x ({short(low)} - {short(high)})"
 
 
-def _short(ratio: float) -> str:
+def short(ratio: float) -> str:
     """In four characters, or three beyond 100."""
     return f"{ratio:.{2 if ratio < 9.995 else 1 if ratio < 99.95 else 0}f}"
 

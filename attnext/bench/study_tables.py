@@ -12,7 +12,7 @@ from attnext.bench.tables import Document, duration, new_table, write
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["STUDIES"]
+__all__ = ["STUDIES", "show_dot_grid_summary"]
 
 
 def _show_threads(console: Console, rows: Sequence[Document]) -> None:
@@ -100,14 +100,24 @@ def _show_dot_grid(console: Console, rows: Sequence[Document]) -> None:
     others = [name for name in rows[0]["seconds"] if name != "attnext"]
     widths = (18, 7, 9, 7, 6, 8, 9, 6)
     table = new_table("B, Tq, Tk, D", "kind", "chosen", "attnext", *others, widths=widths)
-    near, slower = 0, 0
     for row in rows:
         ours, *rest = (median(row["seconds"][name]) for name in ("attnext", *others))
-        near, slower = near + (ours <= 1.1 * min(rest)), slower + (ours > 1.1 * rest[others.index("eager")])
         cells = (f"{seconds / ours:.2f}x" for seconds in rest)
         table.add_row(row["sizes"], row["kind"], row["chosen"], duration(ours), *cells)
     console.print(table)
-    write(console, f"within 10% of the fastest way: {near} of {len(rows)}; slower than eager by more: {slower}")
+    write(console, _dot_grid_summary(rows))
+
+
+def show_dot_grid_summary(console: Console, rows: Sequence[Document]) -> None:
+    """The grid in a line."""
+    write(console, f"\ndot-grid: the way that is chosen for dot products, {_dot_grid_summary(rows)}")
+
+
+def _dot_grid_summary(rows: Sequence[Document]) -> str:
+    times = [{name: median(samples) for name, samples in row["seconds"].items()} for row in rows]
+    near = sum(one["attnext"] <= 1.1 * min(one.values()) for one in times)
+    slower = sum(one["attnext"] > 1.1 * one["eager"] for one in times)
+    return f"within 10% of the fastest way: {near} of {len(rows)}; slower than eager by more: {slower}"
 
 
 def _show_code_bases(console: Console, rows: Sequence[Document]) -> None:

@@ -75,9 +75,13 @@ def interleaved(runs: Mapping[str, Run], plan: Plan, name: str = "") -> dict[str
     """Seconds of a call of each run, sampled round by round; the runs are warm.
 
     A sample is the mean of a block of calls that lasts two milliseconds, or of one call that is longer. On CUDA it is
-    one call between two events, after what the second-level cache held was written over.
+    one call between two events, after what the second-level cache held was written over. Four digits are kept.
     """
-    take = _on_cuda() if plan.device == "cuda" else _on_cpu
+    timed = _on_cuda() if plan.device == "cuda" else _on_cpu
+
+    def take(run: Run, calls: int) -> float:
+        return float(f"{timed(run, calls):.4g}")
+
     with _no_collection():
         once = {peer: take(run, 1) for peer, run in runs.items()}
         calls = {peer: 1 if plan.device == "cuda" else math.ceil(_BLOCK_SECONDS / t) for peer, t in once.items()}
