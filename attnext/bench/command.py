@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     listed = [f"  {case.name:<20}{case.kind}, {case}" for case in CASES]
-    studies = [f"  {name:<18}{(study.__doc__ or '').partition('.')[0]}" for name, study in STUDIES.items()]
+    studies = [f"  {name:<20}{(study.__doc__ or '').partition('.')[0]}" for name, study in STUDIES.items()]
     parser.epilog = "\n".join(["cases:", *listed, "studies, named like cases:", *studies])
 
 
