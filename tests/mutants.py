@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant("attnext/seq2seq/search.py", "cut = self.limits[self.rows] <= steps", "cut = self.limits[self.rows] < steps",
            "test_search.py"),
     Mutant("attnext/seq2seq/search.py", "key=lambda one: -one.score", "key=lambda one: one.score", "test_search.py"),
-    Mutant("attnext/seq2seq/together.py", " - math.log(len(each))", "", "test_together.py"),
+    Mutant("attnext/seq2seq/together.py", "each.logsumexp(0)", "each.mean(0)", "test_together.py"),
     Mutant("attnext/seq2seq/training.py", " * bool(own)", "", "test_training.py test_runs.py"),
     Mutant("attnext/seq2seq/training.py", "9.0 / (self.progress.step + 10)", "0.0", "test_training.py"),
     Mutant("attnext/seq2seq/evaluation.py", "one), -len(one)) for one", "one), len(one)) for one",

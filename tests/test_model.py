@@ -15,6 +15,7 @@ from seq2seq_cases import (
 )
 
 import attnext
+from attnext.backends import cpu
 from attnext.seq2seq.checkpoint import tensors_of
 from attnext.seq2seq.data import (
     PAD,
@@ -85,3 +86,21 @@ def test_padding_gets_no_loss_and_no_gradient(attention: str) -> None:
         assert grad is not None
         assert parameter.grad is not None
         assert torch.equal(grad, parameter.grad)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("dtype", "has_products"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_the_encoder_stays_in_float32_where_autocast_has_no_products_for_it(
+    dtype: torch.dtype, has_products: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16, whose gradients need a scaled loss, and in bfloat16 on a processor without instructions for it."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: has_products)
+    encoder = tiny(dtype=torch.float32).encoder
+    source = pad([LETTERS.read(word) for word in ("attention", "ox")])
+    with torch.no_grad(), attnext.use_backend(backend), torch.autocast("cpu", dtype):
+        found = encoder(*source)
+    with torch.no_grad(), attnext.use_backend(backend):
+        expected = encoder(*source)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y)

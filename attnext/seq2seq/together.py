@@ -92,8 +92,8 @@ class _Opened:
         logits, states, weights = zip(*found, strict=True)
         # Of outputs alone: padding and the start mark, numbered below the end mark, are none.
         each = torch.stack([one[..., END:].float().log_softmax(-1) for one in logits])
-        mean = each.logsumexp(0) - math.log(len(each))
-        mean = nn.functional.pad(mean, (END, 0), value=-math.inf)
+        # The mean of their probabilities, but for a factor: of logits no search takes notice of it.
+        mean = nn.functional.pad(each.logsumexp(0), (END, 0), value=-math.inf)
         return mean, _Several(states), torch.stack(weights).mean(0) if need_weights else None
 
     def greedy(
