@@ -292,13 +292,21 @@ def monotonic_weights(energies: Tensor, previous: Tensor) -> Tensor:
 
 
 def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None) -> Tensor:
-    """Forward attention of (..., Tk); see :func:`attnext.alignments.forward_weights`."""
+    """Forward attention of (..., Tk); see :func:`attnext.alignments.forward_weights`.
+
+    Exponentials of the scores times the mixture, over their sum. With a softmax in their place, itself divided by its sum,
+    gradients would lose the more digits, the less a key of a large score is reached.
+    """
     moved = torch.cat([torch.zeros_like(previous[..., :1]), previous[..., :-1]], -1)
     mix = previous + moved if transition is None else (1.0 - transition) * previous + transition * moved
     hidden = scores == -torch.inf
     out_of_reach = hidden | (mix <= 0.0)
-    weights = (mix * normalize(scores, "softmax")).masked_fill(out_of_reach, 0.0)
-    total = weights.sum(-1, keepdim=True)
-    none = total <= 0.0
-    weights = (weights / torch.where(none, 1.0, total)).masked_fill(out_of_reach, 0.0)  # 0 over NaN
+    none = out_of_reach.all(-1, keepdim=True)
+    scores = scores.masked_fill(out_of_reach, -torch.inf)
+    top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else 0.0
+    weights = mix * (scores.masked_fill(none, 0.0) - torch.where(none, 0.0, top)).exp()
+    weights = weights.masked_fill(out_of_reach, 0.0)
+    weights = (weights / torch.where(none, 1.0, weights.sum(-1, keepdim=True))).masked_fill(
+        out_of_reach, 0.0
+    )  # over NaN
     return torch.where(none, previous.masked_fill(hidden, 0.0), weights)

@@ -34,11 +34,17 @@ void dot_forward(const Forward<T>& f, int64_t task, T* scratch) {
   const auto [b, i0, ni] = block;
   const ForwardScratch<T> m(p, scratch);
   for (int64_t i = 0; i < ni; ++i) scaled_query(p, b, i0 + i, m.query + i * row_of(p.padded));
-  attend(f, block, m, [&, b = b, i0 = i0, ni = ni](int64_t j0, int64_t nj) {
-    const RowTile<T> key = key_tile(p, b, j0, nj, p.shared ? m.values : m.keys);
+  RowTile<T> key{};
+  const auto score = [&, b = b, i0 = i0, ni = ni](int64_t j0, int64_t nj) {
+    if constexpr (sizeof(T) == 4)
+      if (ni == 1 && lies_ready(p, p.key, p.features, p.padded))
+        return with_half_type(p.key.type, row_address(p.key, b, j0),
+                              [&](const auto* k) { row_dots(m.query, k, p.key.row, nj, p.padded, m.tile); });
+    key = key_tile(p, b, j0, nj, p.shared ? m.values : m.keys);
     dot_scores(p, {b, i0, ni, j0, nj}, m.query, key, m.tile, kKeyTile);
-    return p.shared ? key : value_tile(p, b, j0, nj, m.values);
-  });
+  };
+  const auto value = [&, b = b](int64_t j0, int64_t nj) { return p.shared ? key : value_tile(p, b, j0, nj, m.values); };
+  attend(f, block, m, score, value);
 }
 
 // Adds what a tile of slots gives to the gradients of its queries, keys and values.

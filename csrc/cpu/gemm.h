@@ -71,23 +71,26 @@ inline void product_columns(const Product<T>& p, int64_t row, int64_t column, in
   if constexpr (N > 1) product_columns<T, I, N / 2>(p, row, column, end);
 }
 
-// A single row of C: B goes by row by row, as memory has it, four rows to each pass over C.
-template <class T>
-inline void product_row(const Product<T>& p, int64_t row, int64_t columns) {
+// Rows from which the next but so many is fetched, where one after another is read.
+constexpr int64_t kRowsAhead = 4;
+
+// A single row of C: B, which may be of a half type, goes by row by row, as memory has it, four rows to each pass over
+// C.
+template <class T, class Stored>
+inline void product_row(T* c, const T* a, int64_t a_column, const Stored* b, int64_t step, int64_t depth,
+                        int64_t columns) {
   constexpr int W = kLanes<T>;
-  const T *a = p.a + row * p.a_row, *b = p.b;
-  T* c = p.c + row * p.c_row;
-  const int64_t step = p.b_row;
   int64_t k = 0;
-  for (; k + 4 <= p.depth; k += 4, b += 4 * step, a += 4 * p.a_column) {
-    const T a0 = a[0], a1 = a[p.a_column], a2 = a[2 * p.a_column], a3 = a[3 * p.a_column];
+  for (; k + 4 <= depth; k += 4, b += 4 * step, a += 4 * a_column) {
+    const T a0 = a[0], a1 = a[a_column], a2 = a[2 * a_column], a3 = a[3 * a_column];
     for (int64_t n = 0; n < columns; n += W) {
-      const T* x = b + n;
+      const Stored* x = b + n;
+      fetch_ahead(b + 4 * (step + n), 4 * W * sizeof(Stored));  // four rows at a time, the processor sees no pattern
       store<T>(c + n, load(c + n) +
                           ((a0 * load(x) + a1 * load(x + step)) + (a2 * load(x + 2 * step) + a3 * load(x + 3 * step))));
     }
   }
-  for (; k < p.depth; ++k, b += step, a += p.a_column)
+  for (; k < depth; ++k, b += step, a += a_column)
     for (int64_t n = 0; n < columns; n += W) add_to<T>(c + n, *a * load(b + n));
 }
 
@@ -101,7 +104,7 @@ inline void product_rows(const Product<T>& p, int64_t row, int64_t end, int64_t 
     for (; row + I <= end; row += I) product_columns<T, I, N>(p, row, 0, columns);
     product_rows<T, (I > 8 ? 8 : I > 4 ? 4 : I / 2)>(p, row, end, columns);
   } else if (row < end) {
-    product_row(p, row, columns);
+    product_row(p.c + row * p.c_row, p.a + row * p.a_row, p.a_column, p.b, p.b_row, p.depth, columns);
   }
 }
 template <class T>
@@ -147,15 +150,17 @@ inline void dots(const T* a, int64_t a_row, const T* b, int64_t b_row, int64_t n
     for (int j = 0; j < J && j < nj; ++j) out[i * out_row + j] = lanes[i * J + j];
 }
 
-// The same for one row of a: row by row of b, as memory has it. Rows of out have room for whole vectors.
-template <class T>
-inline void row_dots(const T* a, const T* b, int64_t b_row, int64_t nj, int64_t size, T* out) {
+// The same for one row of a: row by row of b, which may be of a half type, as memory has it. Rows of out have room for
+// whole vectors.
+template <class T, class Stored>
+inline void row_dots(const T* a, const Stored* b, int64_t b_row, int64_t nj, int64_t size, T* out) {
   constexpr int W = kLanes<T>;
   for (int64_t j = 0; j < nj; j += W) {
     Vec<T> sum[W];
     for (int k = 0; k < W; ++k) sum[k] = Vec<T>{};
     for (int64_t k = 0; k < W && j + k < nj; ++k) {
-      const T* row = b + (j + k) * b_row;
+      const Stored* row = b + (j + k) * b_row;
+      fetch_ahead(row + kRowsAhead * b_row, size * int64_t(sizeof(Stored)));
       Vec<T> part0 = {}, part1 = {}, part2 = {}, part3 = {};
       int64_t h = 0;
       for (; h + 4 * W <= size; h += 4 * W) {

@@ -36,8 +36,8 @@ constexpr int kVectorBytes = ATTNEXT_VECTOR_BYTES, kRegisters = ATTNEXT_REGISTER
 
 // clang-format off: each builds on those above it
 #include "cpu/vec.h"
-#include "cpu/gemm.h"
 #include "cpu/rows.h"
+#include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/gradients.h"
 #include "cpu/dot.h"

@@ -123,14 +123,14 @@ inline Vec<T> folded_sum(const T* ce, const Vec<T> (&f)[2], const Vec<T> (&c)[2]
   const Vec<T> y0 = load(ce) * f[0] + c[0], y1 = load(ce + kLanes<T>) * f[1] + c[1];
   return quotient<T>(y0 + y1, y0 * y1);
 }
-template <class T, int N>
-inline void load_some(const T* p, Vec<T> (&x)[N]) {
-  UNROLL for (int n = 0; n < N; ++n) x[n] = load(p + n * kLanes<T>);
+template <class V, class Stored, int N>
+inline void load_some(const Stored* p, V (&x)[N]) {
+  UNROLL for (int n = 0; n < N; ++n) x[n] = load(p + n * int(sizeof(V) / sizeof(x[0][0])));
 }
 
-// Adds w_d r_ijd of N vectors of features from d on to sum[i][j].
-template <class T, int N>
-inline void folded_features(const Problem<T>& p, const T* ce, int64_t ni, const T* f, int64_t nj, int64_t d,
+// Adds w_d r_ijd of N vectors of features from d on to sum[i][j]. F may be of a half type.
+template <class T, int N, class Stored>
+inline void folded_features(const Problem<T>& p, const T* ce, int64_t ni, const Stored* f, int64_t nj, int64_t d,
                             Vec<T>* sum) {
   // In variables of their own: a store to sum could change what p refers to, for all the compiler knows.
   const int64_t padded = p.padded, row = row_of(padded);
@@ -143,8 +143,8 @@ inline void folded_features(const Problem<T>& p, const T* ce, int64_t ni, const 
 }
 
 // All features.
-template <class T>
-inline void folded_block(const Problem<T>& p, const T* ce, int64_t ni, const T* f, int64_t nj, Vec<T>* sum) {
+template <class T, class Stored>
+inline void folded_block(const Problem<T>& p, const T* ce, int64_t ni, const Stored* f, int64_t nj, Vec<T>* sum) {
   constexpr int W = kLanes<T>;
   const int64_t padded = p.padded;
   int64_t d = 0;
@@ -247,13 +247,32 @@ inline void block_scores(const Problem<T>& p, const T* e, int64_t ni, const T* f
   for (int64_t k = 0; k < ni * J; ++k) sum[k] = Vec<T>{};
   if constexpr (Capped) {
     capped_block(p, e, ni, f, nj, sum);
-  } else if (ni > 1) {
+  } else {
     folded_block(p, e, ni, f, nj, sum);
-  } else {  // key by key: a step waits for memory, which is fastest in the order of its addresses
-    for (int64_t k = 0; k < nj; ++k) folded_block(p, e, 1, f + k * p.padded, 1, sum + k);
   }
   for (int64_t k = 0; k < ni; ++k)
     for (int64_t l = 0; l < J; l += W) store<T>(out + k * out_row + l, size.of(lane_sums<T>(sum + k * J + l)));
+}
+
+template <class T>
+inline Size<T> folded_size(const Problem<T>& p) {
+  return {Folding<T>::unit, p.v.limit};
+}
+
+// The scores of one query, key by key: a step waits for memory, which is fastest in the order of its addresses.
+template <class T, class Stored>
+inline void row_scores(const Problem<T>& p, const T* ce, const Stored* f, int64_t nj, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int64_t j = 0; j < nj; j += W) {
+    Vec<T> sum[W];
+    for (int k = 0; k < W; ++k) sum[k] = Vec<T>{};
+    for (int64_t k = 0; k < W && j + k < nj; ++k) {
+      const Stored* row = f + (j + k) * p.padded;
+      fetch_ahead(row + kRowsAhead * p.padded, p.padded * int64_t(sizeof(Stored)));
+      folded_block(p, ce, 1, row, 1, sum + k);
+    }
+    store<T>(out + j, folded_size(p).of(lane_sums<T>(sum)));
+  }
 }
 
 // Block by block. Rows of out have room for whole blocks; what lies beyond nj is not a score.
@@ -261,9 +280,10 @@ template <class T, bool Capped>
 inline void near_scores(const Problem<T>& p, const Tile<T>& t, T* out, int64_t out_row) {
   constexpr bool in_registers = kRegisters > 16 && !Capped;
   constexpr int J = kBlockKeys<T>, I = in_registers ? kLanes<T> / 2 : kBlockQueries;
+  if (!Capped && t.ni == 1) return row_scores(p, t.folded, t.f, t.nj, out);
   const int64_t row = row_of(p.padded);
   const T* e = Capped ? t.e : t.folded;
-  const Size<T> size = Capped ? Size<T>{T(1), T(1)} : Size<T>{Folding<T>::unit, p.v.limit};
+  const Size<T> size = Capped ? Size<T>{T(1), T(1)} : folded_size(p);
   for (int64_t j = 0; j < t.nj; j += J) {
     const int64_t nj = t.nj - j < J ? t.nj - j : J;
     for (int64_t i = 0; i < t.ni; i += I) {
@@ -402,6 +422,12 @@ inline RowTile<T> row_tile(const Problem<T>& p, const Rows& rows, int64_t n, int
   return {scratch, row_of(padded), finite};
 }
 
+// Whether one query takes rows of a half type from where they lie, without a copy.
+template <class T>
+inline bool lies_ready(const Problem<T>& p, const Rows& rows, int64_t n, int64_t padded) {
+  return sizeof(T) == 4 && is_half_type(rows.type) && rows.element == 1 && n == padded && !p.mask.data;
+}
+
 template <class T>
 inline RowTile<T> value_tile(const Problem<T>& p, int64_t b, int64_t j0, int64_t nj, T* scratch) {
   return row_tile(p, p.value, p.values, p.padded_values, b, j0, nj, scratch);
@@ -457,6 +483,19 @@ inline void add_rows(const Product<T>& x, int64_t rows, int64_t columns, bool fi
     }
 }
 
+// Adds the weighted values of keys [j0, j0 + nj) to the context of one query; hidden values are 0.
+template <class T>
+inline void add_values_of_one(const Problem<T>& p, int64_t b, int64_t j0, int64_t nj, const T* weights, T* copy,
+                              T* context) {
+  if constexpr (sizeof(T) == 4)
+    if (lies_ready(p, p.value, p.values, p.padded_values))
+      return with_half_type(p.value.type, row_address(p.value, b, j0), [&](const auto* h) {
+        product_row(context, weights, 1, h, p.value.row, nj, p.padded_values);
+      });
+  const RowTile<T> value = value_tile(p, b, j0, nj, copy);
+  product_row(context, weights, 1, value.data, value.row, nj, p.padded_values);
+}
+
 // p from scores and their log-sum-exp: at most 1, and 0 in hidden slots also where the row's sum is NaN.
 template <class T>
 inline Vec<T> weights_of(Vec<T> score, T log_sum_exp) {
@@ -509,10 +548,11 @@ struct ForwardScratch {
   T* scores;  // (kQueryBlock, round_up(Tk)), only with weights
 };
 
-// The attention of a block of queries. score(j0, nj) puts the scores of a tile of keys into m.tile, and returns the
-// tile's values.
-template <class T, class Score>
-inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardScratch<T>& m, const Score& score) {
+// The attention of a block of queries. score(j0, nj) puts the scores of a tile of keys into m.tile, and then value(j0,
+// nj) gives the tile's values.
+template <class T, class Score, class Value>
+inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardScratch<T>& m, const Score& score,
+                   const Value& value) {
   const Problem<T>& p = f.problem;
   const auto [b, i0, ni] = block;
   const int64_t length = length_of(p, b), context_row = row_of(p.padded_values), all_keys = round_up(p.keys, kKeyTile);
@@ -522,7 +562,7 @@ inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardSc
   for (int64_t k = 0; k < ni * context_row; ++k) m.context[k] = 0;
   for (int64_t j0 = 0; j0 < length; j0 += kKeyTile) {
     const int64_t nj = length - j0 < kKeyTile ? length - j0 : kKeyTile, padded_keys = round_up(nj, kLanes<T>);
-    const RowTile<T> value = score(j0, nj);
+    score(j0, nj);
     for (int64_t i = 0; i < ni; ++i) {
       T* s = m.tile + i * kKeyTile;
       for (int64_t j = nj; j < padded_keys; ++j) s[j] = kHidden<T>;
@@ -530,8 +570,13 @@ inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardSc
       softmax_step(s, padded_keys, m.maximum[i], m.sum[i], m.context + i * context_row, p.padded_values);
       if (p.keep_threshold) drop(p, b, i0 + i, j0, nj, s);
     }
-    add_rows<T>({m.context, context_row, m.tile, kKeyTile, 1, value.data, value.row, nj}, ni, p.padded_values,
-                value.finite);
+    if (ni == 1 && lies_ready(p, p.value, p.values, p.padded_values)) {
+      add_values_of_one(p, b, j0, nj, m.tile, m.values, m.context);
+      continue;
+    }
+    const RowTile<T> tile = value(j0, nj);
+    add_rows<T>({m.context, context_row, m.tile, kKeyTile, 1, tile.data, tile.row, nj}, ni, p.padded_values,
+                tile.finite);
   }
   for (int64_t i = 0; i < ni; ++i) {
     T* c = m.context + i * context_row;
@@ -553,11 +598,18 @@ void forward(const Forward<T>& f, int64_t task, T* scratch) {
   for (int64_t i = 0; i < ni; ++i)
     m.limit[i] = exponential_row(p.query, b, i0 + i, p.features, p.padded, m.query + i * row_of(p.padded));
   const T query_limit = largest(m.limit, ni);
-  attend(f, block, m, [&, b = b, i0 = i0, ni = ni](int64_t j0, int64_t nj) {
-    const int64_t at = b * p.keys + j0;
-    const Range range = range_of(p, query_limit, largest(p.key_limit + at, nj));
-    const T* f = exponential_tile(p, b, j0, nj, m.keys);
-    score_tile(p, {{b, i0, ni, j0, nj}, m.query, f, range, m.folded, m.row}, m.tile, kKeyTile);
-    return value_tile(p, b, j0, nj, m.values);
-  });
+  const auto score = [&, b = b, i0 = i0, ni = ni](int64_t j0, int64_t nj) {
+    const Range range = range_of(p, query_limit, largest(p.key_limit + b * p.keys + j0, nj));
+    Tile<T> t{{b, i0, ni, j0, nj}, m.query, nullptr, range, m.folded, m.row};
+    if constexpr (sizeof(T) == 4)
+      if (ni == 1 && range == Range::kPlain && copies_keys(p)) {
+        fold(p, t);
+        with_half_type(p.exp_key.type, row_address(p.exp_key, b, j0),
+                       [&](const auto* f) { row_scores(p, m.folded, f, nj, m.tile); });
+        return hide(p, t, m.tile, kKeyTile);
+      }
+    t.f = exponential_tile(p, b, j0, nj, m.keys);
+    score_tile(p, t, m.tile, kKeyTile);
+  };
+  attend(f, block, m, score, [&, b = b](int64_t j0, int64_t nj) { return value_tile(p, b, j0, nj, m.values); });
 }

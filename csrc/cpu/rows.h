@@ -58,13 +58,26 @@ inline void load_as(const void* data, int64_t stride, int64_t n, T* out, const C
   }
 }
 
-// A vector of bfloat16 or of half numbers that lie together, as float.
+// Numbers of the half types as they lie in memory, of which vectors are loaded as float, by one instruction or two.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
 typedef uint16_t HalfLine __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-inline Vec<float> bfloat16_line(const uint16_t* x) {
+inline Vec<float> load(const BFloat16* x) {
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes > 16) {  // of the builtin below GCC makes this number by number
+    Bits line;
+    asm("vpmovzxwd %1, %0" : "=v"(line) : "m"(*reinterpret_cast<const HalfLine*>(x)));
+    return (Vec<float>)(line << 16);
+  }
+#endif
   return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const HalfLine*>(x), Bits) << 16);
 }
-inline Vec<float> half_line(const uint16_t* x) {
+inline Vec<float> load(const Half* x) {
 #if defined(__x86_64__)
   if constexpr (kVectorBytes > 16) {
     Vec<float> line;
@@ -73,18 +86,27 @@ inline Vec<float> half_line(const uint16_t* x) {
   }
 #endif
   Vec<float> line;
-  for (int k = 0; k < kLanes<float>; ++k) line[k] = half_to_float(x[k]);
+  for (int k = 0; k < kLanes<float>; ++k) line[k] = half_to_float(x[k].bits);
   return line;
 }
 
-// Numbers of a half type, whole vectors of them at a time where they lie together.
-template <class T, class Line, class Convert>
-inline void load_half_type(const void* data, int64_t stride, int64_t n, T* out, const Line& line, const Convert& one) {
-  const uint16_t* x = static_cast<const uint16_t*>(data);
+inline bool is_half_type(Type type) { return type == Type::kHalf || type == Type::kBFloat16; }
+
+// Calls f with numbers of a half type by their own type.
+template <class F>
+inline void with_half_type(Type type, const void* data, const F& f) {
+  if (type == Type::kHalf) return f(static_cast<const Half*>(data));
+  f(static_cast<const BFloat16*>(data));
+}
+
+// n numbers of a half type, whole vectors of them at a time where they lie together.
+template <class T, class Stored, class Convert>
+inline void load_half_type(const void* data, int64_t stride, int64_t n, T* out, const Convert& convert) {
+  const Stored* x = static_cast<const Stored*>(data);
   int64_t k = 0;
   if constexpr (sizeof(T) == 4)
-    for (; stride == 1 && k + kLanes<T> <= n; k += kLanes<T>) store<T>(out + k, line(x + k));
-  load_as<T, uint16_t>(x + k * stride, stride, n - k, out + k, one);
+    for (; stride == 1 && k + kLanes<T> <= n; k += kLanes<T>) store<T>(out + k, load(x + k));
+  load_as<T, uint16_t>(x + k * stride, stride, n - k, out + k, convert);
 }
 
 inline int64_t bytes(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
@@ -105,10 +127,10 @@ inline void load_row(const Rows& rows, int64_t b, int64_t t, int64_t n, int64_t 
       load_as<T, double>(data, rows.element, n, out, [](double x) { return x; });
       break;
     case Type::kHalf:
-      load_half_type(data, rows.element, n, out, half_line, half_to_float);
+      load_half_type<T, Half>(data, rows.element, n, out, half_to_float);
       break;
     case Type::kBFloat16:
-      load_half_type(data, rows.element, n, out, bfloat16_line, bfloat16_to_float);
+      load_half_type<T, BFloat16>(data, rows.element, n, out, bfloat16_to_float);
       break;
   }
   for (int64_t k = n; k < padded; ++k) out[k] = 0;

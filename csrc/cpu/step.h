@@ -296,8 +296,7 @@ void step(const StepForward<T>& f, int64_t task, T* memory) {
   zero(context, p.padded_values);
   for (int64_t j0 = q.first; j0 < q.last; j0 += kKeyTile) {
     const int64_t nj = q.last - j0 < kKeyTile ? q.last - j0 : kKeyTile;
-    const RowTile<T> value = value_tile(p, q.b, j0, nj, m.values);
-    product_row<T>({context, 0, x + j0, 0, 1, value.data, value.row, nj}, 0, p.padded_values);
+    add_values_of_one(p, q.b, j0, nj, x + j0, m.values, context);
   }
   store_row(f.context, q.b, q.i, p.values, context);
 }
