@@ -32,15 +32,22 @@ def way(query: Tensor, memory: Memory, dropout_p: float, need_weights: bool) -> 
     exported program, whose sizes are open, and what ``torch.func`` does, as this project's operators take what they
     can.
     """
-    key, device_type = memory.key, query.device.type
-    if dropout_p > 0.0 or memory.lengths is not None or memory.mask is not None or query.dim() < 3:
+    if query.dim() < 3 or dropout_p > 0.0 or memory.lengths is not None or memory.mask is not None:
         return "kernel"
-    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and _checks.in_transforms()):
+    if torch.compiler.is_exporting():
         return "kernel"
-    of_float64 = query.dtype == torch.float64 and device_type == "cpu"
-    if not (query.dtype == torch.float32 or of_float64) or query.dtype != key.dtype or _checks.autocasts(device_type):
+    device_type, dtype = query.device.type, query.dtype
+    if not (dtype == torch.float32 or (dtype == torch.float64 and device_type == "cpu")) or dtype != memory.key.dtype:
         return "kernel"
-    queries, keys, features = query.shape[1], *key.shape[1:]
+    # What most calls are told by comes first: in a small call each question takes its time.
+    chosen = _by_sizes(query, memory, need_weights, device_type)
+    if chosen == "kernel" or _checks.autocasts(device_type):
+        return "kernel"
+    return "kernel" if not torch.compiler.is_compiling() and _checks.in_transforms() else chosen
+
+
+def _by_sizes(query: Tensor, memory: Memory, need_weights: bool, device_type: str) -> Way:
+    queries, (_, keys, features) = query.shape[1], memory.key.shape
     serves = not need_weights and memory.value.shape[2] == features
     if device_type != "cpu":
         return "attention" if serves and min(queries, keys) >= _ON_A_GPU else "kernel"

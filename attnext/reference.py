@@ -294,8 +294,8 @@ def monotonic_weights(energies: Tensor, previous: Tensor) -> Tensor:
 def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None) -> Tensor:
     """Forward attention of (..., Tk); see :func:`attnext.alignments.forward_weights`.
 
-    Exponentials of the scores times the mixture, over their sum. With a softmax in their place, itself divided by its sum,
-    gradients would lose the more digits, the less a key of a large score is reached.
+    Exponentials of the scores times the mixture, over their sum. With a softmax in their place, itself divided by its
+    sum, gradients would lose the more digits, the less a key of a large score is reached.
     """
     moved = torch.cat([torch.zeros_like(previous[..., :1]), previous[..., :-1]], -1)
     mix = previous + moved if transition is None else (1.0 - transition) * previous + transition * moved

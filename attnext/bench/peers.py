@@ -108,7 +108,9 @@ def _call(case: Case, function: Callable[..., Any], x: Sequence[Tensor], incomin
 def _attnext(backend: str, case: Case, inputs: Inputs) -> Run:
     x, incoming = case.arguments(inputs), case.incoming(inputs)
     if case.score == "dot":
-        options: dict[str, Any] = {"scale": case.features**-0.5, "need_weights": case.weights, "backend": backend}
+        # Without its name where it would serve anyway: then the fastest way does, which may be a library's.
+        named = None if backend == choose(None, inputs.query.device.type) else backend
+        options: dict[str, Any] = {"scale": case.features**-0.5, "need_weights": case.weights, "backend": named}
         return _call(case, lambda *x: dot_attention(*x, **options)[0], x, incoming)
     if case.only_scores:
         return _call(case, partial(additive_scores, backend=backend), x, incoming)
