@@ -80,7 +80,10 @@ def attend(
 
 def _by_products(query: Tensor, memory: Memory, scale: float) -> tuple[Tensor, Tensor | None]:
     """Context and weights of queries (B, Tq, D) by two products of a library."""
-    weights = torch.bmm(query if scale == 1.0 else query * scale, memory.key.transpose(1, 2)).softmax(-1)
+    few = memory.key.shape[1] < memory.key.shape[2]  # what is smaller is scaled: a tensor's new pages cost more
+    query = query if scale == 1.0 or few else query * scale
+    scores = torch.bmm(query, memory.key.transpose(1, 2))
+    weights = (scores * scale if scale != 1.0 and few else scores).softmax(-1)
     return torch.bmm(weights, memory.value), weights
 
 

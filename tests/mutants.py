@@ -93,7 +93,7 @@ MUTANTS = [
     Mutant("attnext/dot.py", " or memory.mask is not None", "", "test_luong.py"),
     Mutant("attnext/dot.py", "[..., :1].isnan().any()", "[..., :1].isinf().any()", "test_luong.py"),
     Mutant("attnext/dot.py", " or queries * keys > _MOST_WEIGHTS)", ")", "test_luong.py"),
-    Mutant("attnext/dot.py", "query if scale == 1.0 else query * scale", "query", "test_luong.py"),
+    Mutant("attnext/dot.py", "scores * scale if scale != 1.0 and few else scores", "scores", "test_luong.py"),
     # Weights by other rules, and modules.
     Mutant("attnext/alignments.py", "mix <= limits.tiny / limits.eps", "mix <= 0.0", "test_alignments.py"),
     # Without it nothing changes: of up to 2^24 scores the rounding of the spread is far from that bound.
