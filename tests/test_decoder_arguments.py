@@ -443,6 +443,10 @@ def broken(x: Any) -> list[Any]:
     return []
 
 
+HELD = ("key", "value", "exp_key")
+"""What may be of a half type beside float32."""
+
+
 def copy_of(x: Any) -> Any:
     """As the operators write into some of their arguments."""
     if isinstance(x, Tensor):
@@ -476,7 +480,8 @@ def test_operators_refuse_what_would_read_outside(
     for place, x in enumerate(given):
         for other in broken(x):
             tried += 1
-            if attempted(operator, given, place, other):
+            held = fields[place] in HELD and isinstance(other, Tensor) and other.dtype == torch.float16
+            if attempted(operator, given, place, other) and not held:
                 taken.add(fields[place])
     assert tried > 100
     assert taken <= UNREAD

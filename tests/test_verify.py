@@ -374,7 +374,7 @@ class TestCase:
     def test_tells_everything_about_it(self) -> None:
         """A failure on another machine is known by this text alone."""
         other: dict[str, list[Any]] = {"op": ["step", "scores"], "dtype": [torch.float16], "mask": ["keys", "slots"]}
-        other["rule"] = ["sigmoid", "forward"]
+        other |= {"rule": ["sigmoid", "forward"], "held": [torch.bfloat16, torch.float16]}
         changes = []
         for field in fields(Case):
             value = getattr(Case(), field.name)
