@@ -50,7 +50,7 @@ def prepare(
 
     Returns:
         The memory. One held in bfloat16 (float16) is off by what the rounding of its numbers gives: of additive scores
-        by up to ``|scale| * sum |v| * u / 2``, u being 2^-9 (2^-12), where the kernels take exponentials of the keys,
+        by up to ``|scale| * sum |v| * u / 2``, u being 2^-8 (2^-11), where the kernels take exponentials of the keys,
         and else, as dot products, as of keys rounded by the factor u; and values are rounded by u. Keys above 4.85 in
         size make the kernels slower in float16, values above 65504 are infinite there.
 
@@ -603,8 +603,8 @@ def _served(query: Tensor, memory: Memory, backend: str | None) -> tuple[str, Me
     v = memory.score_weight
     if held:
         memory = memory.widened(query.dtype, family)
-    elif v is not None and v.dtype != query.dtype and v.dtype != memory.key.dtype:  # held in the dtype of these queries
-        memory = replace(memory, score_weight=v.to(query.dtype))
+    if v is not None and v.dtype != query.dtype and not _checks.autocasts(query.device.type):
+        memory = replace(memory, score_weight=v.to(query.dtype))  # one of float32 and the other of a half type
     return family, memory
 
 

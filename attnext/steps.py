@@ -309,6 +309,8 @@ class Steps:
         others_weight = op is not _OPERATORS.dot_attention and others[0] is not self._sources[2]
         if op is not _OPERATORS.dot_attention and not others_weight:
             inputs[3] = score_weight
+        if op is not _OPERATORS.dot_attention and inputs[3] is not None:
+            inputs[3] = inputs[3].to(query.dtype)  # of a memory that is held in autocast's dtype
         if (others_weight and op is _OPERATORS.attention) or (query.dim() == 3 and query.shape[1] > _FEW_QUERIES):
             # A gradient has nowhere to wait, or need not.
             results: tuple[Any, ...] = op(*inputs, *rest)
