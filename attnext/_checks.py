@@ -118,8 +118,9 @@ def value(x: object, key: Tensor) -> Tensor:
     return x
 
 
-def fits(query: object, size: int, like: Tensor) -> bool:
-    """Whether a query is right at a glance: of rank 2 or 3, of this last size, and as a tensor that was checked.
+def fits(query: object, size: int, like: Tensor, held: bool = False) -> bool:
+    """Whether a query is right at a glance: of rank 2 or 3, of this last size, and as a tensor that was checked; or of
+    float32 beside one that may be ``held`` in a half type.
 
     Most are, and a small step is short. Where it says no, the checks above say why, or that autocast makes it right.
     """
@@ -127,20 +128,8 @@ def fits(query: object, size: int, like: Tensor) -> bool:
         isinstance(query, Tensor)
         and query.dim() in (2, 3)
         and query.shape[-1] == size
-        and query.dtype == like.dtype
+        and (query.dtype == like.dtype or (held and query.dtype == torch.float32 and like.dtype in HALVES))
         and query.device == like.device
-        and query.layout == torch.strided
-    )
-
-
-def fits_memory(query: object, key: Tensor) -> bool:
-    """The same of a query and the keys of a memory, which may be held in a half type."""
-    return (
-        isinstance(query, Tensor)
-        and query.dim() in (2, 3)
-        and query.shape[-1] == key.shape[2]
-        and (query.dtype == key.dtype or (query.dtype == torch.float32 and key.dtype in HALVES))
-        and query.device == key.device
         and query.layout == torch.strided
     )
 

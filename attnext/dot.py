@@ -47,6 +47,7 @@ def way(query: Tensor, memory: Memory, dropout_p: float, need_weights: bool) -> 
 
 
 def _by_sizes(query: Tensor, memory: Memory, need_weights: bool, device_type: str) -> Way:
+    """The same of sizes alone."""
     queries, (_, keys, features) = query.shape[1], memory.key.shape
     serves = not need_weights and memory.value.shape[2] == features
     if device_type != "cpu":

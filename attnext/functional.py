@@ -254,7 +254,8 @@ def additive_step(
     within a window. No feature is written to memory, and the backward pass makes them again.
 
     Args:
-        query: (B, D), or (B, Tq, D) for the hypotheses of a beam, each with a past of its own. Of the memory's dtype.
+        query: (B, D), or (B, Tq, D) for the hypotheses of a beam, each with a past of its own. Of the memory's dtype,
+            or float32 where that is held in a half type.
         memory: what :func:`prepare` made of the keys, with a score weight (D,).
         filters: (F, C, width) of an odd width, over C pasts, as the weight of a ``torch.nn.Conv1d``; of the query's
             dtype, as projection and bias are.
@@ -576,7 +577,7 @@ def _in_place_of_key(
         wanted, got = ("an additive score", "dot products")[:: 1 if additive else -1]
         raise ValueError(f"{name} must be prepared for {wanted}, got one for {got}")
     key = memory.key
-    if not _checks.fits_memory(query, key) or query.shape[0] != key.shape[0]:
+    if not _checks.fits(query, key.shape[2], key, held=True) or query.shape[0] != key.shape[0]:
         query = _checks.sized("query", query, 2, 3)
         _checks.size(name, key, 0, query.shape[0], "query's batch")
         _checks.size(name, key, 2, query.shape[-1], "query's last dimension")

@@ -306,7 +306,6 @@ def forward_weights(scores: Tensor, previous: Tensor, transition: Tensor | None)
     top = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else 0.0
     weights = mix * (scores.masked_fill(none, 0.0) - torch.where(none, 0.0, top)).exp()
     weights = weights.masked_fill(out_of_reach, 0.0)
-    weights = (weights / torch.where(none, 1.0, weights.sum(-1, keepdim=True))).masked_fill(
-        out_of_reach, 0.0
-    )  # over NaN
+    total = torch.where(none, 1.0, weights.sum(-1, keepdim=True))
+    weights = (weights / total).masked_fill(out_of_reach, 0.0)  # over NaN
     return torch.where(none, previous.masked_fill(hidden, 0.0), weights)

@@ -49,6 +49,10 @@ from attnext.bench.timing import Plan, measure
 from attnext_command import main
 
 ROOT = Path(__file__).resolve().parents[1]
+in_the_repository = pytest.mark.skipif(
+    not (ROOT / "benchmarks").is_dir(),
+    reason="the benchmarks are in the repository only",
+)
 Captured = pytest.CaptureFixture[str]
 
 TINY = {case.name: replace(case, batch=2, queries=min(case.queries, 18), keys=21, features=24) for case in CASES}
@@ -930,10 +934,9 @@ class TestMarkdown:
         assert str(bad) in shown.err
         assert shown.err.count("\n") == 1
 
+    @in_the_repository
     def test_the_readme_has_the_stored_runs(self, tmp_path: Path) -> None:
         """What differs is to be put there by ``make tables``."""
-        if not (ROOT / "benchmarks").is_dir():
-            pytest.skip("the runs are in the repository only")
         tables = runpy.run_path(str(ROOT / "benchmarks/tables.py"))
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         assert tables["put"](readme, tables["made"]()) == readme
@@ -1021,10 +1024,9 @@ class TestMachine:
         assert machine.multiply_add_rate(1) == 0.0
 
 
+@in_the_repository
 def test_suite_of_pytest_benchmark() -> None:
     pytest.importorskip("pytest_benchmark")
-    if not (ROOT / "benchmarks").is_dir():
-        pytest.skip("the benchmarks are in the repository only")
     words = ("benchmarks", "--benchmark-disable", "-q", "-p", "no:cacheprovider", "-k", "step-small and not compile")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120

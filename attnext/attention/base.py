@@ -135,7 +135,8 @@ class Attention(nn.Module, ABC):
             lengths: (B,) integers, how many leading states of each row are real.
             mask: bool (B, Tk), True where a state may be attended.
             dtype: bfloat16 or float16 holds the memory of a float32 module in half the bytes, which is what steps over
-                long sources wait for; see :func:`attnext.prepare` for what that rounds.
+                long sources wait for; see :func:`attnext.prepare` for what that rounds. Under autocast the memory has
+                autocast's dtype already, and no other is taken.
 
         Raises:
             TypeError, ValueError: an argument is not what it must be; the message names it.
@@ -228,7 +229,7 @@ class Attention(nn.Module, ABC):
         if key.shape[0] != batch * self.heads:
             _checks.size("memory", key if self.heads == 1 else key[:: self.heads], 0, batch, "query's batch")
         query = self._project_query(query)
-        if not _checks.fits_memory(query, key):
+        if not _checks.fits(query, key.shape[2], key, held=True):
             name = "attention_size" if self._projects_states else "memory_size"
             _checks.size("memory", key, 2, query.shape[-1], name + " / heads" * (self.heads > 1))
             _checks.same_kind(query, memory=key)

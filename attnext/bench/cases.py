@@ -122,4 +122,5 @@ CASES = (
     Case("scores-backward", "backward of the scores", 16, 128, 256, 256),
     Case("forward-float16", "forward", 16, 128, 256, 256, 512, torch.float16),
     Case("forward-bfloat16", "forward", 16, 128, 256, 256, 512, torch.bfloat16),
+    Case("dot-bfloat16", "forward", 16, 128, 256, 256, dtype=torch.bfloat16, score="dot"),
 )

@@ -85,7 +85,8 @@ inline void product_row(T* c, const T* a, int64_t a_column, const Stored* b, int
     const T a0 = a[0], a1 = a[a_column], a2 = a[2 * a_column], a3 = a[3 * a_column];
     for (int64_t n = 0; n < columns; n += W) {
       const Stored* x = b + n;
-      fetch_ahead(b + 4 * (step + n), 4 * W * sizeof(Stored));  // four rows at a time, the processor sees no pattern
+      // Of four rows at a time the processor sees no pattern; these are the next, where rows lie one after another.
+      fetch_ahead(b + 4 * (step + n), 4 * W * sizeof(Stored));
       store<T>(c + n, load(c + n) +
                           ((a0 * load(x) + a1 * load(x + step)) + (a2 * load(x + 2 * step) + a3 * load(x + 3 * step))));
     }

@@ -483,17 +483,16 @@ inline void add_rows(const Product<T>& x, int64_t rows, int64_t columns, bool fi
     }
 }
 
-// Adds the weighted values of keys [j0, j0 + nj) to the context of one query; hidden values are 0.
+// Adds the weighted values of keys [j0, j0 + nj) to the context of one query, where they lie ready; else false.
 template <class T>
-inline void add_values_of_one(const Problem<T>& p, int64_t b, int64_t j0, int64_t nj, const T* weights, T* copy,
-                              T* context) {
+inline bool add_ready_values(const Problem<T>& p, int64_t b, int64_t j0, int64_t nj, const T* weights, T* context) {
   if constexpr (sizeof(T) == 4)
-    if (lies_ready(p, p.value, p.values, p.padded_values))
-      return with_half_type(p.value.type, row_address(p.value, b, j0), [&](const auto* h) {
-        product_row(context, weights, 1, h, p.value.row, nj, p.padded_values);
-      });
-  const RowTile<T> value = value_tile(p, b, j0, nj, copy);
-  product_row(context, weights, 1, value.data, value.row, nj, p.padded_values);
+    if (lies_ready(p, p.value, p.values, p.padded_values)) {
+      with_half_type(p.value.type, row_address(p.value, b, j0),
+                     [&](const auto* h) { product_row(context, weights, 1, h, p.value.row, nj, p.padded_values); });
+      return true;
+    }
+  return false;
 }
 
 // p from scores and their log-sum-exp: at most 1, and 0 in hidden slots also where the row's sum is NaN.
@@ -570,10 +569,7 @@ inline void attend(const Forward<T>& f, const QueryBlock& block, const ForwardSc
       softmax_step(s, padded_keys, m.maximum[i], m.sum[i], m.context + i * context_row, p.padded_values);
       if (p.keep_threshold) drop(p, b, i0 + i, j0, nj, s);
     }
-    if (ni == 1 && lies_ready(p, p.value, p.values, p.padded_values)) {
-      add_values_of_one(p, b, j0, nj, m.tile, m.values, m.context);
-      continue;
-    }
+    if (ni == 1 && add_ready_values(p, b, j0, nj, m.tile, m.context)) continue;
     const RowTile<T> tile = value(j0, nj);
     add_rows<T>({m.context, context_row, m.tile, kKeyTile, 1, tile.data, tile.row, nj}, ni, p.padded_values,
                 tile.finite);

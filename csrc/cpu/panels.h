@@ -21,8 +21,8 @@ inline void store_part(T* p, Vec<T> x, int64_t n) {
   for (int64_t k = 0; k < n; ++k) p[k] = x[k];
 }
 
-// A line that is read after the next tile of a product: of lines of many rows the processor sees no pattern. (GCC takes
-// a function that does no more than the built-in prefetch for one without effect, and leaves its calls out.)
+// A line that is read after the next tile of a product: of lines of many rows the processor sees no pattern. (By an
+// instruction, as in fetch_ahead.)
 template <class T>
 inline void fetch(const T* p) {
 #if defined(__x86_64__)

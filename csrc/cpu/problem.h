@@ -90,7 +90,7 @@ struct Problem {
   int64_t head_count;
   ScoreWeight<T> v;    // that of the row at work
   Rows exp_key;        // (B, Tk, padded), contiguous: F = exp(2 k)
-  const T* key_limit;  // (B, Tk): max |k|, infinity where a row is not finite
+  const T* key_limit;  // (B, Tk): max |k|, infinity where the exponentials of a row are not all normal
 };
 
 template <class T>

@@ -296,7 +296,9 @@ void step(const StepForward<T>& f, int64_t task, T* memory) {
   zero(context, p.padded_values);
   for (int64_t j0 = q.first; j0 < q.last; j0 += kKeyTile) {
     const int64_t nj = q.last - j0 < kKeyTile ? q.last - j0 : kKeyTile;
-    add_values_of_one(p, q.b, j0, nj, x + j0, m.values, context);
+    if (add_ready_values(p, q.b, j0, nj, x + j0, context)) continue;
+    const RowTile<T> value = value_tile(p, q.b, j0, nj, m.values);
+    product_row(context, x + j0, 1, value.data, value.row, nj, p.padded_values);
   }
   store_row(f.context, q.b, q.i, p.values, context);
 }
