@@ -5,8 +5,8 @@ family's own code only registers the kernels. Kernels take query (B, Tq, D) or (
 and score_weight (D,), or (heads, D) where row b has vector b % heads, in one dtype, on one device, with checked
 arguments (:mod:`attnext.functional`). Keys, values and what is prepared of them may be of a half type beside float32,
 in the families that take it (``backends.takes_held``). For a query of (B, D), context, weights and scores are without
-Tq too; log_sum_exp is always (B, Tq). Of dot products, no value means that the keys are the values: the gradient of both is the
-keys', and the value's has no elements.
+Tq too; log_sum_exp is always (B, Tq). Of dot products, no value means that the keys are the values: the gradient of
+both is the keys', and the value's has no elements.
 
 ``additive_step`` is one query, or the hypotheses of a beam, each with a past of its own: ``past``, ``second_past`` and
 ``previous`` are (B, Tk) for a query of (B, D), else (B, Tq, Tk), ``transition`` likewise with 1 in the last place and
