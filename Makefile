@@ -17,7 +17,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(filter csrc/%,$(CXX_FILES))
 
 .DEFAULT_GOAL := help
-.PHONY: help install test fuzz mutants peers demo bench tables lint format clean
+.PHONY: help install test fuzz mutants peers demo bench gpu tables lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -54,6 +54,9 @@ demo: .venv/installed  ## train the demo model for DEMO_SECONDS and show what it
 bench: .venv/installed  ## measure the kernels against their peers
 	$(BIN)/attnext bench
 
+gpu: .venv/installed  ## on a machine with a GPU: prove, tune and time everything, into gpu-check/ (25 minutes)
+	$(BIN)/attnext gpu-check --out gpu-check
+
 tables: .venv/installed  ## write what benchmarks/results has into the README
 	$(BIN)/python benchmarks/tables.py
 
@@ -69,6 +72,6 @@ format: .venv/installed  ## put Python and C++ into the project's format
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 clean:  ## remove everything that was built
-	rm -rf .venv .peers build dist demo-output *.egg-info attnext/_C.*.so attnext/_build.json
+	rm -rf .venv .peers build dist demo-output gpu-check *.egg-info attnext/_C.*.so attnext/_build.json
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The command ``attnext``: ``info | verify | bench | train | evaluate | predict | demo``.
+"""The command ``attnext``: ``info | verify | bench | gpu-check | train | evaluate | predict | demo``.
 
 It stands beside the package, all of which imports torch: help, the version and a command that there isn't need none.
 Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted. An error is one line on stderr.
@@ -93,13 +93,15 @@ def _parser() -> argparse.ArgumentParser:
         ("show the installation, for a bug report", _info),
         ("check the kernels against the reference", _verify),
         ("time the kernels beside their peers", _bench),
+        ("prove, tune and time everything on a GPU", _gpu_check),
         ("train the reference model", _train),
         ("count a trained model's errors", _evaluate),
         ("ask a trained model", _predict),
         ("verify, time, train and pronounce, in four minutes", _demo),
     ):
         description = f"{summary[0].upper()}{summary[1:]}."
-        commands.add_parser(load.__name__[1:], help=summary, description=description).load = load
+        name = load.__name__[1:].replace("_", "-")
+        commands.add_parser(name, help=summary, description=description).load = load
     return parser
 
 
@@ -133,6 +135,12 @@ def _bench() -> _Command:
             return command.run(args)
 
     return _Command(command.add_arguments, run)
+
+
+def _gpu_check() -> _Command:
+    from attnext.gpu import command
+
+    return _Command(command.add_arguments, command.run)
 
 
 def _train() -> _Command:

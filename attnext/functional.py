@@ -600,7 +600,7 @@ def _served(query: Tensor, memory: Memory, backend: str | None) -> tuple[str, Me
     if memory.prepared is not None and chosen_freely(backend):
         family = memory.prepared.backend
     else:
-        family = choose(backend, query.device.type, query.dtype, held)
+        family = choose(backend, query.device.type, query.dtype, held, query.device.index)
     v = memory.score_weight
     if held:
         memory = memory.widened(query.dtype, family)

@@ -14,6 +14,7 @@ import torch
 
 import attnext
 from attnext import _extension
+from attnext.backends._gpu import unusable
 
 
 def collect() -> dict[str, str]:
@@ -59,8 +60,16 @@ def _extension_facts() -> dict[str, str]:
 def _torch_build() -> str:
     toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
     toolkit = toolkit or (f"ROCm {torch.version.hip}" if torch.version.hip else "CPU only")
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{torch.__version__} ({toolkit}), " + (f"GPUs: {', '.join(gpus)}" if gpus else "no GPU seen")
+    return f"{torch.__version__} ({toolkit}), " + (f"GPUs: {', '.join(_gpus())}" if _gpus() else "no GPU seen")
+
+
+def _gpus() -> list[str]:
+    """Names and compute capabilities, or why a GPU that is there can't be asked."""
+    return [unusable(index) or _gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int) -> str:
+    return "{} ({}.{})".format(torch.cuda.get_device_name(index), *torch.cuda.get_device_capability(index))
 
 
 def _cpu_model() -> str:

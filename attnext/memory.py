@@ -229,7 +229,7 @@ def prepare(
 
     ``holding`` is the half type that the memory is held in: rows beyond its range are taken by the keys themselves.
     """
-    family = choose(backend, key.device.type, key.dtype, held=holding is not None)
+    family = choose(backend, key.device.type, key.dtype, holding is not None, key.device.index)
     if family not in operators:
         return None
     exp_key, limit = operators[family].prepare(key.detach(), lengths, mask)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnext._support import InputError
+from attnext._support import InputError, writable_file, write_atomically
 from attnext.backends import backends, kernel_devices, serves
 from attnext.backends.triton import INTERPRETED
 from attnext.cases import CASES, DTYPES, PAST_INPUTS, Case, compare, random_cases
-from attnext.cli import non_negative
+from attnext.cli import non_negative, path_argument, positive
 from attnext.recurrent import cases as recurrent
 from attnext.recurrent.cases import RECURRENT_CASES, RecurrentCase
 
@@ -66,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random calls of attention beside the table; of layers and decoders a quarter (default %(default)s)",
     )
     parser.add_argument(
+        "--at-most", type=positive(int), metavar="N", help="of a backend only so many calls, of all kinds"
+    )
+    parser.add_argument(
         "--backend", action="append", choices=list(kernel_devices()), help="only this backend; repeatable"
     )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
@@ -76,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead, compile the Triton kernels for every target, which takes no GPU: nothing may spill",
     )
     parser.add_argument("--target", action="append", help="with --compile: only this target, say sm_90; repeatable")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the errors and what failed")
 
 
 @dataclass
@@ -100,6 +106,15 @@ class Report:
         off = ", ".join(f"{name} {error:.3g}" for name, error in outcome.items() if error > 1.0)
         if off:
             self.failures.append(f"{backend}: {case}, seed {seed}: {off}")
+
+    def as_json(self) -> str:
+        """The errors in units of their tolerances, and the failures."""
+        rows = [
+            {"kind": "attention" if kind is Case else "recurrent", "backend": backend, "dtype": dtype}
+            | {"cases": self.cases[kind, backend, dtype], "worst": errors}
+            for (kind, backend, dtype), errors in self.worst.items()
+        ]
+        return json.dumps({"errors": rows, "failures": self.failures}, indent=1)
 
     def tables(self) -> Iterator[Table]:
         """The worst error of each result, a row for each backend and dtype; one table for each kind of case."""
@@ -211,6 +226,8 @@ def run(args: argparse.Namespace) -> int:
         return _compile(console, args.target, args.dtype)
     if args.target:
         raise InputError("--target goes with --compile")
+    if args.json is not None:
+        writable_file("--json", args.json)
     status = backends()
     asked = args.backend or list(kernel_devices())
     interpreted = [name for name in asked if _interpretable(name)]
@@ -220,13 +237,16 @@ def run(args: argparse.Namespace) -> int:
     for name in ready:
         # Interpreted kernels take a hundred times as long: all the random cases are for whoever asks for them by name.
         share = 10 if name in interpreted and not args.backend else 1
-        work += _work(name, args.seed, args.cases // share, args.dtype or [])
+        calls = list(_work(name, args.seed, args.cases // share, args.dtype or []))
         if name not in interpreted:
-            work += _recurrent_work(name, args.seed, args.cases // _SHARE, args.dtype or [])
+            calls += _recurrent_work(name, args.seed, args.cases // _SHARE, args.dtype or [])
+        work += calls[:: 1 if args.at_most is None else math.ceil(len(calls) / args.at_most)]
     for call, outcome in zip(
         work, track(_outcomes(work), "Verifying", total=len(work), console=console, transient=True), strict=True
     ):
         report.add(call, outcome)
+    if args.json is not None:
+        write_atomically(args.json, report.as_json().encode())
     for table in report.tables():
         console.print(table)
     for name in interpreted:

@@ -91,7 +91,7 @@ def serve_cuda_on_cpu(library: str) -> None:
     """Makes "cuda" the name of the library's kernels."""
     torch.ops.load_library(library)
     families = sys.modules["attnext.backends"]._FAMILIES
-    families["cuda"] = Family(("cpu",), lambda: Backend(True, "CUDA kernels on the CPU"), DTYPES)
+    families["cuda"] = Family(("cpu",), lambda _: Backend(True, "CUDA kernels on the CPU"), DTYPES)
 
 
 def main(library: str, which: str) -> int:

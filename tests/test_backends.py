@@ -227,7 +227,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         for name, family in list(registry._FAMILIES.items()):
             if name != "reference":
                 backend = found.get(name, Backend(False, f"no {name} here"))
-                monkeypatch.setitem(registry._FAMILIES, name, replace(family, probe=lambda backend=backend: backend))
+                monkeypatch.setitem(registry._FAMILIES, name, replace(family, probe=lambda _, backend=backend: backend))
 
     return have
 

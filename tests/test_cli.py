@@ -92,7 +92,7 @@ def test_version_help_and_info(capsys: Captured) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     shown = capsys.readouterr().out
-    for name in ("info", "verify", "bench", "train", "evaluate", "predict", "demo"):
+    for name in ("info", "verify", "bench", "gpu-check", "train", "evaluate", "predict", "demo"):
         assert re.search(rf"^    {name}  ", shown, re.MULTILINE)
     assert main(["info"]) == 0
     assert f"attnext {attnext.__version__}" in " ".join(capsys.readouterr().out.split())
@@ -123,7 +123,7 @@ for command in (["verify"], ["train", "g2p", "--out", out], ["evaluate", out], [
         assert "pip install 'attnext[demo]'" in line
 
 
-@pytest.mark.parametrize("name", ["verify", "bench", "train", "evaluate", "predict", "demo"])
+@pytest.mark.parametrize("name", ["verify", "bench", "gpu-check", "train", "evaluate", "predict", "demo"])
 def test_every_command_has_help(name: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main([name, "--help"])

@@ -152,8 +152,10 @@ def test_random_cases(libraries: Libraries) -> None:
     assert_held(run("cuda_cases.py", libraries["plain"], "random"))
 
 
-def test_the_contract(libraries: Libraries) -> None:
-    assert_held(run("gpu_contract.py", "cuda", libraries["plain"]))
+@pytest.mark.parametrize("checks", ["contract", "running"])
+def test_what_a_gpu_is_asked(libraries: Libraries, checks: str) -> None:
+    """What ``attnext gpu-check`` asks of a card."""
+    assert_held(run("gpu_checks.py", checks, libraries["plain"]))
 
 
 def test_nan_and_infinity(libraries: Libraries) -> None:

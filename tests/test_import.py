@@ -29,7 +29,7 @@ attention(torch.randn(2, 4), attention.prepare(torch.randn(2, 5, 6)))[0].sum().b
 
 COMMANDS = """
 from attnext_command import main
-for name in ("verify", "bench", "train", "evaluate", "predict", "demo"):
+for name in ("verify", "bench", "gpu-check", "train", "evaluate", "predict", "demo"):
     try:
         main([name, "--help"])
     except SystemExit:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import gpu_contract
 import pytest
 import torch
 from torch import Tensor
 
 import attnext
 from attnext import functional, reference
+from attnext.gpu.checking import On
+from attnext.gpu.contract import rules
 from attnext.memory import Memory, prepare
 from attnext.ops import operators
 from attnext.steps import gathered
@@ -438,7 +439,7 @@ def test_a_nan_of_any_bits_is_rounded_to_one(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("instruction_set")
 def test_rules_to_their_corners() -> None:
-    gpu_contract.rules("cpu")
+    rules(On("cpu", "cpu"))
 
 
 @pytest.mark.usefixtures("instruction_set")

@@ -41,12 +41,12 @@ _setting = _Setting()
 
 
 def backends() -> dict[str, Backend]:
-    """What each backend can do on this machine.
+    """What each backend can do on this machine; of several GPUs, on the current one.
 
     Returns:
         For every backend name whether it is available, and the reason: what it runs, or why it can't and how to get it.
     """
-    return {name: family.probe() for name, family in _FAMILIES.items()}
+    return {name: family.probe(None) for name, family in _FAMILIES.items()}
 
 
 def kernel_devices() -> dict[str, str]:
@@ -92,23 +92,30 @@ def chosen_freely(name: str | None) -> bool:
     return name is None and _setting.forced is None
 
 
-def choose(name: str | None, device_type: str, dtype: torch.dtype | None = None, held: bool = False) -> str:
+def choose(
+    name: str | None,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    held: bool = False,
+    index: int | None = None,
+) -> str:
     """The backend that serves a call on ``device_type``: the one asked for by name, or an automatic choice.
 
-    For keys and values that are ``held`` in a half type it is one that takes them so, where there is one.
+    For keys and values that are ``held`` in a half type it is one that takes them so, where there is one. ``index`` is
+    the GPU's: what serves one card may not serve another.
 
     Raises:
         ValueError: unknown backend, or one that doesn't serve that device or dtype.
         RuntimeError: the backend is not available here.
     """
-    family: str = _resolve(name if name is not None else _setting.forced, device_type, dtype, held)
+    family: str = _resolve(name if name is not None else _setting.forced, device_type, dtype, held, index)
     return family
 
 
-def _resolve(name: str | None, device_type: str, dtype: torch.dtype | None, held: bool) -> str:
+def _resolve(name: str | None, device_type: str, dtype: torch.dtype | None, held: bool, index: int | None) -> str:
     if name is not None and not isinstance(name, str):
-        _require(name)  # says what it may be; the cache below takes no lists
-    return _resolved(name, device_type, dtype, held)
+        _require(name, index)  # says what it may be; the cache below takes no lists
+    return _resolved(name, device_type, dtype, held, index)
 
 
 # A constant to the compiler: what this machine has doesn't change while it runs. The setting does, and is read outside.
@@ -117,10 +124,10 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _resolved(name: str | None, device_type: str, dtype: torch.dtype | None, held: bool) -> str:
+def _resolved(name: str | None, device_type: str, dtype: torch.dtype | None, held: bool, index: int | None) -> str:
     if name is None:
-        return _choose_automatically(device_type, dtype, held)
-    family = _require(name)
+        return _choose_automatically(device_type, dtype, held, index)
+    family = _require(name, index)
     if not family.serves(device_type, None):
         served = " and ".join(family.device_types)
         raise ValueError(f"backend={name!r} serves {served} tensors, got tensors on {device_type!r}")
@@ -130,30 +137,31 @@ def _resolved(name: str | None, device_type: str, dtype: torch.dtype | None, hel
     return name
 
 
-def _require(name: str) -> Family:
+def _require(name: str, index: int | None = None) -> Family:
     family = _FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ValueError(
             f"backend (or ATTNEXT_BACKEND) must be None or one of {', '.join(map(repr, _FAMILIES))}, got {name!r}"
         )
-    status = family.probe()
+    status = family.probe(index)
     if not status.available:
         raise RuntimeError(f"backend={name!r} is not available: {status.reason}")
     return family
 
 
-def _choose_automatically(device_type: str, dtype: torch.dtype | None, held: bool) -> str:
+def _choose_automatically(device_type: str, dtype: torch.dtype | None, held: bool, index: int | None) -> str:
     serving = [name for name in _AUTOMATIC if _FAMILIES[name].serves(device_type, dtype)]
     # Those that take what is held first, the reference last in any case.
     for name in sorted(serving, key=lambda name: (name == "reference", held and not takes_held(name))):
         family = _FAMILIES[name]
-        status = family.probe()
+        status = family.probe(index)
         if status.broken:
             raise RuntimeError(f"backend {name!r} is installed but broken: {status.reason}")
         if status.available:
             break
     if name == "reference":
-        missing = "; ".join(f"{n}: {f.probe().reason}" for n, f in _FAMILIES.items() if device_type in f.device_types)
+        families = ((n, f) for n, f in _FAMILIES.items() if device_type in f.device_types)
+        missing = "; ".join(f"{n}: {_why_not(f, dtype, index)}" for n, f in families)
         warnings.warn(
             f"attnext has no kernels for {device_type!r} tensors here and uses its slow reference implementation "
             f"({missing or 'no backend serves that device'})",
@@ -161,6 +169,12 @@ def _choose_automatically(device_type: str, dtype: torch.dtype | None, held: boo
             stacklevel=_level_of_the_caller(),
         )
     return name
+
+
+def _why_not(family: Family, dtype: torch.dtype | None, index: int | None) -> str:
+    if dtype is not None and family.dtypes and dtype not in family.dtypes:
+        return f"has no kernels for {str(dtype).removeprefix('torch.')}"
+    return family.probe(index).reason
 
 
 def _level_of_the_caller() -> int:

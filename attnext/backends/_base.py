@@ -29,12 +29,12 @@ class Family:
 
     Attributes:
         device_types, dtypes: those it serves; none named are any.
-        probe: what it can do on this machine.
+        probe: what it can do on this machine, on the GPU of an index or on the current one (None).
         takes_held: whether keys and values may be of a half type beside queries of float32.
     """
 
     device_types: tuple[str, ...]
-    probe: Callable[[], Backend]
+    probe: Callable[[int | None], Backend]
     dtypes: tuple[torch.dtype, ...] = ()
     takes_held: bool = False
 

@@ -8,7 +8,7 @@ from attnext import _extension
 from attnext.backends._base import Backend, Family
 
 
-def _probe() -> Backend:
+def _probe(_: int | None) -> Backend:
     status = _extension.status()
     if not status.available:
         return Backend(False, status.reason, broken=status.broken)

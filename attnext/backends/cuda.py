@@ -6,9 +6,10 @@ import torch
 
 from attnext import _extension
 from attnext.backends._base import Backend, Family
+from attnext.backends._gpu import unusable
 
 
-def _probe() -> Backend:
+def _probe(index: int | None) -> Backend:
     module, status = _extension.load(), _extension.status()
     if module is None:
         return Backend(False, status.reason, broken=status.broken)
@@ -16,12 +17,13 @@ def _probe() -> Backend:
     if not built:
         why = _extension.build_record().get("cuda reason") or "it was built without"
         return Backend(False, f"the extension has no CUDA kernels: {why}")
-    if torch.version.hip or not torch.cuda.is_available():
-        return Backend(False, f"CUDA kernels are there (built with {built}), but no NVIDIA GPU that torch can use")
-    problem = problem_with(torch.cuda.get_device_capability(), module.cuda_versions(), built)
+    why = "no NVIDIA GPU that torch can use" if torch.version.hip else unusable(index)
+    if why:
+        return Backend(False, f"CUDA kernels are there (built with {built}), but {why}")
+    problem = problem_with(torch.cuda.get_device_capability(index), module.cuda_versions(), built)
     if problem:
         return Backend(False, f"the CUDA kernels (built with {built}) can't run here: {problem}")
-    return Backend(True, f"CUDA kernels on {torch.cuda.get_device_name()}")
+    return Backend(True, f"CUDA kernels on {torch.cuda.get_device_name(index)}")
 
 
 def problem_with(capability: tuple[int, int], versions: tuple[int, int], built: str) -> str:
@@ -30,11 +32,17 @@ def problem_with(capability: tuple[int, int], versions: tuple[int, int], built: 
     Asks nothing of the GPU, which would take memory on it. ``versions``: the CUDA versions of driver and runtime.
     """
     driver, runtime = versions
-    if driver // 1000 < runtime // 1000:
-        return f"they need a driver for CUDA {runtime // 1000}, and this one is for {driver // 1000}"
+    # The kernels are compressed, which drivers before 12.4 can't read, though they take code of any 12.
+    least = 12040 if runtime // 1000 == 12 else runtime // 1000 * 1000
+    if driver < least:
+        return f"they need a driver for CUDA {_version(least)} or later, and this one is for {_version(driver)}"
     if not any(_serves(arch, capability) for arch in built.split(": ")[1].split()):
         return "the GPU is of compute capability {}.{}".format(*capability)
     return ""
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _serves(arch: str, capability: tuple[int, int]) -> bool:

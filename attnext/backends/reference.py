@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from attnext.backends._base import Backend, Family
 
-FAMILY = Family((), lambda: Backend(True, "plain PyTorch, any device"))
+FAMILY = Family((), lambda _: Backend(True, "plain PyTorch, any device"))
