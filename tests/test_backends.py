@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import runpy
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import warnings
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 import attnext
-from attnext import _extension, reference, use_backend
+from attnext import _extension, info, reference, use_backend
 from attnext.backends import Backend, choose
 from attnext.ops import operators
 
@@ -230,6 +233,89 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 monkeypatch.setitem(registry._FAMILIES, name, replace(family, probe=lambda _, backend=backend: backend))
 
     return have
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards: one of today, and one that the CUDA kernels are too new for."""
+    built = {"cuda": "13.0: 7.5 8.0 9.0+PTX"}
+    extension = SimpleNamespace(
+        build_info=lambda: dict(built), cuda_versions=lambda: (13000, 13000), instruction_set=lambda: "some"
+    )
+    monkeypatch.setattr(_extension, "load", lambda: extension)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: ((9, 0), (7, 0))[index or 0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: ("new", "old")[index or 0])
+
+
+@pytest.mark.usefixtures("cards")
+class TestCards:
+    def test_each_has_what_serves_it(self) -> None:
+        pytest.importorskip("triton")
+        for index, chosen in ((0, "cuda"), (1, "triton"), (None, "cuda")):
+            assert choose(None, "cuda", torch.float32, index=index) == chosen
+            assert choose(None, "cuda", torch.float64, index=index) == "triton"
+        with pytest.raises(RuntimeError, match=r"'cuda' is not available.*the GPU is of compute capability 7\.0"):
+            choose("cuda", "cuda", torch.float32, index=1)
+        assert attnext.backends()["cuda"] == Backend(True, "CUDA kernels on new")
+
+    def test_one_that_can_not_be_asked_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(index: int) -> None:
+            raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+        for name in ("cuda", "triton"):
+            status = attnext.backends()[name]
+            assert not status.available
+            assert "torch can't use the GPU: CUDA error: out of memory" in status.reason
+        assert "torch can't use the GPU: CUDA error: out of memory, torch can't" in info.collect()["torch"]
+
+    def test_triton_without_a_compiler_or_headers(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        pytest.importorskip("triton")
+        for name in ("CC", "TRITON_CACHE_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        monkeypatch.setenv("PATH", str(tools))
+        headers = {"include": str(tmp_path)}
+        monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: headers)
+
+        def said() -> str:
+            status = attnext.backends()["triton"]
+            return "" if status.available else status.reason
+
+        assert said() == "Triton needs a C compiler, and gcc or clang is not there: install one, or set CC"
+        monkeypatch.setenv("CC", "mycc -O2")
+        assert "and mycc is not there" in said()
+        # Of the other family's dtypes the reference is what is left, and it says why.
+        with pytest.warns(RuntimeWarning, match="cuda: has no kernels for float64") as caught:
+            assert choose(None, "cuda", torch.float64) == "reference"
+        assert "triton: Triton needs a C compiler" in str(caught[0].message)
+        assert choose(None, "cuda", torch.float32) == "cuda"
+        (tools / "mycc").write_text("#!/bin/sh")
+        (tools / "mycc").chmod(0o755)
+        assert "Python.h is not there: install python3-dev" in said()
+        (tmp_path / "Python.h").touch()
+        assert not said()
+        (tmp_path / "Python.h").unlink()
+        built = tmp_path / ".triton" / "cache" / "ABC"
+        built.mkdir(parents=True)
+        (built / "cuda_utils.cpython-311-x86_64-linux-gnu.so").touch()
+        assert not said()  # it has built what it needs before
+
+    @pytest.mark.parametrize(
+        ("version", "old"), [("3.3.1", True), ("3.4.0", False), ("4.0.0+git1", False), ("?", False)]
+    )
+    def test_a_triton_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch, version: str, old: bool) -> None:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+        status = attnext.backends()["triton"]
+        assert status.available != old
+        assert ("Triton 3.3.1 is too old: 3.4 or later is needed" in status.reason) == old
 
 
 YES, BROKEN = Backend(True, "yes"), Backend(False, "half of it", broken=True)

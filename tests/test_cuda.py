@@ -264,13 +264,20 @@ def test_the_inner_loops_stay_within_their_budgets(built: str, tmp_path: Path) -
         ((7, 5), 13000, "compute capability 7.5"),
         ((9, 1), 13000, "compute capability 9.1"),
         ((10, 0), 13000, "compute capability 10.0"),
-        ((8, 0), 12080, "a driver for CUDA 13, and this one is for 12"),
+        ((8, 0), 12080, "a driver for CUDA 13.0 or later, and this one is for 12.8"),
     ],
 )
 def test_gpus_that_the_kernels_serve(capability: tuple[int, int], driver: int, said: str) -> None:
     problem = cuda.problem_with(capability, (driver, 13000), "13.0: 8.0 9.0a 12.0+PTX")
     assert said in problem
     assert bool(problem) == bool(said)
+
+
+@pytest.mark.parametrize(("driver", "serves"), [(12030, False), (12040, True), (12080, True), (13000, True)])
+def test_compressed_kernels_need_a_driver_that_reads_them(driver: int, serves: bool) -> None:
+    """Drivers of 12.0 to 12.3 take code of 12.8, but not compressed."""
+    problem = cuda.problem_with((8, 0), (driver, 12080), "12.8: 8.0")
+    assert problem == ("" if serves else "they need a driver for CUDA 12.4 or later, and this one is for 12.3")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

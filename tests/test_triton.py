@@ -22,6 +22,7 @@ import family
 
 import attnext
 from attnext.backends import backends
+from attnext.backends.triton import OLDEST
 from attnext.cases import CASES, DTYPES
 
 
@@ -133,7 +134,7 @@ def programs(request: pytest.FixtureRequest) -> Iterator[Programs]:
     """
     here = Path(__file__).parent
     scripts = {
-        "contract": (str(here / "gpu_contract.py"), "triton"),
+        "contract": ("-m", "attnext.gpu.contract", "triton", "--device", "cpu"),
         "nonfinite": ("-W", "ignore::RuntimeWarning", str(here / "nonfinite.py"), "triton"),  # NumPy's, of NaN
         "tiles": ("-c", TILES),
         "family": (str(here / "family.py"), "triton"),
@@ -167,6 +168,27 @@ def test_kernels_compile_for_every_target_and_spill_nothing() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"):
         assert target in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "targets"), [(".".join(map(str, OLDEST)) + ".0", ["sm_90"]), ("3.7.1", ["sm_80", "sm_120", "gfx1100"])]
+)
+def test_kernels_compile_with_other_tritons(tmp_path: Path, version: str, targets: list[str]) -> None:
+    """The oldest that serves, and the one that torch's own CUDA build brings."""
+    install = ("-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "triton"), f"triton=={version}")
+    done = python(*install, interpreted=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    paths = os.pathsep.join(filter(None, (str(tmp_path / "triton"), os.environ.get("PYTHONPATH"))))
+    variables = {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    assert (
+        python("-c", "import triton; print(triton.__version__)", interpreted=False, **variables).stdout
+        == f"{version}\n"
+    )
+    asked = [word for target in targets for word in ("--target", target)]
+    dtypes = ("--dtype", "float32", "--dtype", "float64", "--dtype", "bfloat16")
+    done = python("-m", "attnext", "verify", "--compile", *asked, *dtypes, interpreted=False, **variables)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "spill nothing" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ def _probe(index: int | None) -> Backend:
     if not built:
         why = _extension.build_record().get("cuda reason") or "it was built without"
         return Backend(False, f"the extension has no CUDA kernels: {why}")
-    why = "no NVIDIA GPU that torch can use" if torch.version.hip else unusable(index)
+    nvidia = torch.cuda.is_available() and not torch.version.hip
+    why = unusable(index) if nvidia else "no NVIDIA GPU that torch can use"
     if why:
         return Backend(False, f"CUDA kernels are there (built with {built}), but {why}")
     problem = problem_with(torch.cuda.get_device_capability(index), module.cuda_versions(), built)

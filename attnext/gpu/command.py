@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from attnext._support import InputError, make_writable, only_writer
-from attnext.backends import backends
 from attnext.cli import path_argument, positive
 from attnext.gpu.stages import Stage, stages
 
@@ -63,20 +62,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: there is no GPU, no such stage, or the folder can't be written to.
     """
-    if not args.dry_run and not torch.cuda.is_available():
-        raise InputError(f"{backends()['triton'].reason.partition(';')[0]}; --dry-run takes the CPU")
-    if args.dry_run and torch.cuda.is_available():
-        raise InputError("--dry-run is for machines without a GPU; CUDA_VISIBLE_DEVICES= hides those of this one")
-    chosen = _chosen(list(stages(args.out, args.dry_run)), args.stages)
+    there = torch.cuda.is_available()
+    chosen = _chosen(list(stages(args.out, dry=not there)), args.stages)
     if args.list:
         width = max(len(stage.name) for stage in chosen)
         print("\n".join(f"{stage.name:{width}}  {stage.title}" for stage in chosen))
         return 0
+    if not args.dry_run and not there:
+        raise InputError("there is no GPU that torch can use; --dry-run takes the CPU")
+    if args.dry_run and there:
+        raise InputError("--dry-run is for machines without a GPU; CUDA_VISIBLE_DEVICES= hides those of this one")
     make_writable(args.out)
     from attnext.gpu import report
 
     done: list[Done] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what follows, and no stage runs on
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what follows: no stage runs on
     end = time.monotonic() + 60 * args.minutes
     with only_writer(args.out):
         try:
@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"        {last.state} ({last.seconds:.0f} s) {last.said}".rstrip(), flush=True)
         finally:  # also of what was done before an interruption
             report.write(args.out, done, args.dry_run)
+            signal.signal(signal.SIGTERM, before)
     print(f"\nreport: {args.out / 'report.md'}")
     return _verdict(done, whole=not args.stages)
 
