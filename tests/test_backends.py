@@ -308,14 +308,14 @@ class TestCards:
         assert not said()  # it has built what it needs before
 
     @pytest.mark.parametrize(
-        ("version", "old"), [("3.3.1", True), ("3.4.0", False), ("4.0.0+git1", False), ("?", False)]
+        ("version", "old"), [("3.4.0", True), ("3.5.0", False), ("4.0.0+git1", False), ("?", False)]
     )
     def test_a_triton_that_is_too_old(self, monkeypatch: pytest.MonkeyPatch, version: str, old: bool) -> None:
         pytest.importorskip("triton")
         monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
         status = attnext.backends()["triton"]
         assert status.available != old
-        assert ("Triton 3.3.1 is too old: 3.4 or later is needed" in status.reason) == old
+        assert ("Triton 3.4.0 is too old: 3.5 or later is needed" in status.reason) == old
 
 
 YES, BROKEN = Backend(True, "yes"), Backend(False, "half of it", broken=True)

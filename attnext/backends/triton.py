@@ -25,7 +25,7 @@ __all__ = ["FAMILY"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-OLDEST = (3, 4)
+OLDEST = (3, 5)
 """The first Triton that compiles the kernels."""
 
 
