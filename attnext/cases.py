@@ -118,7 +118,7 @@ CASES: tuple[Case, ...] = (
     Case(batch=2, queries=9, keys=50, features=70, values=20, magnitude=8.0, weights=True),
     Case(batch=2, queries=9, keys=50, features=70, values=20, magnitude=100.0, mask="slots", poison=True),
     Case(batch=1, queries=4, keys=20, features=16, values=8, magnitude=1e4, weights=True),
-    Case(batch=2, queries=70, keys=40, features=3, values=2, lengths=True, weights=True),
+    Case(batch=2, queries=140, keys=40, features=3, values=2, lengths=True, weights=True),
     Case(batch=0),
     Case(queries=0),
     Case(keys=0, weights=True),
@@ -131,8 +131,8 @@ CASES: tuple[Case, ...] = (
     Case("step", batch=3, queries=1, keys=9, features=20, values=6, lengths=True, weights=True, flat=True),
     # Longer than a few tiles, than what is kept of the pairs at a time, and both for scores and for dropped weights.
     Case(batch=4, queries=40, keys=600, features=8, values=5),
-    Case(queries=100, keys=40, features=3, values=2, dropout_p=0.3, weights=True),
-    Case("scores", queries=100, keys=20, features=3),
+    Case(queries=150, keys=40, features=3, values=2, dropout_p=0.3, weights=True),
+    Case("scores", queries=150, keys=20, features=3),
     Case("scores", batch=3, queries=17, keys=67, features=31, lengths=True),
     Case("scores", batch=3, queries=1, keys=10, features=31, flat=True),
     Case("scores", batch=2, queries=5, keys=130, features=65, mask="slots", scale=-1.5, strided=True),
@@ -142,7 +142,7 @@ CASES: tuple[Case, ...] = (
     Case("step", batch=4, queries=1, keys=40, features=33, values=8, heads=2, mask="keys", flat=True, summed=True),
     Case("scores", batch=4, queries=3, keys=20, features=9, heads=4, magnitude=30.0),
     Case(batch=0, heads=2),
-    Case("dot"),
+    Case("dot", queries=150, keys=20, features=5, values=3, mask="keys", weights=True),
     Case("dot", batch=1, queries=1, keys=1, features=1, values=1, weights=True, shared=True),
     Case("dot", batch=3, queries=17, keys=67, features=31, values=65, lengths=True, weights=True, scale=0.2),
     Case(

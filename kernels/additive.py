@@ -26,6 +26,14 @@ MAX_WEIGHT = {"float32": 2.0**30, "float64": 2.0**200}
 SMALLEST = {"float32": 2.0**-26, "float64": 2.0**-55}
 HALF_LN2 = tl.constexpr(0.34657)
 
+# Arguments that differ from batch to batch: to know whether they are 1, or 16 divides them, would make no loop faster,
+# and another kernel of each combination. What is padded to a multiple of 16, or to one row, is not among them.
+VARYING = [
+    "B", "T", "Tq", "Tk", "mask_row", "count", "splits", "i_first", "rows_each", "row_splits", "key_splits",
+    "add", "each", "tiles_each", "terms", "rows_of", "w_batch", "w_row", "w_term", "x_rows", "x_first", "out_rows",
+    "out_first",
+]  # fmt: skip
+
 
 @triton.jit
 def _reciprocal(x, TARGET: tl.constexpr):
@@ -35,6 +43,19 @@ def _reciprocal(x, TARGET: tl.constexpr):
     if TARGET == "hip" and x.dtype == tl.float32:
         return tl.inline_asm_elementwise("v_rcp_f32 $0, $1", "=v,v", [x], tl.float32, True, 1)
     return 1.0 / x
+
+
+@triton.jit
+def _exp_of_twice(x):
+    """exp(2x) to some ulps, also where x is large: a GPU's own takes 2^(x log2 e) of one rounded product.
+
+    In float32 the product's larger part is exact: of the first half of x's bits, and the first of the constant's.
+    """
+    if x.dtype == tl.float32:
+        high = (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        low = (x - high) * 2.884765625 + x * 0.000624456777926774
+        return tl.exp2(high * 2.884765625) * tl.exp2(tl.where(tl.abs(x) < float("inf"), low, 0.0))
+    return tl.exp(2 * x)
 
 
 @triton.jit
@@ -93,7 +114,7 @@ def fold_weight(
     tl.store(folded + 6 * HALF + 1, tl.where(whole, (BITS - spread) * HALF_LN2, -1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def features_first(
     rows, lengths, mask, fold, out, by_row, limits, heads, T, D, padded_rows, padded_features,
     EXP: tl.constexpr, FOLD: tl.constexpr, ROWS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -127,7 +148,7 @@ def features_first(
             finite = tl.abs(x) < float("inf")
             broken += tl.sum(tl.where(finite, 0, 1), 1)
             size = tl.maximum(size, tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
-            x = tl.where(inside, tl.exp(2 * x), 0.0)
+            x = tl.where(inside, _exp_of_twice(x), 0.0)
         stored = (t < padded_rows)[:, None] & (d < padded_features)[None, :]
         if ROWS:
             tl.store(by_row + (b * padded_rows + t)[:, None] * padded_features + d[None, :], x, stored)
@@ -233,7 +254,7 @@ def _write_weights(
         tl.store(weights + at, p.to(weights.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward(
     query, key, value, folded, e, f, q_limit, k_limit, lengths, mask, seed,
     part, part_max, part_sum, stage, context, lse_out, raw, weights,
@@ -312,6 +333,7 @@ def forward(
                     c += product
                     v += H
                     p_k += 1
+                tl.debug_barrier()  # a thread may store what another has loaded
                 tl.store(summed, c, inside)
             tl.debug_barrier()
     if ONLY_SCORES and HAS_LENGTHS:
@@ -336,7 +358,7 @@ def forward(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def combine(
     part, part_max, part_sum, context, lse_out, raw, weights, lengths, seed, B, Tq, Tk, H, splits, threshold,
     keep_scale, keep_rest, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr,
@@ -347,19 +369,20 @@ def combine(
     b = row // Tq
     i = (row % Tq).to(tl.int32)
     top = tl.full((), float("-inf"), ACC)
+    rows = tl.cast(B, tl.int64) * Tq
     for s in range(splits):
-        top = tl.maximum(top, tl.load(part_max + s * B * Tq + row))
+        top = tl.maximum(top, tl.load(part_max + s * rows + row))
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((), ACC)
     for s in range(splits):
-        at = s * B * Tq + row
+        at = s * rows + row
         total += tl.load(part_sum + at) * tl.exp(tl.load(part_max + at) - shift)
     lse, gain = _log_sum(top, total)
     for h0 in range(0, H, BH):
         h = h0 + tl.arange(0, BH)
         c = tl.zeros((BH,), ACC)
         for s in range(splits):
-            at = s * B * Tq + row
+            at = s * rows + row
             c += tl.load(part + at * H + h, h < H, 0.0) * tl.exp(tl.load(part_max + at) - shift)
         tl.store(context + row * H + h, (c * gain).to(context.dtype.element_ty), h < H)
     tl.store(lse_out + row, lse)

@@ -80,7 +80,7 @@ _FLAGS = (
 )
 # Sizes of which a launch may know that 16 divides them, and those of which it always does.
 _MULTIPLES_OF_16 = {"D", "H", "q_rows", "k_rows", "padded_rows", "slab", "keys_each", "columns"}
-_ALWAYS_MULTIPLES_OF_16 = {"k_rows", "keys_each"}
+_ALWAYS_MULTIPLES_OF_16 = {"k_rows", "keys_each", "slab"}
 
 
 @dataclass(frozen=True)

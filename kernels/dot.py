@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .additive import _dropped, _log_sum, _softened, _visible, _write_weights
+from .additive import VARYING, _dropped, _log_sum, _softened, _visible, _write_weights
 
 WEIGHT_BLOCK = tl.constexpr(64)
 
@@ -37,7 +37,7 @@ def _weighted_sum(weight, x, HIDE: tl.constexpr):
     return tl.sum(product, 1, keep_dims=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dot_forward(
     query, key, value, lengths, mask, seed, part, part_max, part_sum, context, lse_out, raw, weights,
     B, Tq, Tk, D, H, mask_row, keys_each, scale, scale_rest, threshold, keep_scale, keep_rest,
@@ -108,7 +108,7 @@ def dot_forward(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "slab"])
 def dot_score_gradients(
     query, key, value, lengths, mask, seed, grad_context, grad_weights, lse, delta, ds_out, p_out,
     Tq, Tk, D, H, mask_row, i_first, slab, scale, scale_rest, threshold, keep_scale, keep_rest,
@@ -154,7 +154,7 @@ def dot_score_gradients(
     tl.store(p_out + out, p * kept, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def weighted_sums(
     w, x, w_more, x_more, lengths, out, B, rows_of, terms, columns, w_batch, w_row, w_term, x_rows, x_first, out_rows,
     out_first, each, add, HAS_LENGTHS: tl.constexpr, MORE: tl.constexpr, HIDE: tl.constexpr, ACC: tl.constexpr,
@@ -190,4 +190,5 @@ def weighted_sums(
         if MORE:
             more = tl.load(x_more + x_at, x_in, 0.0).to(ACC)
             acc += _weighted_sum(tl.load(w_more + w_at, w_in, 0.0), more, HIDE)
+    tl.debug_barrier()  # after what was loaded there
     tl.store(out + at, acc.to(out.dtype.element_ty), inside)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .additive import _keep, _near, _of_head, _reciprocal, _scores, _visible
+from .additive import VARYING, _exp_of_twice, _keep, _near, _of_head, _reciprocal, _scores, _visible
 
 UNROLL = tl.constexpr(2)  # of dC h; the scores' loop has no register left for it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_sums(
     grad_context, context, grad_weights, weights, delta, Tk, H,
     CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -38,7 +38,7 @@ def row_sums(
     tl.store(delta + row, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def score_gradients(
     query, key, folded, e, f, q_limit, k_limit, lengths, mask, seed,
     value_columns, grad_columns, grad_weights, lse, delta, ds_out, p_out, ds_sums,
@@ -108,6 +108,7 @@ def score_gradients(
         if DROPOUT:
             kept = tl.where(_keep(seed, row, j, threshold), (nothing + keep_scale) + keep_rest, 0.0)
         ds = tl.where(p == 0, 0.0, p * (kept * dp - tl.load(delta + row, rows_in, 0.0)[:, None]))
+        tl.debug_barrier()  # what a thread stores there, another may have loaded
         tl.store(ds_out + out, ds)
         tl.store(p_out + out, p * kept)
     tl.store(ds_sum, tl.load(ds_sum) + tl.sum(ds, 1))
@@ -130,7 +131,8 @@ def _feature_sums(
 ):  # fmt: skip
     """Sums of ds r (1 - r) of features d and d + HALF: over the rows for a tile of keys, over its keys for each row.
 
-    query, ds and query_part point to the first row and its first key; the sums over the keys are added to query_part.
+    query, ds and query_part point to the first row and its first key; the sums over the keys are added to query_part,
+    which has a feature a thread: what a thread loads of it, it has stored itself.
     With NEAR query and keys are exponentials. Returns the sums of the keys, and weight0 and weight1 with those of ds r.
     """
     first = d < HALF
@@ -195,8 +197,8 @@ def _pair_gradients(
             k1 = tl.load(k + HALF, inside & (d + HALF < D)[None, :], 0.0).to(ACC)
             if near:
                 hidden = (tl.load(k_limit + j) < 0)[:, None]
-                f0 = tl.where(hidden, 0.0, tl.exp(2 * k0))
-                f1 = tl.where(hidden, 0.0, tl.exp(2 * k1))
+                f0 = tl.where(hidden, 0.0, _exp_of_twice(k0))
+                f1 = tl.where(hidden, 0.0, _exp_of_twice(k1))
                 sum0, sum1, weight0, weight1 = _feature_sums(
                     exp_query + d, f0, f1, ds + j, query_part + d, weight0, weight1, rows, d, both, HALF, both, both,
                     k_rows, True, TARGET, ACC, BJ, BD,
@@ -211,6 +213,7 @@ def _pair_gradients(
         if add:
             sum0 += tl.load(out, inside, 0.0)
             sum1 += tl.load(out + HALF, inside, 0.0)
+            tl.debug_barrier()
         tl.store(out, sum0, inside)
         tl.store(out + HALF, sum1, inside)
     tl.store(weight_part + d, tl.sum(weight0, 0), first)
@@ -218,7 +221,7 @@ def _pair_gradients(
 
 
 # What divides these must not be known: loads of several features at once would spread the keys over threads.
-@triton.jit(do_not_specialize=["D", "HALF", "both"])
+@triton.jit(do_not_specialize=[*VARYING, "keys_each", "D", "HALF", "both"])
 def input_gradients(
     query, key, exp_query, q_limit, k_limit, lengths, ds, p, grad_context,
     query_parts, key_parts, weight_parts, grad_value,
@@ -278,10 +281,11 @@ def input_gradients(
             acc += tl.where(weight == 0, 0.0, product)
             p_i += k_rows
             g += H
+        tl.debug_barrier()  # after what was loaded there
         tl.store(at, acc.to(grad_value.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def sum_parts(parts, folded, out, splits, count, heads, T, D, HALF, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """out (B, T, D) = 4 scale v times the sum of parts (splits, B, T, 2 HALF), in their order; count is B T D."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

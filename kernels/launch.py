@@ -1,7 +1,8 @@
 """From tensors to launches: the Triton family's kernels for the operators of ``attnext.ops``.
 
 Nothing here waits for the device, but for the first calls, which are timed, or allocates by its data: a call can be
-captured into a CUDA graph.
+captured into a CUDA graph. It has to have run before, with the same options: no kernel can be loaded in a capture, and
+no tiles are timed there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import functools
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from . import additive, dot, gradients
-from .tiles import KEY_BLOCK, MOST_SPLITS, Tiles, dot_kind, forward_kind, tiles
+from .tiles import FEW_QUERIES, KEY_BLOCK, LEAST_SLAB, MOST_SPLITS, Tiles, dot_kind, forward_kind, tiles
 
 __all__ = ["OPERATORS"]
 
@@ -66,26 +68,75 @@ def _launch(
     kernel: Any, candidates: tuple[Tiles, ...], grid: Callable[[Mapping[str, Any]], tuple[int, ...]], *args: Any,
     **constants: Any,
 ) -> None:  # fmt: skip
-    """Launches a kernel with the first candidate, or with the one that is found to be the fastest.
-
-    Where torch is asked for deterministic algorithms the choice is the first one: another would round otherwise.
-    """
+    """Launches a kernel with the tiles that are chosen for it: of the candidates the first, or the fastest."""
     if not INTERPRETED:  # not always done unasked
         constants["enable_fp_fusion"] = True
-    if TUNED and len(candidates) > 1 and not torch.are_deterministic_algorithms_enabled():
-        _tuner(kernel, candidates)[grid](*args, **constants)
-    else:
-        options = candidates[0].options(_backend())
-        kernel[grid(options)](*args, **constants, **options)
+    tiles = candidates[0]
+    if len(candidates) > 1 and _may_choose():
+        call = _Call(kernel, candidates, *_named(kernel, args))
+        if call not in _choices and not _capturing():
+            with _tuning:  # of whoever came first
+                if call not in _choices:
+                    _choices[call] = _fastest(call, grid, args, constants)
+                    return
+        tiles = _choices.get(call, tiles)
+    options = tiles.options(_backend())
+    kernel[grid(options)](*args, **constants, **options)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a choice of tiles is made for: the options of a call make no difference to it."""
+
+    kernel: Any
+    candidates: tuple[Tiles, ...]
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    features: int
+    values: int
+
+
+_choices: dict[_Call, Tiles] = {}
+_tuning = threading.Lock()
+
+
+def _named(kernel: Any, args: tuple[Any, ...]) -> tuple[torch.device, tuple[torch.dtype, ...], int, int]:
+    """Device and dtypes of a launch's query and key, D and H."""
+    query, key, *_ = args
+    features, values = (args[kernel.arg_names.index(name)] for name in ("D", "H"))
+    return query.device, (query.dtype, key.dtype), features, values
+
+
+def _may_choose() -> bool:
+    """Whether other tiles than the first may be taken: they round otherwise, so not where torch is asked for
+    deterministic algorithms, nor among ranks, which might choose differently."""
+    if not TUNED or torch.are_deterministic_algorithms_enabled():
+        return False
+    group = torch.distributed
+    return not (group.is_available() and group.is_initialized() and group.get_world_size() > 1)
+
+
+def _capturing() -> bool:
+    return not INTERPRETED and torch.cuda.is_current_stream_capturing()
+
+
+def _fastest(call: _Call, grid: Callable[..., Any], args: tuple[Any, ...], constants: dict[str, Any]) -> Tiles:
+    """Makes the launch, and times the candidates for it; the first where a full card has no memory for that."""
+    tuner = _tuner(call.kernel, call.candidates)
+    try:
+        tuner[grid](*args, **constants)
+    except torch.OutOfMemoryError:
+        first = call.candidates[0]
+        options = first.options(_backend())
+        call.kernel[grid(options)](*args, **constants, **options)
+        return first
+    best = tuner.best_config
+    return next(t for t in call.candidates if dict(t.blocks) == best.kwargs and t.warps == best.num_warps)
 
 
 @functools.cache
 def _tuner(kernel: Any, candidates: tuple[Tiles, ...]) -> Any:
-    """The kernel, tuned at the first call of each D, H and dtype; choices are kept in Triton's cache on disk.
-
-    A first call while a CUDA graph is captured, when nothing can be timed, gets the first tiles, and so do those after
-    it in this process.
-    """
+    """The kernel, tuned at the first call of each D, H and dtype; what is found is kept in Triton's cache on disk."""
     configurations = []
     for candidate in candidates:
         options = candidate.options(_backend())
@@ -96,15 +147,9 @@ def _tuner(kernel: Any, candidates: tuple[Tiles, ...]) -> Any:
         key=["D", "H"],
         # What a program adds to what is there must be added once.
         restore_value=[name for name in ("ds_sums", "key_parts", "grad_value") if name in kernel.arg_names],
-        prune_configs_by={"early_config_prune": _first_while_capturing},
         do_bench=_wall_clock if INTERPRETED else None,
         cache_results=True,
     )(kernel)
-
-
-def _first_while_capturing(configurations: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    capturing = not INTERPRETED and torch.cuda.is_current_stream_capturing()
-    return configurations[:1] if capturing else configurations
 
 
 def _wall_clock(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
@@ -181,6 +226,8 @@ class _Problem(_Inputs):
             ACC=_triton_type(self.dtype), BLOCK=triton.next_power_of_2(2 * self.half),
         )  # fmt: skip
         block = max(tile["BM"] for tile in self.tiles(self.kind))
+        # Of many queries the rows are known to be a multiple of 16, so that there is one kernel, with loads of several.
+        block = _round_up(block, 16) if self.queries > FEW_QUERIES else block
         # c E for the scores, and for the gradients E too.
         fold = self.folded[:, 2 * self.half :]
         self.exp_query, self.query_limit, self.exp_query_by_row = _exponentials(
@@ -265,7 +312,13 @@ def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[tuple[int, float, f
 
 
 def _two_floats(x: float) -> tuple[float, float]:
-    """x as a float32 and what that leaves: launches pass no more."""
+    """x as a float32 and what that leaves: launches pass no more.
+
+    Raises:
+        ValueError: it is beyond float32.
+    """
+    if abs(x) > torch.finfo(torch.float32).max:
+        raise ValueError(f"attnext: scale must lie within float32's range on the Triton backend, got {x:g}")
     high = struct.unpack("f", struct.pack("f", x))[0]
     return high, x - high
 
@@ -419,11 +472,16 @@ def _parts(p: _Problem, slabs: int) -> tuple[int, int]:
     return row_splits, key_splits
 
 
+def _slab(p: _Inputs, size: int) -> int:
+    """Queries whose ds and p are kept at a time: about four times the numbers of the gradients of keys and values, or
+    of as many queries as make few launches."""
+    return min(p.queries, max(LEAST_SLAB, 2 * (p.features + size)))
+
+
 def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and score weight, slab by slab of the queries.
 
-    ds and p of a slab are kept between the two launches: never more of them than about four times the numbers of the
-    gradients of keys and values, so that memory stays linear in each of Tq and Tk.
+    ds and p of a slab are kept between the two launches, so that memory stays linear in each of Tq and Tk.
     """
     batch, size, kind = p.batch, incoming.value.shape[2], p.query.dtype
     if min(batch, p.queries, p.keys) == 0:
@@ -431,7 +489,7 @@ def _gradients(p: _Problem, incoming: _Incoming) -> tuple[Tensor, Tensor, Tensor
         nothing = tuple(torch.zeros_like(x) for x in like)
         return nothing[0], nothing[1], nothing[2], nothing[3]
     q_rows, k_rows = p.rows
-    slab = _round_up(min(p.queries, max(1, 2 * (p.features + size))), max(t["BM"] for t in p.tiles("pairs")))
+    slab = _round_up(_slab(p, size), max(16, *(tile["BM"] for tile in p.tiles("pairs"))))
     slabs = triton.cdiv(p.queries, slab)
     row_splits, key_splits = _parts(p, slabs)
     rows_each = triton.cdiv(min(slab, p.queries), row_splits)
@@ -582,7 +640,7 @@ def _dot_gradients(p: _Inputs, incoming: _Incoming, shared: bool) -> tuple[Tenso
     of_values = p.key.new_zeros((0,) if shared else incoming.value.shape)
     if min(p.batch, p.queries, p.keys) == 0:
         return torch.zeros_like(p.query), torch.zeros_like(p.key), of_values
-    slab = min(p.queries, max(1, 2 * (p.features + size)))
+    slab = _slab(p, size)
     splits, rounded = _term_splits(p, slab), _rounded_by_kernels(kind)
     query_parts = p.query.new_empty(splits, *p.query.shape, dtype=rounded if splits == 1 else p.dtype)
     sums = rounded if slab == p.queries else p.dtype

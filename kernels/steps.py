@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .additive import _keep
+from .additive import VARYING, _keep
 
 SOFTMAX = tl.constexpr(0)
 SIGMOID = tl.constexpr(1)
@@ -115,7 +115,7 @@ def _r(total, ACC: tl.constexpr):
     return 1.0 / (1.0 + tl.exp(2 * tl.minimum(total, most, propagate_nan=tl.PropagateNan.ALL)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step_scores(
     query, key, weight, filters, projection, past, second_past, lengths, mask, window, scores, Tq, Tk, D, F, width,
     scale, scale_rest, CHANNELS: tl.constexpr, PROJECTED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -193,7 +193,7 @@ def _unnormalised(
     return e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step_context(
     scores, value, previous, transition, lengths, mask, seed, wide, context, Tq, Tk, H, threshold, keep_scale,
     keep_rest, RULE: tl.constexpr, AGENT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -242,7 +242,7 @@ def step_context(
     tl.store(context + row * H + h, found, h < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step_slots(
     value, grad_context, grad_wide, wide, previous, transition, lengths, mask, window, seed, dp, ds, kept, stays,
     grad_transition, Tq, Tk, H, threshold, keep_scale, keep_rest, RULE: tl.constexpr, AGENT: tl.constexpr,
@@ -306,7 +306,7 @@ def step_slots(
             tl.store(grad_transition + row, of_move)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step_previous(
     ds, dp, stays, previous, transition, lengths, mask, window, grad_previous, Tq, Tk, AGENT: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr,
@@ -331,7 +331,7 @@ def step_previous(
     tl.store(grad_previous + row * Tk + j, found, j < Tk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step_values(kept, grad_context, of_value, Tq, Tk, H, ACC: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr):
     """The gradient of the values, sum_i kept_ij dC_i: a program some keys and columns."""
     b = tl.program_id(0).to(tl.int64)
@@ -347,11 +347,14 @@ def step_values(kept, grad_context, of_value, Tq, Tk, H, ACC: tl.constexpr, BK: 
 
 @triton.jit
 def _add(at, x, inside, first):
-    """Adds to what a program alone writes, or sets it at first."""
-    tl.store(at, x + tl.where(first != 0, 0.0, tl.load(at, inside, 0.0)), inside)
+    """Adds to what a program alone writes, or sets it at first. A number may be loaded and stored by two threads."""
+    tl.debug_barrier()
+    total = x + tl.where(first != 0, 0.0, tl.load(at, inside, 0.0))
+    tl.debug_barrier()
+    tl.store(at, total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step_gradients(
     query, key, weight, filters, projection, past, second_past, lengths, mask, ds, grad_key, query_parts,
     weight_parts, filter_parts, projection_parts, past_parts, Tq, Tk, D, F, width, tiles_each, scale, scale_rest,
@@ -454,7 +457,7 @@ def _past_gradients(
             tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step_past(
     past_parts, lengths, mask, grad_past, Tq, Tk, width, channel, CHANNELS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_MASK: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr,

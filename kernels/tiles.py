@@ -15,10 +15,23 @@ from typing import Any
 
 from attnext.ops import KEY_BLOCK
 
-__all__ = ["KEY_BLOCK", "MOST_SPLITS", "TARGETS", "Tiles", "dot_kind", "forward_kind", "tiles"]
+__all__ = [
+    "FEW_QUERIES",
+    "KEY_BLOCK",
+    "LEAST_SLAB",
+    "MOST_SPLITS",
+    "TARGETS",
+    "Tiles",
+    "dot_kind",
+    "forward_kind",
+    "tiles",
+]
 
 FEW_QUERIES = 4
 """A decoder's step has so many at most: none is computed in vain."""
+
+LEAST_SLAB = 128
+"""Queries that backward takes at a time, at least, whatever D and H: fewer would be many launches."""
 
 MOST_SPLITS = 32
 """Of the keys, between programs of dot products: one after the other is added in the launch behind."""

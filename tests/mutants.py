@@ -50,11 +50,13 @@ _CUDA = " ".join(
         "test_every_case_with_threads_in_any_order",
         "test_the_same_bits_with_threads_in_any_order",
         "test_a_step_that_sees_its_past",
-        "test_the_contract",
+        "test_what_a_gpu_is_asked[contract]",
         "test_no_access_out_of_bounds_and_no_race",
     )
 )
 _TRITON = "test_triton.py::test_every_case[float32]"
+_KEYS = "test_triton.py::test_kernels_are_not_compiled_again_for_other_lengths"
+_EXPONENTIALS = "test_triton.py::test_what_a_program_holds[exponentials]"
 _CONTRACT, _TILES, _TUNING = (
     f"test_triton.py::test_what_a_program_holds[{name}]" for name in ("contract", "tiles", "tuning")
 )
@@ -336,7 +338,11 @@ MUTANTS = [
            _CONTRACT),
     Mutant("kernels/launch.py", "key_splits, int(number > 0), PLAIN", "key_splits, 0, PLAIN", _TRITON),
     Mutant("kernels/launch.py", '("ds_sums", "key_parts", "grad_value")', '("key_parts", "grad_value")', _TUNING),
-    Mutant("kernels/launch.py", " and not torch.are_deterministic_algorithms_enabled()", "", _TUNING),
+    Mutant("kernels/launch.py", "not TUNED or torch.are_deterministic_algorithms_enabled()", "not TUNED", _TUNING),
+    Mutant("kernels/launch.py", "group.get_world_size() > 1", "group.get_world_size() > 2", _TUNING),
+    Mutant("kernels/launch.py", "call not in _choices and not _capturing()", "call not in _choices", _TUNING),
+    Mutant("kernels/launch.py", "return min(p.queries, max(LEAST_SLAB,", "return min(p.queries, max(1,", _KEYS),
+    Mutant("kernels/additive.py", "low = (x - high) * 2.884765625 +", "low = (x - high) * 2.88 +", _EXPONENTIALS),
     Mutant("kernels/launch_steps.py", "past_parts = torch.zeros(", "past_parts = torch.empty(", _TRITON),
     Mutant("kernels/launch_steps.py", "of_key, of_weight.sum(0)", "of_key, of_weight[0]", _TRITON),
     Mutant("kernels/tiles.py", '"forward": (_tiles(1, BM=2, BN=128, BH=128),),',

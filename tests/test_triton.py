@@ -84,28 +84,53 @@ print("held")
 
 
 TUNING = """
+import threading, time
 import torch, attnext
-from attnext.kernels import additive, gradients, launch
+from attnext.kernels import additive, gradients, launch, tiles
 
 torch.manual_seed(0)
-# As many queries as are several slabs.
-x = [torch.randn(s, requires_grad=True) for s in ((2, 70, 3), (2, 21, 3), (2, 21, 2), (3,))]
+launch.LEAST_SLAB = 16  # 40 queries are several slabs
+TUNED = ((additive.forward, "forward"), (gradients.score_gradients, "pairs"), (gradients.input_gradients, "inputs"))
 
-def run(backend):
-    context, _ = attnext.additive_attention(*x, backend=backend)
+def inputs(queries=40, features=3):
+    sizes = ((2, queries, features), (2, 21, features), (2, 21, 2), (features,))
+    return [torch.randn(size, requires_grad=True) for size in sizes]
+
+def run(backend, x, **options):
+    context, _ = attnext.additive_attention(*x, backend=backend, **options)
     return [context, *torch.autograd.grad(context.square().sum(), x)]
 
-for _ in range(2):  # while it is tuned, and with the choice
-    for a, b in zip(run("triton"), run("cpu")):
+def same(x, **options):
+    for a, b in zip(run("triton", x, **options), run("cpu", x, **options)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-for kernel, kind in (
-    (additive.forward, "forward"), (gradients.score_gradients, "pairs"), (gradients.input_gradients, "inputs")
-):
-    candidates = launch.tiles(kind, "sm_90", False)
-    tuner = launch._tuner(kernel, candidates)
+
+def candidates(kind):
+    return launch.tiles(kind, "sm_90", False)
+
+x = inputs()
+for _ in range(2):  # while it is tuned, and with the choice
+    same(x)
+# What is chosen serves calls with other options, and other sizes than D and H.
+same(x, lengths=torch.tensor([21, 4]))
+same(x, mask=torch.rand(2, 21) < 0.7)
+same(inputs(17))
+for kernel, kind in TUNED:
+    tuner = launch._tuner(kernel, candidates(kind))
     (choice,) = tuner.cache.values()
-    assert len(tuner.configs_timings) == len(candidates) > 1
-    assert choice.kwargs in [dict(tile.blocks) for tile in candidates]
+    assert len(tuner.configs_timings) == len(candidates(kind)) > 1
+    assert choice.kwargs in [dict(tile.blocks) for tile in candidates(kind)]
+assert len(launch._choices) == 3
+assert {call.kernel for call in launch._choices} == {kernel for kernel, _ in TUNED}
+assert all(choice in call.candidates for call, choice in launch._choices.items())
+
+# The one that was found is taken, not the first: the launches say so.
+taken = []
+options = tiles.Tiles.options
+tiles.Tiles.options = lambda self, backend: taken.append(self) or options(self, backend)
+for call in list(launch._choices):
+    launch._choices[call] = call.candidates[-1]
+run("triton", x)
+assert {call.candidates[-1] for call in launch._choices} <= set(taken)
 
 def of_scores(backend):
     scores = attnext.additive_scores(x[0], x[1], x[3], backend=backend)
@@ -114,12 +139,138 @@ def of_scores(backend):
 # Tuned anew for no values; of scores, not of weights, the sums of ds are there to be added twice.
 for a, b in zip(of_scores("triton"), of_scores("cpu")):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-before = launch._tuner.cache_info().currsize
+assert len(launch._choices) == 6
+
+# Where nothing may be timed the first tiles are taken, and not remembered as a choice.
+def nothing_is_timed(features):
+    before = dict(launch._choices)
+    taken.clear()
+    same(inputs(features=features))
+    assert launch._choices == before
+    assert {candidates(kind)[0] for _, kind in TUNED} <= set(taken)
+    assert not {candidates(kind)[-1] for _, kind in TUNED} & set(taken)
+
+capturing, launch._capturing = launch._capturing, lambda: True
+nothing_is_timed(4)
+taken.clear()
+run("triton", x)  # what is known is taken in a capture as before it
+assert {call.candidates[-1] for call in launch._choices if call.values == 2} <= set(taken)
+launch._capturing = capturing
+torch.distributed.is_initialized, torch.distributed.get_world_size = lambda: True, lambda: 2
+nothing_is_timed(5)
+nothing_is_timed(3)  # for which a choice is known: another rank may have another
+torch.distributed.get_world_size = lambda: 1
+
+# A full card: the first tiles, without an error.
+class Full:
+    def __getitem__(self, grid):
+        return self.fail
+    def fail(self, *args, **constants):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+tuner, launch._tuner = launch._tuner, lambda *_: Full()
+same(inputs(features=6))
+assert [choice == call.candidates[0] for call, choice in launch._choices.items() if call.features == 6] == [True] * 3
+launch._tuner = tuner
+
+# First calls of several threads at once: one of them times, the others wait and launch what it has found.
+class Kernel:
+    arg_names = ["query", "key", "D", "H"]
+    launched = []
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append(options)
+timed = []
+def slowly(call, *_):
+    timed.append(call)
+    time.sleep(0.2)
+    return call.candidates[-1]
+fastest, launch._fastest, kernel = launch._fastest, slowly, Kernel()
+arguments = (kernel, candidates("forward"), lambda options: (1,), x[0], x[1], 3, 2)
+threads = [threading.Thread(target=launch._launch, args=arguments) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(timed) == 1 and len(kernel.launched) == 2
+assert all(options["BM"] == candidates("forward")[-1]["BM"] for options in kernel.launched)
+launch._fastest = fastest
+
 torch.use_deterministic_algorithms(True)
-launch._tuner.cache_clear()
-assert all(torch.equal(a, b) for a, b in zip(run("triton"), run("triton")))
-assert before == 3 and launch._tuner.cache_info().currsize == 0
+nothing_is_timed(8)
+assert all(torch.equal(a, b) for a, b in zip(run("triton", x), run("triton", x)))
 print("held")
+"""
+
+
+EXPONENTIALS = """
+import numpy as np, torch, attnext
+from triton.runtime import interpreter
+
+# As a GPU takes them: two to the power of one product in float32, where NumPy's are exact.
+LOG2_E = np.float32(1.4426950408889634)
+builder = interpreter.InterpreterBuilder
+builder.create_exp = lambda self, arg: self.unary_op(arg, lambda x: np.exp2((x * LOG2_E).astype(x.dtype)))
+torch.manual_seed(0)
+v = torch.tensor([1.0, 0.7])
+for size in (5.0, 10.0, 15.0):
+    query, key = torch.randn(1, 40, 2) + size, torch.randn(1, 60, 2) - size  # which cancel
+    scores = attnext.additive_scores(query, key, v, backend="triton")
+    exact = attnext.additive_scores(query.double(), key.double(), v.double(), backend="reference")
+    off = ((scores - exact).abs().max() / v.abs().sum()).item()
+    print(size, off)
+    assert off <= 4e-7, (size, off)
+print("held")
+"""
+
+
+KEYS = """
+import random, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from attnext.kernels import launch, launch_steps
+
+backend, keys, binders = make_backend(GPUTarget("cuda", 90, 32)), set(), {}
+launches = []
+launch._target = lambda device: "sm_90"
+launch._multiprocessors = launch_steps._multiprocessors = lambda device: 132
+
+def counted(kernel, candidates, grid, *args, **constants):
+    # What Triton would compile a kernel for.
+    options = candidates[0].options("cuda")
+    grid(options)
+    if kernel not in binders:
+        binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialization, rest = binders[kernel](*args, **constants, **options)
+    keys.add((kernel.__name__, str(specialization), str(sorted(rest.items()))))
+    launches.append(kernel.__name__)
+
+launch._launch = launch_steps._launch = counted
+drawn, op, counts = random.Random(0), launch.OPERATORS, []
+for _ in range(60):
+    batch, queries, keys_ = drawn.randint(8, 64), drawn.randint(5, 300), drawn.randint(20, 400)
+    q, k, v = (torch.empty(batch, *sizes) for sizes in ((queries, 24), (keys_, 24), (keys_, 16)))
+    w, lengths = torch.empty(24), torch.full((batch,), keys_)
+    rest = (lengths, None, None, 1.0, 0.0)
+    found = op["additive_attention"](q, k, v, w, None, None, *rest, True)
+    op["additive_attention_backward"](*found[:2], q, k, v, w, None, None, *rest, *found)
+    op["additive_attention"](q[:, 0], k, v, w, *op["additive_prepare"](k, lengths, None), *rest, True)
+    op["additive_scores_backward"](op["additive_scores"](q, k, w, lengths, None, 1.0), q, k, w, lengths, None, 1.0)
+    found = op["dot_attention"](q, k, v, *rest, True)
+    op["dot_attention_backward"](*found[:2], q, k, v, *rest, *found)
+    of_past = (torch.empty(10, 1, 31), torch.empty(24, 10), torch.empty(batch, keys_), None, None, None)
+    inputs = (q[:, 0], k, v, w, *of_past, lengths, None, None, None, 1.0, 0.0, 0)
+    context, weights = op["additive_step"](*inputs)
+    op["additive_step_backward"](context, weights, *inputs, weights)
+    counts.append(len(keys))
+launches.clear()  # of few features and many queries
+q, k, v, w, rest = torch.empty(1, 1280, 2), torch.empty(1, 9, 2), torch.empty(1, 9, 2), torch.empty(2), (None,) * 3
+found = op["additive_attention"](q, k, v, w, None, None, *rest, 1.0, 0.0, True)
+op["additive_attention_backward"](*found[:2], q, k, v, w, None, None, *rest, 1.0, 0.0, *found)
+found = op["dot_attention"](q, k, v, *rest, 1.0, 0.0, True)
+op["dot_attention_backward"](*found[:2], q, k, v, *rest, 1.0, 0.0, *found)
+print(counts[0], counts[9], counts[19], counts[-1], launches.count("score_gradients"),
+      launches.count("dot_score_gradients"))
 """
 
 
@@ -139,6 +290,7 @@ def programs(request: pytest.FixtureRequest) -> Iterator[Programs]:
         "tiles": ("-c", TILES),
         "family": (str(here / "family.py"), "triton"),
         "tuning": ("-c", TUNING),
+        "exponentials": ("-c", EXPONENTIALS),
     }
     variables = {"tuning": {"ATTNEXT_AUTOTUNE": "1"}}
     chosen = {name for name in scripts for item in request.session.items if name in item.name}
@@ -149,10 +301,10 @@ def programs(request: pytest.FixtureRequest) -> Iterator[Programs]:
         }
 
 
-@pytest.mark.parametrize("name", ["contract", "nonfinite", "tiles", "tuning"])
+@pytest.mark.parametrize("name", ["contract", "nonfinite", "tiles", "tuning", "exponentials"])
 def test_what_a_program_holds(programs: Programs, name: str) -> None:
-    """The contract; what NaN and infinity give; every tile that a GPU may be given; tiles are tuned unless torch is to
-    be deterministic."""
+    """The contract; what NaN and infinity give; every tile that a GPU may be given; when tiles are tuned; scores of
+    large queries and keys that cancel."""
     done = programs[name].result()
     assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -168,6 +320,16 @@ def test_kernels_compile_for_every_target_and_spill_nothing() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"):
         assert target in done.stdout
+
+
+def test_kernels_are_not_compiled_again_for_other_lengths() -> None:
+    """Of batches of many sizes, each of the same D and H: what Triton would compile on a GPU. Nor are launches many."""
+    done = python("-c", KEYS, interpreted=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, of_ten, of_twenty, of_all, *slabs = map(int, done.stdout.split())
+    assert slabs == [10, 10]
+    assert of_all <= of_twenty + 1 <= of_ten + 2
+    assert of_all <= first + 8
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,7 @@ void launch_sum(const Setup<T>& setup, const Tensor& parts, const Tensor& out, i
   check_launch("sum_parts", blocks);
 }
 
-// The gradients of query, key, value and score weight. ds and p of a slab of queries stand between the two launches:
-// never more of them than about four times the numbers of the gradients.
+// The gradients of query, key, value and score weight, slab by slab of the queries.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Setup<T>& setup, Backward<T> g, const Tensor& query,
                                                      const Tensor& key, const Tensor& value, const Tensor& score_weight,
@@ -169,8 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Setup<T>& setup, Back
     };
     return {zeros(query), zeros(key), zeros(value), zeros(score_weight)};
   }
-  const int64_t numbers = std::max<int64_t>(1, 2 * (int64_t(p.features) + p.values));
-  g.slab = int(round_up(std::min<int64_t>(p.queries, numbers), kQueryBlock));
+  g.slab = slab_of(p, int64_t(p.features) + p.values);
   const int64_t slabs = divide_up(p.queries, g.slab);
   share_gradients(g, setup, slabs);
   const int64_t splits = g.row_splits * g.key_splits, key_tiles = p.key_rows / kKeyBlock;

@@ -132,12 +132,11 @@ void launch_step_gradients(const DotCall<T>& call, const Backward<T>& g, const D
   check_launch("dot_step_gradients", blocks);
 }
 
-// ds and p of a slab of queries stand between the two launches, as in `gradients`.
+// Slab by slab of the queries, as in `gradients`.
 template <class T>
 void launch_slabs(const DotCall<T>& call, Backward<T> g, DotGradients<T> to) {
   const Problem<T>& p = call.problem;
-  const int64_t numbers = 2 * (int64_t(p.features) + (call.shared ? 0 : p.values));
-  g.slab = int(round_up(std::min<int64_t>(p.queries, numbers), kQueryBlock));
+  g.slab = slab_of(p, int64_t(p.features) + (call.shared ? 0 : p.values));
   Tensor ds = floats(call.key, {p.batch, g.slab, p.key_rows}),
          weights = floats(call.key, {p.batch, g.slab, p.key_rows});
   const bool several = p.queries > g.slab;

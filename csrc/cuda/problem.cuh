@@ -8,6 +8,8 @@ namespace attnext::cuda {
 // Queries of a block; keys are padded to a multiple of kKeyBlock.
 constexpr int kQueryBlock = 16;
 constexpr int kKeyBlock = 128;
+// Queries that backward takes at a time, at least, whatever D and H: fewer would be many launches.
+constexpr int kLeastSlab = 128;
 // Pairs of features that a block holds in shared memory at a time; their number is padded to a multiple.
 constexpr int kPairChunk = 8;
 constexpr int kWarpsPerBlock = 4;

@@ -266,6 +266,14 @@ std::tuple<Tensor, Tensor, Tensor> attend(const Call<T>& call, const Tensor& que
   return {context, weights, lse};
 }
 
+// Queries whose ds and p stand between two launches: never more of these than about four times the numbers of the
+// gradients, or those of as many queries as make few launches.
+template <class T>
+int slab_of(const Problem<T>& p, int64_t numbers) {
+  const int64_t most = std::max<int64_t>(kLeastSlab, 2 * numbers);
+  return int(round_up(std::min<int64_t>(p.queries, most), kQueryBlock));
+}
+
 template <class T>
 void launch_row_sums(const Call<T>& call, const Backward<T>& g) {
   if (call.rows() == 0) return;
