@@ -259,9 +259,6 @@ def weights_out_of_range(on: On) -> None:
     scores = attnext.additive_scores(x[0], x[1], w, backend=on.backend)
     expected = attnext.additive_scores(*(t.double() for t in (x[0], x[1], w)), backend="reference")
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e15)
-    if on.backend == "triton":  # whose launches take float32 numbers; the CUDA kernels have no float64
-        with raises(ValueError, "scale must lie within float32's range"):
-            additive(inputs(on, dtype=torch.float64), scale=1e300, backend=on.backend)
 
 
 def gradcheck(on: On) -> None:
