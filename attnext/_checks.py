@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HALVES = (torch.bfloat16, torch.float16)
 """Half types, in which the memory of float32 may be held."""
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -197,7 +197,7 @@ def _number(name: str, x: object) -> float:
 def scale(x: object) -> float:
     """A finite number, of float32 too, in which scores are made."""
     x = _number("scale", x)
-    if not abs(x) <= _LARGEST:
+    if not abs(x) <= LARGEST:
         raise ValueError(f"scale must be finite in float32, got {x}")
     return float(x)
 

@@ -461,6 +461,10 @@ def dot_attention(
 
     NaN and infinity, those of scores that overflow included, give what :func:`additive_attention` says.
     """
+    if lengths is None and mask is None and type(dropout_p) is float and dropout_p == 0.0 and chosen_freely(backend):
+        found = dot.plain(query, key, value, scale, need_weights)
+        if found is not None:
+            return found
     if isinstance(key, Memory):
         memory = _in_place_of_key(query, key, False, value, None, lengths, mask)
     else:

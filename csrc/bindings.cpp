@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <cstdint>
 #include <map>
 #include <string>
 #include <utility>
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/version.h>
 
 #include "cpu/instruction_set.h"
@@ -37,6 +40,19 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
+// Whether one of `count` numbers, `stride` from each other, is NaN. Shared among threads as products of a batch are: a
+// number that another core has just written is slow to come.
+template <class T>
+bool any_nan(const T* data, int64_t count, int64_t stride) {
+  std::atomic<bool> found = false;
+  torch::stable::parallel_for(0, count, 512, [&](int64_t begin, int64_t end) {
+    bool here = false;
+    for (int64_t k = begin; k < end; ++k) here |= data[k * stride] != data[k * stride];
+    if (here) found = true;
+  });
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -55,6 +71,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_adds", &attnext::cpu::multiply_adds, pybind11::arg("rounds"),
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Does nothing but float32 multiply-adds, on the calling thread, and returns how many: for the machine's peak.");
+  m.def(
+      "any_nan",
+      [](uintptr_t data, int64_t count, int64_t stride, bool wide) {
+        return wide ? any_nan(reinterpret_cast<const double*>(data), count, stride)
+                    : any_nan(reinterpret_cast<const float*>(data), count, stride);
+      },
+      "Whether one of `count` float32 numbers at an address (float64: `wide`), `stride` from each other, is NaN.");
   m.def("set_poison", &attnext::cpu::set_poison, pybind11::arg("on"),
         "Whether new and scratch memory is filled with NaN; for tests.");
 }

@@ -82,7 +82,7 @@ MUTANTS = [
     # Arguments.
     Mutant("attnext/_checks.py", "0 <= min(values)", "-1 <= min(values)", "test_arguments.py"),
     Mutant("attnext/_checks.py", "max(values) <= keys", "max(values) <= keys + 1", "test_arguments.py"),
-    Mutant("attnext/_checks.py", "abs(x) <= _LARGEST", "abs(x) <= 2 * sys.float_info.max", "test_arguments.py"),
+    Mutant("attnext/_checks.py", "abs(x) <= LARGEST", "abs(x) <= 2 * sys.float_info.max", "test_arguments.py"),
     Mutant("attnext/_checks.py", "not 0.0 <= x <= 1.0", "not 0.0 <= x <= 1.1", "test_arguments.py test_modules.py"),
     Mutant("attnext/_checks.py", " and not torch._C._functorch.is_batchedtensor(x)", "", "test_operators.py"),
     # Operators, and where torch's own attention serves.
@@ -91,10 +91,13 @@ MUTANTS = [
     # The ways of dot products.
     Mutant("attnext/dot.py", "torch.compiler.is_exporting()", "False", "test_luong.py"),
     Mutant("attnext/dot.py", "not torch.compiler.is_compiling() and _checks.in_transforms()", "False", "test_luong.py"),
-    Mutant("attnext/dot.py", " and memory.value.shape[2] == features", "", "test_luong.py"),
+    Mutant("attnext/dot.py", " and values == features", "", "test_luong.py"),
     Mutant("attnext/dot.py", " or memory.mask is not None", "", "test_luong.py"),
     Mutant("attnext/dot.py", "[..., :1].isnan().any()", "[..., :1].isinf().any()", "test_luong.py"),
-    Mutant("attnext/dot.py", " or queries * keys > _MOST_WEIGHTS)", ")", "test_luong.py"),
+    Mutant("attnext/dot.py", "if queries * keys > _MOST_WEIGHTS:", "if False:", "test_luong.py"),
+    Mutant("attnext/dot.py", "_SMALL_MEMORY if trains else 4 * _SMALL_MEMORY", "_SMALL_MEMORY", "test_luong.py"),
+    Mutant("attnext/dot.py", 'if torch.is_autocast_enabled("cpu") or', "if", "test_luong.py"),
+    Mutant("attnext/dot.py", "query.layout == key.layout == value.layout", "torch.strided", "test_arguments.py"),
     Mutant("attnext/dot.py", "scores * scale if scale != 1.0 and few else scores", "scores", "test_luong.py"),
     # Weights by other rules, and modules.
     Mutant("attnext/alignments.py", "mix <= limits.tiny / limits.eps", "mix <= 0.0", "test_alignments.py"),

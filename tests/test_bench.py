@@ -346,27 +346,27 @@ class TestCommand:
 class TestDotGrid:
     @pytest.fixture(autouse=True)
     def _few_sizes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dot_grid, "_sizes", lambda quick: iter([(2, 3, 50, 50), (1, 130, 140, 4)]))
+        monkeypatch.setattr(dot_grid, "_sizes", lambda quick: iter([(2, 3, 100, 100), (1, 130, 140, 4)]))
 
     def test_study(self, tmp_path: Path, capsys: Captured) -> None:
         path = tmp_path / "run.json"
         assert bench("--cases", "dot-grid", "--threads", "1", "--json", str(path)) == 0
         rows = json.loads(path.read_text())["studies"]["dot-grid"]
         assert [(row["sizes"], row["kind"]) for row in rows] == [
-            (sizes, kind) for sizes in ("2, 3, 50, 50", "1, 130, 140, 4") for kind in ("forward", "both")
+            (sizes, kind) for sizes in ("2, 3, 100, 100", "1, 130, 140, 4") for kind in ("forward", "both")
         ]
         for row in rows:
             assert list(row["seconds"]) == ["attnext", "kernel", "products", "attention", "eager"]
             assert {len(samples) for samples in row["seconds"].values()} == {1}
-        assert rows[0]["chosen"] == "kernel"
+        assert [row["chosen"] for row in rows] == ["products", "kernel", "products", "products"]
         shown = capsys.readouterr().out
         assert max(map(len, shown.splitlines())) <= 80
         assert " of 4; slower than eager by more: " in shown
 
     def test_a_way_that_gives_something_else(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-        monkeypatch.setitem(dot.WAYS, "products", lambda query, memory, scale: (1.01 * query, None))
+        monkeypatch.setitem(dot.WAYS, "products", lambda query, key, value, scale: (1.01 * query, None))
         assert bench("--cases", "dot-grid", "--threads", "1") == 1
-        assert "the ways to dot products differ at 2, 3, 50, 50" in capsys.readouterr().out
+        assert "the ways to dot products differ at 2, 3, 100, 100" in capsys.readouterr().out
 
 
 class TestRecurrent:

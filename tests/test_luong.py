@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -391,11 +392,11 @@ class TestWays:
     @pytest.mark.parametrize(
         ("sizes", "way"),
         [
-            ((70, 80, 20), "products"),
+            ((32, 80, 70), "products"),
             ((9, 17, 300), "products"),
-            ((3, 10, 200), "products"),
-            ((40, 260, 20), "attention"),
-            ((40, 260, 65), "kernel"),
+            ((3, 20, 200), "products"),
+            ((1200, 1800, 3), "attention"),
+            ((31, 80, 70), "kernel"),
             ((9, 30, 300), "kernel"),
             ((1, 10, 20), "kernel"),
         ],
@@ -404,7 +405,7 @@ class TestWays:
     def test_each_gives_the_same(self, sizes: tuple[int, int, int], way: str, values: Any, taken: list[str]) -> None:
         x = self.inputs(*sizes, sizes[2] if values == "as features" else values)
         if values == 7 and way == "attention":  # PyTorch's takes no values of another size
-            way = "products" if sizes[0] >= 64 or sizes[1] <= 2 * sizes[0] else "kernel"
+            way = "kernel"
 
         def run(**options: Any) -> list[Tensor]:
             context, _ = attnext.dot_attention(*x, scale=0.3, **options)
@@ -417,7 +418,17 @@ class TestWays:
             close(found, run())
         assert taken == [way] * (way != "kernel")
 
-    @pytest.mark.parametrize("sizes", [(70, 80, 20), (40, 260, 20)])
+    def test_without_gradients_more_go_to_products(self, taken: list[str]) -> None:
+        x = self.inputs(3, 40, 300, None)
+        attnext.dot_attention(*x)
+        assert taken == []
+        with torch.no_grad():
+            found, _ = attnext.dot_attention(*x)
+            close([found], [attnext.dot_attention(*x, backend="reference")[0]])
+        attnext.dot_attention(*(t.detach() for t in x))
+        assert taken == ["products"] * 2
+
+    @pytest.mark.parametrize("sizes", [(70, 80, 20), (1200, 1800, 3)])
     def test_what_goes_to_the_kernel(self, sizes: tuple[int, int, int], taken: list[str]) -> None:
         x = self.inputs(*sizes, None)
         attnext.dot_attention(*x, lengths=torch.tensor([sizes[1]] * 2))
@@ -433,7 +444,7 @@ class TestWays:
         assert taken == []
 
     def test_weights(self, taken: list[str]) -> None:
-        for sizes, expected in (((70, 80, 20), ["products"]), ((64, 260, 20), ["products"]), ((40, 260, 20), [])):
+        for sizes, expected in (((70, 80, 20), ["products"]), ((64, 260, 20), ["products"]), ((9, 260, 20), [])):
             x = self.inputs(*sizes, None)
             close(attnext.dot_attention(*x, need_weights=True),
                   attnext.dot_attention(*x, need_weights=True, backend="reference"))  # fmt: skip
@@ -449,14 +460,19 @@ class TestWays:
             attnext.dot_attention(*x, need_weights=True)
         assert taken == ["attention"]
 
-    @pytest.mark.parametrize("sizes", [(70, 80, 20), (40, 260, 20)])
-    def test_a_row_of_scores_that_overflow(self, sizes: tuple[int, int, int], taken: list[str]) -> None:
-        """Minus infinity counts as masked, whichever way is the fastest."""
+    @pytest.mark.parametrize("sizes", [(70, 80, 20), (700, 80, 20), (1200, 1800, 3)])
+    @pytest.mark.parametrize("extension", [True, False], ids=["extension", "torch"])
+    def test_a_row_of_scores_that_overflow(
+        self, sizes: tuple[int, int, int], extension: bool, taken: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Minus infinity counts as masked, whichever way is the fastest, and whoever looks for it."""
+        if not extension:
+            monkeypatch.setattr(dot, "_extension", SimpleNamespace(load=lambda: None))
         query, key = (torch.rand(2, n, sizes[2]) + 1.0 for n in sizes[:2])
         query[1, 3] = -3e38
         query.requires_grad_()
         context, _ = attnext.dot_attention(query, key)
-        assert len(taken) == 1
+        assert taken  # and then the kernel
         assert bool(context.isfinite().all())
         assert bool((context[1, 3] == 0).all())
         assert bool((context[0] != 0).all())

@@ -32,8 +32,9 @@ def study(ours: Peer, others: Sequence[str], plan: Plan, quick: bool) -> list[di
     for batch, queries, keys, features in _sizes(quick):
         inputs = torch.randn(batch, queries, features) * features**-0.5, torch.randn(batch, keys, features)
         sizes = f"{batch}, {queries}, {keys}, {features}"
-        chosen = dot.way(inputs[0], _memory(inputs[1]), 0.0, need_weights=False)
         for kind in ("forward", "both"):
+            query, key = (x.detach().requires_grad_(kind != "forward") for x in inputs)
+            chosen = dot.way(query, Memory(key, key, None, None, None, None), 0.0, need_weights=False)
             runs = {name: partial(_run, call, inputs, kind != "forward") for name, call in _calls().items()}
             right, *found = (run() for run in runs.values())
             if not all(off(x, right) <= _TOLERANCE for x in found):
@@ -52,16 +53,12 @@ def _sizes(quick: bool) -> Iterator[tuple[int, int, int, int]]:
                 yield max(1, min(_MOST_ROWS, _ELEMENTS // (queries * keys * features))), queries, keys, features
 
 
-def _memory(key: Tensor) -> Memory:
-    return Memory(key, key, None, None, None, None)
-
-
 def _calls() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     def eager(query: Tensor, key: Tensor) -> Tensor:
         return torch.bmm(torch.bmm(query, key.transpose(1, 2)).softmax(-1), key)
 
     def by(name: str, query: Tensor, key: Tensor) -> Tensor:
-        return dot.WAYS[name](query, _memory(key), 1.0)[0]
+        return dot.WAYS[name](query, key, key, 1.0)[0]
 
     return {
         "attnext": lambda query, key: dot_attention(query, key)[0],
