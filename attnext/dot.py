@@ -7,7 +7,7 @@ or PyTorch's own attention may do faster. What the rule goes by was measured by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ _SMALL_MEMORY = 4096
 """Numbers of a row's keys up to which products are taken in training; without gradients four times as many."""
 
 
-def plain(query: object, key: object, value: object, scale: object, need_weights: object) -> Any:
+def plain(
+    query: object, key: object, value: object, scale: object, need_weights: object
+) -> tuple[Tensor, Tensor | None] | None:
     """Context and weights of a call that is right at a glance and goes another way than the kernel's; else None.
 
     So are most, and a short call should wait for no more questions than it has to: of tensors on the CPU, without
