@@ -1,5 +1,6 @@
 # Every target that needs an environment makes ./.venv first, and renews it when the packaging or the C++
-# changes. A change of PYTHON or TORCH needs a `make clean`.
+# changes; the demo alone makes ./.venv-demo, a third of it, where that isn't there. A change of PYTHON or TORCH needs
+# a `make clean`.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Installed before the package. On Linux a plain `torch==...` may be a CUDA build of several GB: pass pip the
 # options for an index of CPU builds in PIP_ARGS, or another build here.
@@ -13,6 +14,7 @@ CASES ?= 20000
 SEED ?=
 
 BIN := .venv/bin
+DEMO_ENVIRONMENT := $(if $(wildcard .venv/installed),.venv,.venv-demo)
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(filter csrc/%,$(CXX_FILES))
 
@@ -22,13 +24,18 @@ INSTALL_INPUTS = pyproject.toml setup.py $(wildcard build_backend/*.py) $(filter
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-.venv/torch:
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) '$(TORCH)' $(CUDA_TOOLKIT)
+.venv/torch .venv-demo/torch: %/torch:
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install $(PIP_ARGS) '$(TORCH)'
 	touch $@
 
 .venv/installed: .venv/torch $(INSTALL_INPUTS)
+	$(if $(CUDA_TOOLKIT),$(BIN)/python -m pip install $(PIP_ARGS) $(CUDA_TOOLKIT))
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	touch $@
+
+.venv-demo/installed: .venv-demo/torch $(INSTALL_INPUTS)
+	.venv-demo/bin/python -m pip install $(PIP_ARGS) -e '.[demo]'
 	touch $@
 
 install: .venv/installed  ## make .venv with the package and all its tools
@@ -48,8 +55,8 @@ mutants: .venv/installed peers  ## plant single changes in the code and see whet
 peers: .venv/installed  ## install the code bases that are tested and timed against
 	$(BIN)/python -m attnext.bench.code_bases.packages
 
-demo: .venv/installed  ## train the demo model for DEMO_SECONDS and show what it attends to
-	$(BIN)/attnext demo --seconds $(DEMO_SECONDS) --out demo-output
+demo: $(DEMO_ENVIRONMENT)/installed  ## train the demo model for DEMO_SECONDS and show what it attends to
+	$(DEMO_ENVIRONMENT)/bin/attnext demo --seconds $(DEMO_SECONDS) --out demo-output
 
 bench: .venv/installed  ## measure the kernels against their peers
 	$(BIN)/attnext bench
@@ -72,6 +79,6 @@ format: .venv/installed  ## put Python and C++ into the project's format
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
 clean:  ## remove everything that was built
-	rm -rf .venv .peers build dist demo-output gpu-check *.egg-info attnext/_C.*.so attnext/_build.json
+	rm -rf .venv .venv-demo .peers build dist demo-output gpu-check *.egg-info attnext/_C.*.so attnext/_build.json
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

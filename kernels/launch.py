@@ -122,7 +122,7 @@ def _capturing() -> bool:
 
 def _fastest(call: _Call, grid: Callable[..., Any], args: tuple[Any, ...], constants: dict[str, Any]) -> Tiles:
     """Makes the launch, and times the candidates for it; the first where a full card has no memory for that."""
-    tuner = _tuner(call.kernel, call.candidates)
+    tuner = _tuner(call.kernel, call.candidates, call.device)
     try:
         tuner[grid](*args, **constants)
     except torch.OutOfMemoryError:
@@ -135,8 +135,8 @@ def _fastest(call: _Call, grid: Callable[..., Any], args: tuple[Any, ...], const
 
 
 @functools.cache
-def _tuner(kernel: Any, candidates: tuple[Tiles, ...]) -> Any:
-    """The kernel, tuned at the first call of each D, H and dtype; what is found is kept in Triton's cache on disk."""
+def _tuner(kernel: Any, candidates: tuple[Tiles, ...], device: torch.device) -> Any:
+    """The kernel, tuned at a device's first call of each D, H and dtype; choices stay in Triton's cache on disk."""
     configurations = []
     for candidate in candidates:
         options = candidate.options(_backend())

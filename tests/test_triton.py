@@ -115,7 +115,7 @@ same(x, lengths=torch.tensor([21, 4]))
 same(x, mask=torch.rand(2, 21) < 0.7)
 same(inputs(17))
 for kernel, kind in TUNED:
-    tuner = launch._tuner(kernel, candidates(kind))
+    tuner = launch._tuner(kernel, candidates(kind), torch.device('cpu'))
     (choice,) = tuner.cache.values()
     assert len(tuner.configs_timings) == len(candidates(kind)) > 1
     assert choice.kwargs in [dict(tile.blocks) for tile in candidates(kind)]

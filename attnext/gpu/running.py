@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import attnext
+from attnext.backends import backends
 from attnext.gpu.checking import Check, NotHere, On, close, main, operators, raises
 from attnext.gpu.contract import NoWaiting
 
@@ -194,6 +195,9 @@ def captured(on: On) -> None:
 
 def compiled(on: On) -> None:
     """One graph by inductor, forward and backward, of sizes that change."""
+    triton = backends()["triton"]
+    if on.on_gpu and not triton.available:
+        raise NotHere(f"inductor takes Triton on a GPU: {triton.reason}")
 
     def loss(*x: Tensor) -> Tensor:
         context, weights = attnext.additive_attention(*x, need_weights=True, backend=on.backend)
