@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
         calls = list(_work(name, args.seed, args.cases // share, args.dtype or []))
         if name not in interpreted:
             calls += _recurrent_work(name, args.seed, args.cases // _SHARE, args.dtype or [])
-        work += calls[:: 1 if args.at_most is None else math.ceil(len(calls) / args.at_most)]
+        work += calls[:: 1 if args.at_most is None else max(1, math.ceil(len(calls) / args.at_most))]
     for call, outcome in zip(
         work, track(_outcomes(work), "Verifying", total=len(work), console=console, transient=True), strict=True
     ):

@@ -18,4 +18,4 @@ if __name__ == "__main__":
     name, library = sys.argv[1:]
     serve_cuda_on_cpu(library)
     checks = importlib.import_module(f"attnext.gpu.{name}")
-    sys.exit(main(name, checks.checks_of, ["cuda", "--device", "cpu"]))
+    sys.exit(main(name, checks.checks_of, ["cuda", "--device", "cpu"], deterministic=name == "contract"))

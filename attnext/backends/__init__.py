@@ -115,7 +115,15 @@ def choose(
 def _resolve(name: str | None, device_type: str, dtype: torch.dtype | None, held: bool, index: int | None) -> str:
     if name is not None and not isinstance(name, str):
         _require(name, index)  # says what it may be; the cache below takes no lists
+    if name is None and _exports_onnx():
+        return "reference"  # of whose operations ONNX has names
     return _resolved(name, device_type, dtype, held, index)
+
+
+def _exports_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is at work: what ``torch.onnx.is_in_onnx_export`` asks, without its imports."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return bool(getattr(flags, "_is_onnx_exporting", False))
 
 
 # A constant to the compiler: what this machine has doesn't change while it runs. The setting does, and is read outside.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -43,6 +43,7 @@ def _probe(index: int | None) -> Backend:
     return Backend(True, f"Triton kernels on {torch.cuda.get_device_name(index)}")
 
 
+@functools.cache
 def too_old() -> str:
     """What is wrong with the Triton that is installed, if its version is known and below :data:`OLDEST`."""
     try:
@@ -55,14 +56,10 @@ def too_old() -> str:
     return f"Triton {version} is too old: {'.'.join(map(str, OLDEST))} or later is needed"
 
 
+@functools.cache
 def nothing_to_build_with() -> str:
-    """What Triton misses to build its launchers with, which it does with a C compiler when it first runs a kernel.
-
-    Empty where nothing is missing, or it has built them before.
-    """
-    if any(_cache().glob("*/*_utils*.so")):
-        return ""
-    compilers = shlex.split(os.environ.get("CC", ""))[:1] or ["gcc", "clang"]
+    """What Triton misses to build with, which it does with a C compiler when it first runs a kernel; or empty."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # a name, as Triton takes it
     if not any(map(shutil.which, compilers)):
         return f"Triton needs a C compiler, and {' or '.join(compilers)} is not there: install one, or set CC"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton asks for it
@@ -70,11 +67,6 @@ def nothing_to_build_with() -> str:
     if not header.is_file():
         return f"Triton needs Python's headers, and {header} is not there: install python3-dev or the like"
     return ""
-
-
-def _cache() -> Path:
-    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # noqa: PTH111  which has no error without a home
-    return Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
 
 
 def _kernel(name: str) -> Callable[..., Any]:

@@ -81,8 +81,18 @@ def run(checks: Sequence[Check], on: On) -> Iterator[Outcome]:
         yield Outcome(check.__name__, state, said, time.perf_counter() - started)
 
 
-def main(description: str, checks_of: Callable[[str], Sequence[Check]], arguments: Sequence[str] | None = None) -> int:
-    """A program of checks; 0 if none failed. With ``--json`` the outcomes are written there after each check."""
+def main(
+    description: str,
+    checks_of: Callable[[str], Sequence[Check]],
+    arguments: Sequence[str] | None = None,
+    *,
+    deterministic: bool = False,
+) -> int:
+    """A program of checks; 0 if none failed. With ``--json`` the outcomes are written there after each check.
+
+    ``deterministic`` is what torch is asked to be: then new tensors are filled with NaN, so that a number which isn't
+    written shows, and no tiles are tuned.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("backend", choices=["cpu", "triton", "cuda"])
     parser.add_argument("--device", default="cuda")
@@ -91,8 +101,8 @@ def main(description: str, checks_of: Callable[[str], Sequence[Check]], argument
     if not __debug__:
         parser.error("checks are assertions: run Python without -O")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the reference's products, the same bits again
-    # New tensors are filled with NaN: a number that isn't written shows. Some of torch's own operations only warn.
-    torch.use_deterministic_algorithms(True, warn_only=torch.device(args.device).type == "cuda")
+    if deterministic:  # some of torch's own operations on a GPU can't be, and warn
+        torch.use_deterministic_algorithms(True, warn_only=torch.device(args.device).type == "cuda")
     status = backends()[args.backend]
     if not status.available:
         parser.error(f"{args.backend} is not available: {status.reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from attnext._support import InputError, make_writable, only_writer
+from attnext.backends.triton import INTERPRETED
 from attnext.cli import path_argument, positive
 from attnext.gpu.stages import Stage, stages
 
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive(float),
         default=25.0,
         metavar="N",
-        help="of all stages together (default %(default)g)",
+        help="after which no stage begins (default %(default)g)",
     )
     parser.add_argument("--stages", metavar="NAMES", help="only these, with commas between; --list names them")
     parser.add_argument("--list", action="store_true", help="show the stages, and run none")
@@ -70,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.dry_run and not there:
         raise InputError("there is no GPU that torch can use; --dry-run takes the CPU")
+    if there and INTERPRETED:
+        raise InputError("unset TRITON_INTERPRET, with which Triton takes no GPU")
     if args.dry_run and there:
         raise InputError("--dry-run is for machines without a GPU; CUDA_VISIBLE_DEVICES= hides those of this one")
     make_writable(args.out)
@@ -118,9 +122,8 @@ def _chosen(every: list[Stage], names: str | None) -> list[Stage]:
 def _run(stage: Stage, out: Path, left: float) -> Done:
     if stage.missing or left <= 0:
         return Done(stage, "not run", said=stage.missing or "the time was over: --minutes")
-    limit = min(stage.limit, left)
     for path in stage.writes:
-        path.unlink(missing_ok=True)
+        _remove(path)
     # Assertions are what the checks consist of.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"} | stage.environment
     started = time.perf_counter()
@@ -131,10 +134,10 @@ def _run(stage: Stage, out: Path, left: float) -> Done:
             start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(limit)
+            code = process.wait(stage.limit)
         except subprocess.TimeoutExpired:
             _end(process)
-            return Done(stage, "out of time", limit, f"after {limit:.0f} s: see {log}")
+            return Done(stage, "out of time", stage.limit, f"after {stage.limit:.0f} s: see {log}")
         except BaseException:
             _end(process)
             raise
@@ -142,6 +145,14 @@ def _run(stage: Stage, out: Path, left: float) -> Done:
     if code == 0:
         return Done(stage, "held", seconds)
     return Done(stage, "failed" if stage.optional else "FAILED", seconds, f"exit code {code}: see {log}")
+
+
+def _remove(path: Path) -> None:
+    """What an earlier run left: nothing of it may be taken for this one's."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

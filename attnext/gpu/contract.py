@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnext
 from attnext.alignments import forward_weights, normalize
+from attnext.backends import backends
 from attnext.functional import attend_step
-from attnext.gpu.checking import Check, On, close, main, operators, raises
+from attnext.gpu.checking import Check, NotHere, On, close, main, operators, raises
 from attnext.memory import Memory
 from attnext.reference import additive_scores
 
@@ -336,7 +337,13 @@ def step_inputs(on: On) -> tuple[list[Tensor], list[Tensor | None]]:
 
 
 def on_cpu(name: str, on: On, *args: Any) -> list[Tensor]:
-    """What the CPU's operator makes of the same arguments."""
+    """What the CPU's operator makes of the same arguments.
+
+    Raises:
+        NotHere: it has none.
+    """
+    if not backends()["cpu"].available:
+        raise NotHere(backends()["cpu"].reason)
     moved = (x.cpu() if isinstance(x, Tensor) else x for x in args)
     return [x.to(on.device) for x in operators("cpu")(name)(*moved)]
 
@@ -454,4 +461,4 @@ def checks_of(backend: str) -> Sequence[Check]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("Hold a backend to the contract of all.", checks_of))
+    sys.exit(main("Hold a backend to the contract of all.", checks_of, deterministic=True))

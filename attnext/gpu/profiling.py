@@ -31,10 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("backend")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cases", default=",".join(NAMES), metavar="NAMES")
+    parser.add_argument("--only-run", action="store_true", help="make the calls, for another profiler")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    wanted = args.cases.split(",")
-    rows = [row for case in CASES if case.name in wanted for row in largest(case, args.backend, args.device)]
+    cases = [case for case in CASES if case.name in args.cases.split(",")]
+    if args.only_run:
+        for case in cases:
+            _run(case, args.backend, args.device)()
+        return 0
+    rows = [row for case in cases for row in largest(case, args.backend, args.device)]
+    if not any(row["us"] for row in rows):
+        print("the profiler has seen nothing: it may not be permitted here")
+        return 1
     for row in rows:
         print(f"{row['case']:14} {row['share']:5.0%} {row['us']:10.1f} us {row['calls']:4}  {row['kernel']}")
     if args.json is not None:

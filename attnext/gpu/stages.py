@@ -63,11 +63,12 @@ def stages(out: Path, dry: bool) -> Iterator[Stage]:
     for family, missing in found.items():
         # Triton compiles a kernel for each combination of options, so that random cases take their time; tiles are not
         # timed for each size, as the benchmark looks at the results of those too.
-        few = ("--at-most", "12", "--cases", "2") if dry else ("--cases", "40") if family == "triton" else ()
+        triton = ("--cases", "20", "--dtype", "float32", "--dtype", "float64", "--dtype", "float16")
+        few = ("--at-most", "12", "--cases", "2") if dry else triton if family == "triton" else ()
         errors = out / f"verify-{family}.json"
         command = (*_ATTNEXT, "verify", "--backend", family, *few, "--json", str(errors))
-        yield Stage(f"verify-{family}", f"{family}: every case beside the float64 reference", command, 480, missing,
-                    writes=(errors,), environment={"ATTNEXT_AUTOTUNE": "0"})  # fmt: skip
+        yield Stage(f"verify-{family}", f"{family}: every case beside the float64 reference", command, 480,
+                    missing or _lacks("rich"), writes=(errors,), environment={"ATTNEXT_AUTOTUNE": "0"})  # fmt: skip
     for family, missing in found.items():
         for name, title, limit in (("contract", "the contract", 180), ("running", "in a process of users'", 300)):
             outcomes = out / f"{name}-{family}.json"
@@ -85,13 +86,14 @@ def _sanitizers(found: dict[str, str], dry: bool) -> Iterator[Stage]:
     missing = found.get("cuda", "there is no GPU")
     if not missing and not shutil.which(tool):
         missing = "compute-sanitizer, of NVIDIA's toolkit, is not installed"
+    missing = missing or _lacks("rich")
     for name in SANITIZERS:
         # What is initialized by kernels that aren't watched would count as not written.
         watched = () if name == "initcheck" else ("--kernel-regex", "kns=attnext")
         command = (tool, "--tool", name, *watched, "--error-exitcode", "9", *_ATTNEXT, "verify", "--backend", "cuda",
                    "--cases", "10", "--at-most", "60")  # fmt: skip
         # PyTorch's own cache of memory would hide what is read behind a tensor.
-        yield Stage(f"sanitizer-{name}", f"cuda: compute-sanitizer's {name}", command, 90, missing,
+        yield Stage(f"sanitizer-{name}", f"cuda: compute-sanitizer's {name}", command, 150, missing,
                     environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # fmt: skip
 
 
@@ -108,10 +110,11 @@ def _timings(out: Path, device: str, found: dict[str, str], interpreted: dict[st
         kernels = out / f"kernels-{family}.json"
         command = (*_PROGRAM, "attnext.gpu.profiling", family, "--device", device, *fewer)
         yield Stage(f"kernels-{family}", f"{family}: the largest kernels", (*command, "--json", str(kernels)), 90,
-                    missing, writes=(kernels,), environment=interpreted)  # fmt: skip
-        ncu = ("ncu", "--target-processes", "all", "--set", "basic", "--launch-skip", "30", "--launch-count", "20")
+                    missing, True, (kernels,), interpreted)  # fmt: skip
+        ncu = ("ncu", "--target-processes", "all", "--set", "basic", "--launch-skip", "20", "--launch-count", "20")
         without = missing or ("" if shutil.which("ncu") and not dry else "ncu, NVIDIA's profiler, is not at work here")
-        yield Stage(f"counters-{family}", f"{family}: counters of its kernels", (*ncu, *command), 120, without, True)
+        call = (*ncu, *command, "--only-run")
+        yield Stage(f"counters-{family}", f"{family}: counters of its kernels", call, 120, without, True)
 
 
 def _model(out: Path, device: str, dry: bool) -> Iterator[Stage]:
@@ -119,7 +122,7 @@ def _model(out: Path, device: str, dry: bool) -> Iterator[Stage]:
     folder, picture = out / "g2p", out / "errors.png"
     on = ("--device", device)
     train = (*_ATTNEXT, "train", "g2p", *on, "--minutes", "0.05" if dry else "2", "--out", str(folder), "--overwrite")
-    yield Stage("training", "The reference model, trained for two minutes", train, 300, missing)
+    yield Stage("training", "The reference model, trained for two minutes", train, 300, missing, writes=(folder,))
     evaluate = (*_ATTNEXT, "evaluate", str(folder), *on, "--plot", str(picture))
     yield Stage("decoding", "The reference model, decoded", evaluate, 180, missing, writes=(picture,))
     predict = (*_ATTNEXT, "predict", str(folder), "attention", "recurrent", "graphics", *on)
