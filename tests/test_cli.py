@@ -93,7 +93,7 @@ def test_version_help_and_info(capsys: Captured) -> None:
         main(["--help"])
     shown = capsys.readouterr().out
     for name in ("info", "verify", "bench", "gpu-check", "train", "evaluate", "predict", "demo"):
-        assert re.search(rf"^    {name} ", shown, re.MULTILINE)
+        assert re.search(rf"^    {name}\b", shown, re.MULTILINE)
     assert main(["info"]) == 0
     assert f"attnext {attnext.__version__}" in " ".join(capsys.readouterr().out.split())
 
