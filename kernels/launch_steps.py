@@ -78,7 +78,7 @@ def _step(p: _Step) -> tuple[Tensor, Tensor]:
     if p.rows > 0 and p.keys > 0:
         scores = p.wide(p.rows, p.keys)
         _launch(
-            steps.step_scores, p.tiles("step sums"), lambda meta: (p.rows, triton.cdiv(p.keys, meta["BK"])), p.query,
+            steps.step_scores, p.tiles("step sums"), lambda meta: (p.rows * triton.cdiv(p.keys, meta["BK"]),), p.query,
             p.key, p.weight, *p.seen, p.window, scores, *p.sizes, p.features, p.filter_count, p.width,
             *_two_floats(p.scale), **p.linear, **p.attended,
         )  # fmt: skip
@@ -114,7 +114,7 @@ def _step_backward(
         if grad_context is not None and p.values > 0:
             _launch(
                 steps.step_values, p.tiles("step values"),
-                lambda meta: (p.batch, triton.cdiv(p.keys, meta["BK"]), triton.cdiv(p.values, meta["BH"])), kept,
+                lambda meta: (p.batch * triton.cdiv(p.keys, meta["BK"]), triton.cdiv(p.values, meta["BH"])), kept,
                 grad_context, grad_value, *p.sizes, p.values, ACC=_triton_type(p.dtype),
             )  # fmt: skip
     of_query, of_key, of_weight, of_filters, of_projection, of_pasts = _gradients(p, ds)
@@ -148,8 +148,8 @@ def _slots(
     if stays is not None:
         found["previous"] = p.wide(p.rows, p.keys)
         _launch(
-            steps.step_previous, p.tiles("step places"), lambda meta: (p.rows, triton.cdiv(p.keys, meta["BK"])), ds, dp,
-            stays, *p.mixed, p.window, found["previous"], *p.sizes, AGENT=p.ruled["AGENT"], **p.attended,
+            steps.step_previous, p.tiles("step places"), lambda meta: (p.rows * triton.cdiv(p.keys, meta["BK"]),), ds,
+            dp, stays, *p.mixed, p.window, found["previous"], *p.sizes, AGENT=p.ruled["AGENT"], **p.attended,
         )  # fmt: skip
     if of_move is not None:
         found["transition"] = of_move
@@ -184,7 +184,7 @@ def _gradients(p: _Step, ds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | N
         )  # fmt: skip
         for channel, past in enumerate(pasts):
             _launch(
-                steps.step_past, p.tiles("step places"), lambda meta: (p.rows, triton.cdiv(p.keys, meta["BK"])),
+                steps.step_past, p.tiles("step places"), lambda meta: (p.rows * triton.cdiv(p.keys, meta["BK"]),),
                 past_parts, p.lengths, p.mask, past, *p.sizes, p.width, channel, CHANNELS=p.channels, TILE=tile["BK"],
                 **p.hidden,
             )  # fmt: skip

@@ -18,6 +18,13 @@ FORWARD = tl.constexpr(2)
 
 
 @triton.jit
+def _row_and_keys(Tk, BK: tl.constexpr):
+    """A program's row and tile of keys, both in the grid's first dimension: the others have no more than 65,535."""
+    tiles = tl.cdiv(Tk, BK)
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BK + tl.arange(0, BK)
+
+
+@triton.jit
 def _visible(lengths, mask, b, j, Tk, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr):
     """Which of the places j are keys that may be seen."""
     here = (j >= 0) & (j < Tk)
@@ -123,9 +130,8 @@ def step_scores(
     BF: tl.constexpr,
 ):  # fmt: skip
     """Scores (B, Tq, Tk), minus infinity where a query may not attend: a program a query and a tile of keys."""
-    row = tl.program_id(0).to(tl.int64)
+    row, j = _row_and_keys(Tk, BK)
     b = row // Tq
-    j = tl.program_id(1) * BK + tl.arange(0, BK)
     seen = _visible(lengths, mask, b, j, Tk, HAS_LENGTHS, HAS_MASK)
     features = tl.zeros((BK, BF), ACC)
     if PROJECTED:
@@ -286,6 +292,7 @@ def step_slots(
             )
             mix = stay * before + move * moved
             reached += tl.sum((here & ~(mix <= _least(ACC))).to(tl.int32), 0)
+    tl.debug_barrier()  # a thread may load dp that another has stored
     of_move = tl.zeros((), ACC)
     for j0 in range(0, Tk, BK):
         j = j0 + tl.arange(0, BK)
@@ -312,9 +319,8 @@ def step_previous(
     HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Of forward attention the gradient of the last weights: those of a key and of the next come from them."""
-    row = tl.program_id(0).to(tl.int64)
+    row, j = _row_and_keys(Tk, BK)
     b = row // Tq
-    j = tl.program_id(1) * BK + tl.arange(0, BK)
     found = tl.zeros((BK,), ACC)
     for step in tl.static_range(2):
         at = j + step
@@ -334,9 +340,8 @@ def step_previous(
 @triton.jit(do_not_specialize=VARYING)
 def step_values(kept, grad_context, of_value, Tq, Tk, H, ACC: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr):
     """The gradient of the values, sum_i kept_ij dC_i: a program some keys and columns."""
-    b = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BK + tl.arange(0, BK)
-    h = tl.program_id(2) * BH + tl.arange(0, BH)
+    b, j = _row_and_keys(Tk, BK)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
     found = tl.zeros((BK, BH), ACC)
     for i in range(Tq):
         w = tl.load(kept + (b * Tq + i) * Tk + j, j < Tk, 0.0)
@@ -463,9 +468,8 @@ def step_past(
     HAS_MASK: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a past: the tiles' parts that reach a place, in their order; 0 in hidden slots."""
-    row = tl.program_id(0).to(tl.int64)
+    row, j = _row_and_keys(Tk, BK)
     b = row // Tq
-    j = tl.program_id(1) * BK + tl.arange(0, BK)
     tiles, reach = tl.cdiv(Tk, TILE), TILE + width - 1
     found = tl.zeros((BK,), ACC)
     for tile in range(tiles):
