@@ -27,11 +27,12 @@ SMALLEST = {"float32": 2.0**-26, "float64": 2.0**-55}
 HALF_LN2 = tl.constexpr(0.34657)
 
 # Arguments that differ from batch to batch: to know whether they are 1, or 16 divides them, would make no loop faster,
-# and another kernel of each combination. What is padded to a multiple of 16, or to one row, is not among them.
+# and another kernel of each combination. What is padded to a multiple of 16, or to one row, is not among them; two
+# pointers into larger tensors are.
 VARYING = [
     "B", "T", "Tq", "Tk", "mask_row", "count", "splits", "i_first", "rows_each", "row_splits", "key_splits",
     "add", "each", "tiles_each", "terms", "rows_of", "w_batch", "w_row", "w_term", "x_rows", "x_first", "out_rows",
-    "out_first",
+    "out_first", "part_sum", "weight_parts",
 ]  # fmt: skip
 
 

@@ -227,8 +227,8 @@ def build(what: Build) -> Any:
     aligned = {
         (k,): [["tt.divisibility", 16]]
         for k, name in enumerate(names)
-        if signature[name].startswith("*")
-        or (name in multiples and name not in constants and name not in what.function.do_not_specialize)
+        if name not in what.function.do_not_specialize
+        and (signature[name].startswith("*") or (name in multiples and name not in constants))
     }
     source = ASTSource(what.function, signature, constants, aligned)
     return triton.compile(source, target=gpu, options=dict(what.options))
