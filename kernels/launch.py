@@ -126,6 +126,7 @@ def _fastest(call: _Call, grid: Callable[..., Any], args: tuple[Any, ...], const
     try:
         tuner[grid](*args, **constants)
     except torch.OutOfMemoryError:
+        tuner.nargs = None  # the tensors of this call, which it would keep
         first = call.candidates[0]
         options = first.options(_backend())
         call.kernel[grid(options)](*args, **constants, **options)
