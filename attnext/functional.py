@@ -384,7 +384,7 @@ def additive_scores(
     """The scores of additive attention before the softmax: logits over the keys.
 
     For pointer networks (Vinyals, Fortunato and Jaitly, 2015). Arguments as in :func:`additive_attention`. The kernels'
-    error is absolute, some 1e-7 of ``scale * sum |v|`` in float32, also where the score is tiny.
+    error is absolute, a few 1e-7 of ``scale * sum |v|`` in float32, also where the score is tiny.
 
     Returns:
         (B, Tq, Tk), or (B, Tk) for a query of shape (B, D); minus infinity in masked slots, whose incoming gradient is
