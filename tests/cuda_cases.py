@@ -1,6 +1,6 @@
 """Holds the CUDA kernels, compiled for the CPU, to the cases that every backend is held to.
 
-    python tests/cuda_cases.py LIBRARY table|random|tiny|digest|memory
+    python tests/cuda_cases.py LIBRARY table|random|tiny|digest|memory|slabs
 
 A program of its own: the library registers the CUDA operators for CPU tensors, and a sanitizer's runtime has to be
 there before Python. Prints what is beyond its tolerance, and "held" if nothing is; or a digest of all results' bits.
@@ -53,9 +53,18 @@ LONG = (
 """A number for each slot and feature, or filter, would show."""
 
 
+MANY_QUERIES = (
+    Case(batch=1, queries=1280, keys=9, features=2, values=2),
+    Case("dot", batch=1, queries=1280, keys=9, features=2, values=2),
+)
+"""Several slabs of them, with so few features."""
+
+
 def cases(which: str) -> Iterator[Case]:
     if which == "tiny":
         yield from TINY
+    if which == "slabs":
+        yield from MANY_QUERIES
     for case in (*CASES, *MANY_FILTERS) if which == "table" else random_cases(60, 7) if which == "random" else ():
         for dtype in DTYPES:
             yield replace(case, dtype=dtype)

@@ -100,13 +100,19 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     return Libraries(tmp_path_factory.mktemp("cuda"))
 
 
-def run(script: str, *arguments: str | Path, sanitizer: str = "plain", order: str = "forward") -> Result:
+def run(
+    script: str,
+    *arguments: str | Path,
+    sanitizer: str = "plain",
+    order: str = "forward",
+    variables: tuple[str, ...] = (),
+) -> Result:
     """Runs a script of this folder, with the sanitizer's runtime there before Python."""
-    variables = ["OMP_NUM_THREADS=1", "ASAN_OPTIONS=detect_stack_use_after_return=0:detect_leaks=0"]
+    variables += ("OMP_NUM_THREADS=1", "ASAN_OPTIONS=detect_stack_use_after_return=0:detect_leaks=0")
     if sanitizer != "plain":
         asked = [str(harness.COMPILER), f"-print-file-name=lib{sanitizer}.so"]
         found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-        variables.append(f"LD_PRELOAD={found}")
+        variables += (f"LD_PRELOAD={found}",)
     command = (sys.executable, Path(__file__).with_name(script), *arguments)
     return harness.run(Path("/usr/bin/env"), *variables, *map(str, command), order=order)
 
@@ -146,6 +152,16 @@ def test_a_step_reads_each_number_of_its_memory_once(tmp_path: Path) -> None:
 def test_a_step_that_sees_its_past(libraries: Libraries) -> None:
     """It makes no tensor of its features."""
     assert_held(run("cuda_cases.py", libraries["plain"], "memory"))
+
+
+def test_few_features_and_many_queries_take_few_launches(libraries: Libraries) -> None:
+    """A slab has 128 queries at least."""
+    done = run("cuda_cases.py", libraries["plain"], "slabs", variables=("CUDA_ON_CPU_TRACE=1",))
+    assert_held(done)
+    assert re.findall(r"launch: (\w*score_gradients)", done.stderr) == [
+        *["score_gradients"] * 10,
+        *["dot_score_gradients"] * 10,
+    ]
 
 
 def test_random_cases(libraries: Libraries) -> None:

@@ -2,7 +2,8 @@
 // thread is a fiber, so that barriers, shuffles and shared memory behave as on a GPU, and the sanitizers see bounds and
 // races. Of the CUDA toolkit only headers are used. A mistake that the simulator finds is printed as one line,
 //   cuda_on_cpu: KERNEL block (x, y, z): ...
-// and ends the process by abort(). CUDA_ON_CPU_ORDER=forward|backward|random:SEED is the order of threads and blocks.
+// and ends the process by abort(). CUDA_ON_CPU_ORDER=forward|backward|random:SEED is the order of threads and blocks;
+// with CUDA_ON_CPU_TRACE each launch is said in a line.
 //
 // Not seen: what nvcc makes of the code, the accuracy of approximate functions, inline assembly, weak memory order.
 #pragma once

@@ -3,6 +3,7 @@
 
 #include <driver_types.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -169,6 +170,7 @@ CUDA_ON_CPU_UNWATCHED inline void run_grid(dim3 grid, dim3 block, size_t shared_
   s.kernel = kernel, s.body = &body;
   s.grid = grid, s.block = block, s.block_index = {0, 0, 0};
   check_launch(grid, block, shared_bytes);
+  if (std::getenv("CUDA_ON_CPU_TRACE")) std::fprintf(stderr, "launch: %s\n", kernel);
   s.size = int(block.x * block.y * block.z);
   s.shared_bytes = shared_bytes;
   map_stacks_and_shared_memory();
