@@ -352,6 +352,7 @@ MUTANTS = [
     Mutant("kernels/additive.py", '"out_first", "part_sum",', '"out_first",', _KEYS),
     Mutant("kernels/launch.py", "return min(p.queries, max(LEAST_SLAB,", "return min(p.queries, max(1,", _KEYS),
     Mutant("kernels/additive.py", "low = (x - high) * 2.884765625 +", "low = (x - high) * 2.88 +", _EXPONENTIALS),
+    Mutant("kernels/gradients.py", "_exp_of_twice(k1)", "tl.exp(2 * k1)", _EXPONENTIALS),
     Mutant("kernels/launch_steps.py", "past_parts = torch.zeros(", "past_parts = torch.empty(", _TRITON),
     Mutant("kernels/launch_steps.py", "of_key, of_weight.sum(0)", "of_key, of_weight[0]", _TRITON),
     Mutant("kernels/tiles.py", '"forward": (_tiles(1, BM=2, BN=128, BH=128),),',

@@ -223,6 +223,17 @@ for size in (5.0, 10.0, 15.0):
     off = ((scores - exact).abs().max() / v.abs().sum()).item()
     print(size, off)
     assert off <= 4e-7, (size, off)
+
+# And the keys' gradients, in which one query's are not evened out: some ten roundings of each.
+torch.manual_seed(0)
+query, key = torch.full((1, 1, 2), 10.0), torch.rand(1, 400, 2) - 10.7
+def of_keys(x, backend):
+    k = x[1].clone().requires_grad_()
+    return torch.autograd.grad(attnext.additive_scores(x[0], k, x[2], backend=backend).sum(), k)[0]
+found, exact = of_keys((query, key, v), "triton"), of_keys((query.double(), key.double(), v.double()), "reference")
+off = ((found - exact) / exact).abs().max().item()
+print("gradients", off)
+assert off <= 6e-7, off
 print("held")
 """
 
@@ -314,7 +325,7 @@ def programs(request: pytest.FixtureRequest) -> Iterator[Programs]:
 @pytest.mark.parametrize("name", ["contract", "nonfinite", "tiles", "tuning", "exponentials"])
 def test_what_a_program_holds(programs: Programs, name: str) -> None:
     """The contract; what NaN and infinity give; every tile that a GPU may be given; when tiles are tuned; scores of
-    large queries and keys that cancel."""
+    large queries and keys that cancel, and their gradients."""
     done = programs[name].result()
     assert done.stdout.strip().endswith("held"), done.stdout[-2000:] + done.stderr[-4000:]
 
