@@ -157,7 +157,8 @@ def test_the_stages_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_interruption_ends_the_stage_and_leaves_a_report(tmp_path: Path, number: signal.Signals, code: int) -> None:
     pid = tmp_path / "pid"
     program = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which who runs the tests may ignore
 from attnext.gpu import command
 from attnext.gpu.stages import Stage
 from attnext_command import main

@@ -269,7 +269,7 @@ def memory_that_does_not_grow(on: On) -> None:
         for of in OPS:
             trained(on, of, x)
         counts.append(_held(on))
-    assert len(set(counts[len(counts) // 2 :])) == 1, counts
+    assert counts[-1] <= counts[len(counts) // 2], counts
 
 
 def more_rows_than_a_grid_is_high(on: On) -> None:
