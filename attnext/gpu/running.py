@@ -257,7 +257,8 @@ def _held(on: On) -> int:
     if on.on_gpu:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
-    tensors = {x.data_ptr(): x.nbytes for x in gc.get_objects() if type(x) is Tensor}
+    there = (x for x in gc.get_objects() if type(x) is Tensor and torch._C._has_storage(x))
+    tensors = {x.data_ptr(): x.nbytes for x in there}
     return sum(tensors.values())
 
 
