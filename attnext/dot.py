@@ -56,6 +56,8 @@ def plain(
     chosen = _by_sizes(queries, keys, features, values, need_weights, trains, "cpu")
     if chosen == "kernel" or not abs(scale) <= _checks.LARGEST:
         return None
+    if _extension.load() is None:  # a call that takes its time says why
+        return None
     if torch.is_autocast_enabled("cpu") or _checks.in_transforms():
         return None
     return _attended(chosen, query, key, value, scale, need_weights)

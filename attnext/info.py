@@ -60,7 +60,8 @@ def _extension_facts() -> dict[str, str]:
 def _torch_build() -> str:
     toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
     toolkit = toolkit or (f"ROCm {torch.version.hip}" if torch.version.hip else "CPU only")
-    return f"{torch.__version__} ({toolkit}), " + (f"GPUs: {', '.join(_gpus())}" if _gpus() else "no GPU seen")
+    gpus = _gpus()
+    return f"{torch.__version__} ({toolkit}), " + (f"GPUs: {', '.join(gpus)}" if gpus else "no GPU seen")
 
 
 def _gpus() -> list[str]:

@@ -227,12 +227,16 @@ def one_large_row(on: On) -> None:
     for large in (0, 1):  # of the queries, of the keys
         y = [on.randn(s) for s in ((1, 100, 6), (1, 100, 6), (1, 100, 3), (6,))]
         y[large][0, 80] *= 100
-        y = [t.requires_grad_() for t in y]
-        found = []
-        for name in (on.backend, "reference"):
-            context, _ = attnext.additive_attention(*y, backend=name)
-            found.append([context, *torch.autograd.grad(context.square().sum(), y)])
-        close(*found)
+        as_the_reference(on, y)
+
+
+def as_the_reference(on: On, x: list[Tensor]) -> None:
+    """Holds context and gradients of query, key, value and score weight to the reference's."""
+    found, x = [], [t.detach().requires_grad_() for t in x]
+    for name in (on.backend, "reference"):
+        context, _ = attnext.additive_attention(*x, backend=name)
+        found.append([context, *torch.autograd.grad(context.square().sum(), x)])
+    close(*found)
 
 
 def both_large(on: On) -> None:
@@ -241,12 +245,7 @@ def both_large(on: On) -> None:
         for signs in ((1, 1), (-1, 1), (-1, -1)):
             y = [on.randn(s) for s in ((1, 20, 6), (1, 30, 6), (1, 30, 3), (6,))]
             y[0], y[1] = y[0] + signs[0] * size, y[1] + signs[1] * size
-            y = [t.requires_grad_() for t in y]
-            found = []
-            for name in (on.backend, "reference"):
-                context, _ = attnext.additive_attention(*y, backend=name)
-                found.append([context, *torch.autograd.grad(context.square().sum(), y)])
-            close(*found)
+            as_the_reference(on, y)
 
 
 def weights_out_of_range(on: On) -> None:
@@ -278,7 +277,7 @@ class NoWaiting(TorchDispatchMode):
     """Refuses what reads a number of the device's, has a size that depends on one, or makes a tensor elsewhere."""
 
     def __init__(self, device: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.device = torch.device(device)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
